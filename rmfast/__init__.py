@@ -1,0 +1,45 @@
+"""Fast, exact reward-model scoring, per-token rewards and interventions.
+
+>>> import rmfast
+>>> rm = rmfast.load("path/to/reward-model")
+>>> rm.score([("a prompt", "a response")])
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING
+
+__version__ = "0.1.0"
+
+if TYPE_CHECKING:
+    from rmfast.backends import BackendError as BackendError
+    from rmfast.backends import backend as backend
+    from rmfast.backends import explain as explain
+    from rmfast.scoring import RewardModel as RewardModel
+    from rmfast.scoring import load as load
+
+# Loaded at first use: `import rmfast` alone costs no import of torch or transformers.
+_HOME = {
+    "backend": "rmfast.backends",
+    "BackendError": "rmfast.backends",
+    "explain": "rmfast.backends",
+    "RewardModel": "rmfast.scoring",
+    "load": "rmfast.scoring",
+}
+
+__all__ = ["BackendError", "RewardModel", "__version__", "backend", "explain", "load", "ops"]
+
+
+def __getattr__(name: str):
+    if name == "ops":
+        return importlib.import_module("rmfast.ops")
+    if name in _HOME:
+        value = getattr(importlib.import_module(_HOME[name]), name)
+        globals()[name] = value
+        return value
+    raise AttributeError(f"module 'rmfast' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted(set(globals()) | set(__all__))

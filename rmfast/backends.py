@@ -1,0 +1,193 @@
+"""Which backend runs an op, and why: one chooser for all ops.
+
+A dispatch key of PyTorch holds one kernel, and a second registration overrides it with only a warning, so each op
+is one Python function that asks `choose` for a callable: the compiled library's own op, the Triton launcher or the
+eager reference.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import importlib
+import os
+import traceback
+from collections.abc import Callable, Iterator
+from contextvars import ContextVar
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+NAMES = ("cuda", "triton", "cpp", "eager")
+
+# Order of preference by device. On CUDA, Triton stands first until rows in bench/data/ show CUDA C++ ahead.
+_PREFERENCE = {"cuda": ("triton", "cuda", "eager"), "cpu": ("cpp", "eager")}
+
+_requested: ContextVar[str | None] = ContextVar("rmfast_backend", default=None)
+_ops: dict[str, dict[str, Callable[[], Callable]]] = {}
+
+
+class BackendError(RuntimeError):
+    """A backend asked for by name cannot run; the message holds the cause and the fix."""
+
+
+@dataclass(frozen=True)
+class Choice:
+    """One op on one device type: the backend that runs, and the cause for each that does not."""
+
+    op: str
+    device: str
+    runs: str
+    why_not: dict[str, str]
+
+    def __str__(self) -> str:
+        lines = [f"{self.op} on {self.device}: {self.runs}"]
+        return "\n".join(lines + [f"  not {name}: {cause}" for name, cause in self.why_not.items()])
+
+
+class Explanation(list[Choice]):
+    """What `explain` returns: a list of `Choice` that prints as text."""
+
+    def __str__(self) -> str:
+        return "\n".join(map(str, self))
+
+    __repr__ = __str__
+
+
+def register(op: str, **loaders: Callable[[], Callable]) -> None:
+    """Names the backends of an op; a loader returns the callable and runs at its first use."""
+    _ops[op] = {name: functools.cache(loader) for name, loader in loaders.items()}
+
+
+def requested() -> str | None:
+    """The backend asked for by `backend(...)` or RMFAST_BACKEND, or None.
+
+    Raises ValueError for an unknown name.
+    """
+    name = _requested.get() or os.environ.get("RMFAST_BACKEND") or None
+    return None if name is None else _known(name)
+
+
+def _known(name: str) -> str:
+    if name not in NAMES:
+        raise ValueError(f"Expected backend to be one of {', '.join(NAMES)}, got {name!r}")
+    return name
+
+
+@contextlib.contextmanager
+def backend(name: str | None) -> Iterator[None]:
+    """Runs every op inside the block on backend `name` ("cuda", "triton", "cpp", "eager"; None: the default choice).
+
+    Raises ValueError for an unknown name at once, and BackendError where an op cannot run on that backend.
+    """
+    token = _requested.set(None if name is None else _known(name))
+    try:
+        yield
+    finally:
+        _requested.reset(token)
+
+
+@functools.cache
+def _library_path(name: str) -> Path | None:
+    return next(iter(sorted(Path(__file__).parent.glob(f"{name}*.so"))), None)
+
+
+@functools.cache
+def _load(name: str) -> str | None:
+    """Loads a compiled library; None, or the reason why it could not be."""
+    path = _library_path(name)
+    if path is None:
+        return "this install holds no compiled library; fix: pip install --no-build-isolation . (needs a C++ compiler)"
+    importlib.import_module("rmfast.ops")  # the ops' schemas, which the library's registrations fill
+    try:
+        torch.ops.load_library(str(path))
+    except OSError:
+        return (
+            f"{path.name} did not load; likely built for a newer torch than {torch.__version__} (2.10 is the oldest) "
+            f"or a missing libstdc++; fix: pip install --no-build-isolation --force-reinstall .\n"
+            + traceback.format_exc(limit=0).strip()
+        )
+    return None
+
+
+@functools.cache
+def _triton_missing() -> str | None:
+    try:
+        import triton  # noqa: F401
+    except ImportError as error:
+        return f"triton cannot be imported ({error}); fix: pip install 'triton>=3.6'"
+    return None
+
+
+def interpreting() -> bool:
+    """Whether Triton runs its kernels in Python on CPU tensors (TRITON_INTERPRET=1 before its import)."""
+    return os.environ.get("TRITON_INTERPRET") == "1"
+
+
+def why_not(op: str, name: str, device: str) -> str | None:
+    """Why backend `name` cannot run `op` on a device type, with the fix; None where it can."""
+    if name not in _ops[op]:
+        return f"{op} has no {name} kernel"
+    if name == "cpp":
+        return _load("_C") if device == "cpu" else f"cpp kernels run on cpu tensors, not on {device}"
+    if name == "cuda":
+        if device != "cuda":
+            return f"cuda kernels run on cuda tensors, not on {device}"
+        if torch.version.cuda is None:
+            return f"torch {torch.__version__} is built without CUDA; fix: install a CUDA build of torch"
+        if _library_path("_C_cuda") is None:
+            return "not built: no nvcc at build time; fix: RMFAST_BUILD_CUDA=1 pip install --no-build-isolation ."
+        return _load("_C_cuda")
+    if name == "triton":
+        if (missing := _triton_missing()) is not None:
+            return missing
+        if device == "cuda" or (device == "cpu" and interpreting()):
+            return None
+        return f"triton kernels run on cuda tensors, not on {device}; fix: TRITON_INTERPRET=1 runs them in Python, slowly"
+    return None
+
+
+def choose(op: str, device: str) -> Callable:
+    """The callable that runs `op` on tensors of a device type.
+
+    Raises BackendError where a backend asked for by name cannot run.
+    """
+    name = requested()
+    if name is not None:
+        if (cause := why_not(op, name, device)) is not None:
+            raise BackendError(f"Backend {name!r} cannot run {op} on {device}: {cause}")
+        return _ops[op][name]()
+    return _ops[op][_default(op, device)]()
+
+
+@functools.cache
+def _default(op: str, device: str) -> str:
+    names = _PREFERENCE.get(device, ("eager",))
+    return next(name for name in names if why_not(op, name, device) is None)
+
+
+def explain(op: str | None = None, device: str | None = None) -> Explanation:
+    """What would run for each op and device type, and why the others would not.
+
+    Args:
+        op: one op's name, or None for all.
+        device: "cpu", "cuda", ..., or None for the CPU and, where torch sees one, CUDA.
+
+    Raises ValueError for an unknown op.
+    """
+    importlib.import_module("rmfast.ops")
+    if op is not None and op not in _ops:
+        raise ValueError(f"Expected op to be one of {', '.join(sorted(_ops))}, got {op!r}")
+    devices = [device] if device else ["cpu"] + (["cuda"] if torch.cuda.is_available() else [])
+    out = Explanation()
+    for name in [op] if op else sorted(_ops):
+        for kind in devices:
+            causes = {other: cause for other in NAMES if (cause := why_not(name, other, kind)) is not None}
+            asked = requested()
+            runs = asked or _default(name, kind)
+            if runs in causes:
+                runs = f"nothing: {runs} was asked for and cannot run"
+            out.append(Choice(name, kind, runs, causes))
+    return out
+
