@@ -1,0 +1,175 @@
+// Registers the CPU reward head with torch: unpacks tensors, picks the instruction set, spreads blocks over threads.
+
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include <cstdlib>
+#include <cstring>
+#include <optional>
+#include <tuple>
+
+#include "rmfast/reward_head.h"
+
+namespace rmfast {
+
+#ifdef RMFAST_X86
+extern const Isa avx512, avx2;
+#endif
+extern const Isa portable;
+
+namespace {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+
+// Read at every call (50 ns), so that a test can compare the paths in one process.
+const Isa* choose_isa() {
+#ifdef RMFAST_X86
+  static const Isa* const all[] = {&avx512, &avx2, &portable};
+#else
+  static const Isa* const all[] = {&portable};
+#endif
+  const char* asked = std::getenv("RMFAST_CPU_ISA");
+  for (const Isa* isa : all)
+    if ((!asked || !*asked || !std::strcmp(asked, isa->name)) && isa->supported()) return isa;
+  return nullptr;
+}
+
+const Isa& isa() {
+  const Isa* found = choose_isa();
+  STD_TORCH_CHECK(found, "RMFAST_CPU_ISA=", std::getenv("RMFAST_CPU_ISA"),
+                  " is not an instruction set of this build and CPU; expected avx512, avx2 or portable");
+  return *found;
+}
+
+template <class Acc>
+const RewardHeadKernels<Acc>& kernels() {
+  if constexpr (sizeof(Acc) == 8)
+    return isa().f64;
+  else
+    return isa().f32;
+}
+
+template <class Acc>
+const Acc* data(const std::optional<Tensor>& t) {
+  return t ? static_cast<const Acc*>(t->const_data_ptr()) : nullptr;
+}
+
+Rows rows_of(const Tensor& hidden, const std::optional<Tensor>& picked) {
+  Rows rows;
+  rows.data = hidden.const_data_ptr();
+  switch (hidden.scalar_type()) {
+    case ScalarType::Double: rows.dtype = DType::f64; break;
+    case ScalarType::BFloat16: rows.dtype = DType::bf16; break;
+    case ScalarType::Half: rows.dtype = DType::f16; break;
+    default: rows.dtype = DType::f32;
+  }
+  rows.d = hidden.size(2);
+  rows.per_batch = hidden.size(1);
+  rows.stride_b = hidden.stride(0);
+  rows.stride_t = hidden.stride(1);
+  rows.picked = data<int64_t>(picked);
+  rows.count = picked ? picked->size(0) : hidden.size(0) * hidden.size(1);
+  return rows;
+}
+
+template <class Acc>
+Tensor forward(const Tensor& hidden, const Tensor& weight, const std::optional<Tensor>& bias, int64_t norm,
+               const std::optional<Tensor>& norm_weight, const std::optional<Tensor>& norm_bias, double eps,
+               const std::optional<Tensor>& rows, const std::optional<Tensor>& directions,
+               const std::optional<Tensor>& strengths, const std::optional<Tensor>& targets,
+               const std::optional<Tensor>& index) {
+  RewardHead<Acc> h;
+  h.rows = rows_of(hidden, rows);
+  h.K = weight.size(0);
+  h.J = directions ? directions->size(0) : 0;
+  h.I = strengths ? strengths->size(0) : 0;
+  h.norm = Norm(norm);
+  h.eps = eps;
+  h.weight = static_cast<const Acc*>(weight.const_data_ptr());
+  h.bias = data<Acc>(bias);
+  h.norm_weight = data<Acc>(norm_weight);
+  h.norm_bias = data<Acc>(norm_bias);
+  h.directions = data<Acc>(directions);
+  h.strengths = data<Acc>(strengths);
+  h.targets = data<Acc>(targets);
+  h.index = data<int64_t>(index);
+
+  const RewardHeadKernels<Acc>& run = kernels<Acc>();
+  Tensor workspace = torch::stable::new_empty(weight, {run.workspace_size(h)});
+  h.workspace = static_cast<Acc*>(workspace.mutable_data_ptr());
+  Tensor out = h.J && !h.index ? torch::stable::new_empty(weight, {h.rows.count, h.I, h.K})
+                               : torch::stable::new_empty(weight, {h.rows.count, h.K});
+  h.out = static_cast<Acc*>(out.mutable_data_ptr());
+  run.prepare(h);
+  const int64_t blocks = (h.rows.count + kBlock - 1) / kBlock;
+  // Below about 2^18 multiply-adds (30 µs) a second thread costs more than it saves.
+  const int64_t grain = 1 + (int64_t(1) << 18) / (kBlock * h.rows.d * (1 + h.K + h.J));
+  torch::stable::parallel_for(0, blocks, grain, [&](int64_t first, int64_t last) { run.forward(h, first, last); });
+  return out;
+}
+
+Tensor reward_head(const Tensor& hidden, const Tensor& weight, const std::optional<Tensor>& bias, int64_t norm,
+                   const std::optional<Tensor>& norm_weight, const std::optional<Tensor>& norm_bias, double eps,
+                   const std::optional<Tensor>& rows, const std::optional<Tensor>& directions,
+                   const std::optional<Tensor>& strengths, const std::optional<Tensor>& targets,
+                   const std::optional<Tensor>& intervention_index) {
+  auto run = hidden.scalar_type() == ScalarType::Double ? forward<double> : forward<float>;
+  return run(hidden, weight, bias, norm, norm_weight, norm_bias, eps, rows, directions, strengths, targets,
+             intervention_index);
+}
+
+template <class Acc>
+std::tuple<Tensor, Tensor> backward(const Tensor& grad, const Tensor& hidden, const Tensor& weight, int64_t norm,
+                                    const std::optional<Tensor>& norm_weight, double eps,
+                                    const std::optional<Tensor>& rows, bool need_rows, bool need_dots) {
+  RewardHeadBackward<Acc> h;
+  h.rows = rows_of(hidden, rows);
+  h.K = weight.size(0);
+  h.norm = Norm(norm);
+  h.eps = eps;
+  h.grad = static_cast<const Acc*>(grad.const_data_ptr());
+  h.weight = static_cast<const Acc*>(weight.const_data_ptr());
+  h.norm_weight = data<Acc>(norm_weight);
+  // At most 64 partial sums, cut by the number of rows alone: the same bits with any number of threads.
+  h.chunk = h.rows.count / 64 < 64 ? 64 : (h.rows.count + 63) / 64;
+  const int64_t chunks = (h.rows.count + h.chunk - 1) / h.chunk;
+
+  Tensor grad_rows = need_rows ? torch::stable::new_empty(hidden, {h.rows.count, h.rows.d})
+                               : torch::stable::new_empty(hidden, {0});
+  Tensor partial = need_dots ? torch::stable::new_empty(weight, {chunks, h.K, h.rows.d})
+                             : torch::stable::new_empty(weight, {0});
+  Tensor workspace = torch::stable::new_empty(weight, {h.K * (h.rows.d + 1)});
+  h.grad_rows = need_rows ? grad_rows.mutable_data_ptr() : nullptr;
+  h.partial = need_dots ? static_cast<Acc*>(partial.mutable_data_ptr()) : nullptr;
+  h.workspace = static_cast<Acc*>(workspace.mutable_data_ptr());
+
+  const RewardHeadKernels<Acc>& run = kernels<Acc>();
+  run.prepare_backward(h);
+  torch::stable::parallel_for(0, chunks, 1, [&](int64_t first, int64_t last) { run.backward(h, first, last); });
+  if (!need_dots) return {grad_rows, partial};
+  const int64_t first_dim = 0;
+  return {grad_rows, torch::stable::sum(partial, torch::headeronly::IntHeaderOnlyArrayRef(&first_dim, 1))};
+}
+
+std::tuple<Tensor, Tensor> reward_head_backward(const Tensor& grad, const Tensor& hidden, const Tensor& weight,
+                                                int64_t norm, const std::optional<Tensor>& norm_weight, double eps,
+                                                const std::optional<Tensor>& rows, bool need_rows, bool need_dots) {
+  auto run = hidden.scalar_type() == ScalarType::Double ? backward<double> : backward<float>;
+  return run(grad, hidden, weight, norm, norm_weight, eps, rows, need_rows, need_dots);
+}
+
+}  // namespace
+}  // namespace rmfast
+
+// The instruction set that runs now, or null where RMFAST_CPU_ISA asks for one that cannot; read through ctypes.
+extern "C" __attribute__((visibility("default"))) const char* rmfast_cpu_isa() {
+  const rmfast::Isa* found = rmfast::choose_isa();
+  return found ? found->name : nullptr;
+}
+
+STABLE_TORCH_LIBRARY_IMPL(rmfast_native, CPU, m) {
+  m.impl("reward_head", TORCH_BOX(&rmfast::reward_head));
+  m.impl("reward_head_backward", TORCH_BOX(&rmfast::reward_head_backward));
+}

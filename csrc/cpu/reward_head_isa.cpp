@@ -1,0 +1,443 @@
+// The reward head on the CPU, compiled once for each instruction set (RMFAST_ISA names it).
+//
+// A unit of work is a block of 32 rows. Few dots (K + J <= 8) are taken row by row at the speed of the read; more of
+// them go through a register-blocked GEMM over an fp32 copy of 256 columns that stays in cache. Interventions are
+// one more small GEMM on the dots: with D = [P; A] (J + K, d), the changes of z and s are D Pᵀ c.
+
+#include <new>
+
+#include "rmfast/gemm.h"
+#include "rmfast/reward_head.h"
+
+#define RMFAST_STRING_(x) #x
+#define RMFAST_STRING(x) RMFAST_STRING_(x)
+
+namespace rmfast {
+namespace {
+
+constexpr int64_t kFewDots = 8;
+
+// The constant of kernels/reward_head/reference.py: below this share of its terms a norm is recomputed explicitly.
+constexpr double kCancellation = 0.05;
+
+template <class A>
+struct Scratch {
+  A* data;
+  explicit Scratch(int64_t n) : data(static_cast<A*>(::operator new(sizeof(A) * (n + 16), std_align))) {
+    memset(data, 0, sizeof(A) * n);
+  }
+  ~Scratch() { ::operator delete(data, std_align); }
+  Scratch(const Scratch&) = delete;
+  Scratch& operator=(const Scratch&) = delete;
+  static constexpr std::align_val_t std_align{64};
+};
+
+template <class T>
+inline const T* row_pointer(const Rows& rows, int64_t n) {
+  const int64_t r = rows.picked ? rows.picked[n] : n;
+  return static_cast<const T*>(rows.data) + (r / rows.per_batch) * rows.stride_b + (r % rows.per_batch) * rows.stride_t;
+}
+
+template <class A, class T>
+A row_sum(const T* x, int64_t d) {
+  V<A> acc = {};
+  int64_t i = 0;
+  for (; i + W<A> <= d; i += W<A>) acc += load(x + i);
+  if (i < d) acc += load_part<A>(x + i, d - i);
+  return sum<A>(acc);
+}
+
+template <class A, class T>
+A dot(const T* x, const A* y, int64_t d) {
+  V<A> acc = {};
+  int64_t i = 0;
+  for (; i + W<A> <= d; i += W<A>) acc += load(x + i) * load(y + i);
+  if (i < d) acc += load_part<A>(x + i, d - i) * load_part<A>(y + i, d - i);
+  return sum<A>(acc);
+}
+
+// The parts of the workspace. Gains a_k follow the directions, so that one (J + K, d) matrix holds all dots.
+template <class A>
+struct Plan {
+  int64_t J, K, d, dots_n;
+  bool few;
+  A *dots, *packed, *offset, *direction_sums, *gain_sums, *effect;
+  int64_t size;
+
+  explicit Plan(const RewardHead<A>& h) : J(h.J), K(h.K), d(h.rows.d), dots_n(h.J + h.K) {
+    few = dots_n <= kFewDots;
+    A* at = h.workspace;
+    auto take = [&](int64_t n) {
+      A* out = at;
+      at += (n + 15) / 16 * 16;
+      return out;
+    };
+    dots = take(dots_n * d);
+    offset = take(K);
+    direction_sums = take(J);
+    gain_sums = take(K);
+    effect = take(J ? packed_size<A>(J, dots_n) : 0);
+    packed = take(few ? 0 : packed_size<A>(d, dots_n));
+    size = (at - h.workspace) + 16;
+  }
+};
+
+template <class A>
+int64_t workspace_size(const RewardHead<A>& h) {
+  return Plan<A>(h).size;
+}
+
+template <class A>
+void fold_gain(const A* weight, const A* gain, Norm norm, int64_t K, int64_t d, A* out) {
+  if (norm == kNone) gain = nullptr;
+  for (int64_t k = 0; k < K; ++k)
+    for (int64_t i = 0; i < d; ++i)
+      out[k * d + i] = weight[k * d + i] * (!gain ? A(1) : norm == kGemmaRms ? A(1) + gain[i] : gain[i]);
+}
+
+template <class A>
+void prepare(const RewardHead<A>& h) {
+  const Plan<A> p(h);
+  const int64_t d = p.d, J = p.J;
+  if (J) memcpy(p.dots, h.directions, sizeof(A) * J * d);
+  fold_gain(h.weight, h.norm_weight, h.norm, h.K, d, p.dots + J * d);
+  for (int64_t k = 0; k < h.K; ++k) {
+    p.offset[k] = h.bias ? h.bias[k] : A(0);
+    if (h.norm == kLayer && h.norm_bias) p.offset[k] += dot(h.weight + k * d, h.norm_bias, d);
+    p.gain_sums[k] = row_sum<A>(p.dots + (J + k) * d, d);
+  }
+  if (J) {
+    Scratch<A> effect(p.dots_n * J);
+    for (int64_t j = 0; j < J; ++j) {
+      p.direction_sums[j] = row_sum<A>(p.dots + j * d, d);
+      for (int64_t n = 0; n < p.dots_n; ++n)
+        effect.data[n * J + j] = n < j ? effect.data[j * J + n] : dot(p.dots + n * d, p.dots + j * d, d);
+    }
+    pack_columns(effect.data, J, J, p.dots_n, p.effect);
+  }
+  if (!p.few) pack_columns(p.dots, d, d, p.dots_n, p.packed);
+}
+
+// Dots of R rows with C vectors, and their squared norms: R * (C + 1) independent chains of additions.
+template <class A, class T, int R, int C, bool Center>
+void row_dots(const T* const* x, const T* next, const A* mean, const A* y, int64_t d, A* out, int64_t ld, A* square) {
+  V<A> acc[R][C] = {}, sq[R] = {};
+  int64_t i = 0;
+  for (; i + W<A> <= d; i += W<A>) {
+    V<A> b[C];
+#pragma GCC unroll 8
+    for (int c = 0; c < C; ++c) b[c] = load(y + c * d + i);
+#pragma GCC unroll 4
+    for (int r = 0; r < R; ++r) {
+      V<A> v = load(x[r] + i);
+      if (Center) v -= mean[r];
+      sq[r] += v * v;
+#pragma GCC unroll 8
+      for (int c = 0; c < C; ++c) acc[r][c] += v * b[c];
+    }
+    if (next) __builtin_prefetch(next + i * R);  // rows stand one after another: R of them are read in this time
+  }
+  if (i < d) {
+    for (int r = 0; r < R; ++r) {
+      V<A> v = load_part<A>(x[r] + i, d - i);
+      if (Center) v = first_lanes<A>(v - mean[r], d - i);
+      sq[r] += v * v;
+      for (int c = 0; c < C; ++c) acc[r][c] += v * load_part<A>(y + c * d + i, d - i);
+    }
+  }
+  for (int r = 0; r < R; ++r) {
+    for (int c = 0; c < C; ++c) out[r * ld + c] = sum<A>(acc[r][c]);
+    square[r] = sum<A>(sq[r]);
+  }
+}
+
+template <class A, class T, int R, bool Center>
+void row_dots_any(const T* const* x, const T* next, const A* mean, const A* y, int64_t n, int64_t d, A* out, int64_t ld,
+                  A* square) {
+  for (int64_t c = 0; c < n;) {
+    const T* ahead = c ? nullptr : next;
+    if (n - c >= 4) {
+      row_dots<A, T, R, 4, Center>(x, ahead, mean, y + c * d, d, out + c, ld, square);
+      c += 4;
+    } else if (n - c >= 2) {
+      row_dots<A, T, R, 2, Center>(x, ahead, mean, y + c * d, d, out + c, ld, square);
+      c += 2;
+    } else {
+      row_dots<A, T, R, 1, Center>(x, ahead, mean, y + c * d, d, out + c, ld, square);
+      c += 1;
+    }
+  }
+}
+
+// Dots (count, ld) and squared norms of a block by rows; a row's bits are the same alone and in a group of four.
+template <class A, class T, bool Center>
+void few_dots(const T* const* x, int64_t count, const A* mean, const A* y, int64_t n, int64_t d, A* out, int64_t ld,
+              A* square) {
+  constexpr int R = 4;
+  int64_t r = 0;
+  for (; r + R <= count; r += R)
+    row_dots_any<A, T, R, Center>(x + r, r + R < count ? x[r + R] : nullptr, mean + r, y, n, d, out + r * ld, ld,
+                                  square + r);
+  for (; r < count; ++r)
+    row_dots_any<A, T, 1, Center>(x + r, nullptr, mean + r, y, n, d, out + r * ld, ld, square + r);
+}
+
+// The same through the GEMM; x is converted 256 columns at a time.
+template <class A, class T>
+void many_dots(const T* const* x, int64_t count, const A* mean, const Plan<A>& p, A* copy, A* out, int64_t ld,
+               A* square) {
+  memset(out, 0, sizeof(A) * count * ld);
+  V<A> sq[kBlock] = {};
+  for (int64_t i0 = 0; i0 < p.d; i0 += kDepth) {
+    const int64_t depth = p.d - i0 < kDepth ? p.d - i0 : kDepth;
+    for (int64_t r = 0; r < count; ++r) {
+      A* to = copy + r * kDepth;
+      V<A> acc = sq[r];
+      int64_t i = 0;
+      for (; i + W<A> <= depth; i += W<A>) {
+        const V<A> v = load(x[r] + i0 + i) - mean[r];
+        acc += v * v;
+        store(to + i, v);
+      }
+      if (i < depth) {
+        const V<A> v = first_lanes<A>(load_part<A>(x[r] + i0 + i, depth - i) - mean[r], depth - i);
+        acc += v * v;
+        store(to + i, v);
+      }
+      sq[r] = acc;
+    }
+    gemm_packed(copy, kDepth, count, depth, p.packed + i0 * kTileCols<A>, p.d, p.dots_n, out, ld);
+  }
+  for (int64_t r = 0; r < count; ++r) square[r] = sum<A>(sq[r]);
+}
+
+// One row under one intervention without the algebra, in double: for rows that a direction removes almost whole.
+template <class A, class T>
+void explicit_rewards(const RewardHead<A>& h, const A* gains, const A* offset, const T* x, const A* strengths,
+                      const A* targets, double* row, A* out) {
+  const int64_t d = h.rows.d;
+  for (int64_t i = 0; i < d; ++i) row[i] = to_acc<double>(x[i]);
+  Scratch<double> c(h.J), wide(d);
+  for (int64_t j = 0; j < h.J; ++j) {
+    for (int64_t i = 0; i < d; ++i) wide.data[i] = h.directions[j * d + i];
+    c.data[j] = strengths[j] * (dot(row, wide.data, d) - (targets ? targets[j] : A(0)));
+  }
+  for (int64_t j = 0; j < h.J; ++j)
+    for (int64_t i = 0; i < d; ++i) row[i] -= c.data[j] * h.directions[j * d + i];
+  if (h.norm == kLayer) {
+    const double mean = row_sum<double>(row, d) / d;
+    for (int64_t i = 0; i < d; ++i) row[i] -= mean;
+  }
+  const double scale = h.norm == kNone ? 1 : 1 / __builtin_sqrt(dot(row, row, d) / d + h.eps);
+  for (int64_t k = 0; k < h.K; ++k) {
+    for (int64_t i = 0; i < d; ++i) wide.data[i] = gains[k * d + i];
+    out[k] = A(dot(row, wide.data, d) * scale + offset[k]);
+  }
+}
+
+template <class A>
+struct Buffers {
+  int64_t ld, axis;
+  Scratch<A> copy, dots, square, mean, c, effect;
+  Scratch<double> row;
+  Buffers(const RewardHead<A>& h, const Plan<A>& p)
+      : ld(padded_cols<A>(p.dots_n)),
+        axis(h.index ? 1 : h.I),
+        copy(p.few ? 0 : kBlock * kDepth),
+        dots(kBlock * ld),
+        square(kBlock),
+        mean(kBlock),
+        c(p.J ? kBlock * axis * p.J : 0),
+        effect(p.J ? kBlock * axis * ld : 0),
+        row(p.J ? p.d : 0) {}
+};
+
+template <class A, class T>
+void intervene(const RewardHead<A>& h, const Plan<A>& p, Buffers<A>& b, const T* const* x, int64_t first,
+               int64_t count) {
+  const int64_t J = p.J, K = p.K, axis = b.axis;
+  auto which = [&](int64_t r, int64_t i) { return h.index ? h.index[first + r] : i; };
+  for (int64_t r = 0; r < count; ++r)
+    for (int64_t i = 0; i < axis; ++i) {
+      const int64_t at = which(r, i);
+      A* c = b.c.data + (r * axis + i) * J;
+      for (int64_t j = 0; j < J; ++j) {
+        const A z = b.dots.data[r * b.ld + j] + b.mean.data[r] * p.direction_sums[j];
+        c[j] = at < 0 ? A(0) : h.strengths[at * J + j] * (h.targets ? z - h.targets[at * J + j] : z);
+      }
+    }
+  memset(b.effect.data, 0, sizeof(A) * count * axis * b.ld);
+  gemm_packed(b.c.data, J, count * axis, J, p.effect, J, p.dots_n, b.effect.data, b.ld);
+  for (int64_t r = 0; r < count; ++r) {
+    const A *z = b.dots.data + r * b.ld, *s = z + J, square = b.square.data[r];
+    for (int64_t i = 0; i < axis; ++i) {
+      const A *c = b.c.data + (r * axis + i) * J, *change = b.effect.data + (r * axis + i) * b.ld;
+      const A linear = 2 * dot(c, z, J), quadratic = dot(c, change, J);
+      A norm2 = square - linear + quadratic, mean = 0;
+      if (h.norm == kLayer) {
+        mean = -dot(c, p.direction_sums, J) / A(p.d);
+        norm2 -= p.d * mean * mean;
+      }
+      A* out = h.out + ((first + r) * axis + i) * K;
+      if (norm2 < A(kCancellation) * (square + (linear < 0 ? -linear : linear) + quadratic)) {
+        const int64_t at = which(r, i);  // not −1: without an intervention norm2 is square
+        explicit_rewards(h, p.dots + J * p.d, p.offset, x[r], h.strengths + at * J,
+                         h.targets ? h.targets + at * J : nullptr, b.row.data, out);
+        continue;
+      }
+      const A scale = h.norm == kNone ? A(1) : A(1) / A(__builtin_sqrt(norm2 / A(p.d) + A(h.eps)));
+      for (int64_t k = 0; k < K; ++k) {
+        A value = s[k] - change[J + k];
+        if (h.norm == kLayer) value -= mean * p.gain_sums[k];
+        out[k] = value * scale + p.offset[k];
+      }
+    }
+  }
+}
+
+template <class A, class T>
+void forward_rows(const RewardHead<A>& h, int64_t first_block, int64_t last_block) {
+  const Plan<A> p(h);
+  Buffers<A> b(h, p);
+  const T* x[kBlock];
+  for (int64_t block = first_block; block < last_block; ++block) {
+    const int64_t first = block * kBlock;
+    const int64_t count = h.rows.count - first < kBlock ? h.rows.count - first : kBlock;
+    for (int64_t r = 0; r < count; ++r) {
+      x[r] = row_pointer<T>(h.rows, first + r);
+      b.mean.data[r] = h.norm == kLayer ? row_sum<A>(x[r], p.d) / A(p.d) : A(0);
+    }
+    if (!p.few)
+      many_dots(x, count, b.mean.data, p, b.copy.data, b.dots.data, b.ld, b.square.data);
+    else if (h.norm == kLayer)
+      few_dots<A, T, true>(x, count, b.mean.data, p.dots, p.dots_n, p.d, b.dots.data, b.ld, b.square.data);
+    else
+      few_dots<A, T, false>(x, count, b.mean.data, p.dots, p.dots_n, p.d, b.dots.data, b.ld, b.square.data);
+    if (p.J) {
+      intervene(h, p, b, x, first, count);
+      continue;
+    }
+    for (int64_t r = 0; r < count; ++r) {
+      const A scale =
+          h.norm == kNone ? A(1) : A(1) / A(__builtin_sqrt(b.square.data[r] / A(p.d) + A(h.eps)));
+      for (int64_t k = 0; k < p.K; ++k)
+        h.out[(first + r) * p.K + k] = b.dots.data[r * b.ld + k] * scale + p.offset[k];
+    }
+  }
+}
+
+// y (n, d) -> the gradient of one row: x ↦ scale * direction − x * along − shift.
+template <class A, class T>
+void write_gradient(const T* x, const A* direction, A weight, A along, A shift, A mean, int64_t d, T* out) {
+  int64_t i = 0;
+  for (; i + W<A> <= d; i += W<A>)
+    store(out + i, load(direction + i) * weight - (load(x + i) - mean) * along - shift);
+  if (i < d) {
+    const V<A> v = load_part<A>(direction + i, d - i) * weight - (load_part<A>(x + i, d - i) - mean) * along - shift;
+    store_part<A>(out + i, v, d - i);
+  }
+}
+
+template <class A, class T>
+void add_scaled(const T* x, A mean, A weight, int64_t d, A* out) {
+  int64_t i = 0;
+  for (; i + W<A> <= d; i += W<A>) store(out + i, load(out + i) + (load(x + i) - mean) * weight);
+  if (i < d) store_part<A>(out + i, load_part<A>(out + i, d - i) + (load_part<A>(x + i, d - i) - mean) * weight, d - i);
+}
+
+template <class A>
+void prepare_backward(const RewardHeadBackward<A>& h) {
+  const int64_t d = h.rows.d;
+  fold_gain(h.weight, h.norm_weight, h.norm, h.K, d, h.workspace);
+  for (int64_t k = 0; k < h.K; ++k) h.workspace[h.K * d + k] = row_sum<A>(h.workspace + k * d, d);
+}
+
+// A chunk's rows in order: the gradient of each, and the chunk's own partial sum of V.
+template <class A, class T>
+void backward_rows(const RewardHeadBackward<A>& h, int64_t first_chunk, int64_t last_chunk) {
+  const int64_t d = h.rows.d, K = h.K;
+  const A *gains = h.workspace, *gain_sums = h.workspace + K * d;
+  Scratch<A> direction(d);
+  for (int64_t chunk = first_chunk; chunk < last_chunk; ++chunk) {
+    A* partial = h.partial ? h.partial + chunk * K * d : nullptr;
+    if (partial) memset(partial, 0, sizeof(A) * K * d);
+    const int64_t last = (chunk + 1) * h.chunk < h.rows.count ? (chunk + 1) * h.chunk : h.rows.count;
+    for (int64_t n = chunk * h.chunk; n < last; ++n) {
+      const T* x = row_pointer<T>(h.rows, n);
+      const A* g = h.grad + n * K;
+      const A mean = h.norm == kLayer ? row_sum<A>(x, d) / A(d) : A(0);
+      // The direction Σ_k g_k a_k; one head needs no copy of it.
+      const A* toward = gains;
+      A by = g[0], sum_of_gains = g[0] * gain_sums[0];
+      if (K > 1) {
+        by = 1;
+        sum_of_gains = 0;
+        memset(direction.data, 0, sizeof(A) * d);
+        for (int64_t k = 0; k < K; ++k) {
+          add_scaled<A>(gains + k * d, A(0), g[k], d, direction.data);
+          sum_of_gains += g[k] * gain_sums[k];
+        }
+        toward = direction.data;
+      }
+      A scale = 1, along = 0, shift = 0;
+      if (h.norm != kNone) {
+        A projection, square;
+        const T* rows[1] = {x};
+        const bool more = n + 1 < last;
+        const T* next = more ? row_pointer<T>(h.rows, n + 1) : nullptr;
+        if (h.norm == kLayer)
+          row_dots<A, T, 1, 1, true>(rows, next, &mean, toward, d, &projection, 1, &square);
+        else
+          row_dots<A, T, 1, 1, false>(rows, next, &mean, toward, d, &projection, 1, &square);
+        scale = A(1) / A(__builtin_sqrt(square / A(d) + A(h.eps)));
+        along = by * projection * scale * scale * scale / A(d);
+        if (h.norm == kLayer) shift = sum_of_gains * scale / A(d);
+      }
+      if (h.grad_rows) write_gradient(x, toward, by * scale, along, shift, mean, d, static_cast<T*>(h.grad_rows) + n * d);
+      if (partial)
+        for (int64_t k = 0; k < K; ++k) add_scaled(x, mean, g[k] * scale, d, partial + k * d);
+    }
+  }
+}
+
+void forward(const RewardHead<double>& h, int64_t first, int64_t last) { forward_rows<double, double>(h, first, last); }
+void forward(const RewardHead<float>& h, int64_t first, int64_t last) {
+  switch (h.rows.dtype) {
+    case DType::bf16: return forward_rows<float, bf16>(h, first, last);
+    case DType::f16: return forward_rows<float, f16>(h, first, last);
+    default: return forward_rows<float, float>(h, first, last);
+  }
+}
+void backward(const RewardHeadBackward<double>& h, int64_t first, int64_t last) {
+  backward_rows<double, double>(h, first, last);
+}
+void backward(const RewardHeadBackward<float>& h, int64_t first, int64_t last) {
+  switch (h.rows.dtype) {
+    case DType::bf16: return backward_rows<float, bf16>(h, first, last);
+    case DType::f16: return backward_rows<float, f16>(h, first, last);
+    default: return backward_rows<float, float>(h, first, last);
+  }
+}
+
+template <class A>
+constexpr RewardHeadKernels<A> kernels() {
+  return {workspace_size<A>, prepare<A>, forward, prepare_backward<A>, backward};
+}
+
+bool supported() {
+#if defined(__AVX512F__)
+  return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+         __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("fma");
+#elif defined(__AVX2__)
+  return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+#else
+  return true;
+#endif
+}
+
+}  // namespace
+
+extern const Isa RMFAST_ISA;
+const Isa RMFAST_ISA = {RMFAST_STRING(RMFAST_ISA), supported, kernels<float>(), kernels<double>()};
+
+}  // namespace rmfast

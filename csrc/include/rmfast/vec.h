@@ -1,0 +1,177 @@
+// One vector type for all instruction sets: GCC and Clang vector extensions as wide as the file is compiled for.
+// Everything sits in an unnamed namespace, and no std template is used: a function shared between files built for
+// different instruction sets could be linked in its widest form and crash a smaller machine.
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+#if defined(__F16C__) || defined(__AVX512F__)
+#include <immintrin.h>
+#endif
+
+namespace rmfast {
+namespace {
+
+#if defined(__AVX512F__)
+constexpr int kVectorBytes = 64;
+#elif defined(__AVX2__)
+constexpr int kVectorBytes = 32;
+#else
+constexpr int kVectorBytes = 16;
+#endif
+
+struct bf16 {
+  uint16_t bits;
+};
+struct f16 {
+  uint16_t bits;
+};
+
+template <class A>
+struct Vector {
+  typedef A type __attribute__((vector_size(kVectorBytes)));
+};
+template <class A>
+using V = typename Vector<A>::type;
+template <class A>
+constexpr int W = kVectorBytes / int(sizeof(A));
+
+typedef uint16_t U16 __attribute__((vector_size(kVectorBytes / 2)));
+typedef uint32_t U32 __attribute__((vector_size(kVectorBytes)));
+
+inline float to_float(bf16 x) {
+  const uint32_t bits = uint32_t(x.bits) << 16;
+  float out;
+  memcpy(&out, &bits, 4);
+  return out;
+}
+
+inline float to_float(f16 x) {
+#if defined(__F16C__)
+  return _cvtsh_ss(x.bits);
+#else
+  const uint32_t sign = uint32_t(x.bits & 0x8000) << 16, exponent = (x.bits >> 10) & 31, mantissa = x.bits & 1023;
+  uint32_t bits;
+  if (exponent == 31) {
+    bits = sign | 0x7f800000u | (mantissa << 13);
+  } else if (exponent != 0) {
+    bits = sign | ((exponent + 112) << 23) | (mantissa << 13);
+  } else {  // subnormal: mantissa · 2^-24, exact in fp32
+    const float magnitude = float(mantissa) * 5.9604644775390625e-8f;
+    memcpy(&bits, &magnitude, 4);
+    bits |= sign;
+  }
+  float out;
+  memcpy(&out, &bits, 4);
+  return out;
+#endif
+}
+
+template <class A>
+inline A to_acc(A x) { return x; }
+template <class A>
+inline A to_acc(bf16 x) { return A(to_float(x)); }
+template <class A>
+inline A to_acc(f16 x) { return A(to_float(x)); }
+
+inline V<float> load(const float* p) {
+  V<float> out;
+  memcpy(&out, p, sizeof out);
+  return out;
+}
+inline V<double> load(const double* p) {
+  V<double> out;
+  memcpy(&out, p, sizeof out);
+  return out;
+}
+inline V<float> load(const bf16* p) {
+  U16 bits;
+  memcpy(&bits, p, sizeof bits);
+  return (V<float>)(__builtin_convertvector(bits, U32) << 16);
+}
+inline V<float> load(const f16* p) {
+#if defined(__AVX512F__)
+  return (V<float>)_mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)p));
+#elif defined(__F16C__) && defined(__AVX2__)
+  return (V<float>)_mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)p));
+#else
+  V<float> out;
+  for (int i = 0; i < W<float>; ++i) out[i] = to_float(p[i]);
+  return out;
+#endif
+}
+
+// The first n < W elements, zeros behind them; never reads past them.
+template <class A, class T>
+inline V<A> load_part(const T* p, int64_t n) {
+  T part[W<A>];
+  memset(part, 0, sizeof part);
+  memcpy(part, p, n * sizeof(T));
+  return load(part);
+}
+
+template <class A>
+inline void store(A* p, V<A> v) {
+  memcpy(p, &v, sizeof v);
+}
+inline void store(bf16* p, V<float> v) {
+  const U32 bits = (U32)v;
+  U32 rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
+  rounded = (v == v) ? rounded : (bits >> 16 | 0x40);  // a NaN's payload must not round to infinity
+  const U16 out = __builtin_convertvector(rounded, U16);
+  memcpy(p, &out, sizeof out);
+}
+inline f16 to_f16(float x) {
+#if defined(__F16C__)
+  return {uint16_t(_cvtss_sh(x, 0))};
+#else
+  uint32_t bits;
+  memcpy(&bits, &x, 4);
+  const uint16_t sign = uint16_t(bits >> 16 & 0x8000);
+  bits &= 0x7fffffff;
+  if (bits > 0x7f800000) return {uint16_t(sign | 0x7e00)};
+  if (bits >= 0x477ff000) return {uint16_t(sign | 0x7c00)};  // 65520 and above round to infinity
+  if (bits < 0x38800000) {                                   // below 2^-14: let the fp32 adder round to 2^-24
+    float magnitude;
+    memcpy(&magnitude, &bits, 4);
+    magnitude += 0.5f;
+    memcpy(&bits, &magnitude, 4);
+    return {uint16_t(sign | (bits - 0x3f000000))};
+  }
+  bits += 0xc8000fff + (bits >> 13 & 1);
+  return {uint16_t(sign | bits >> 13)};
+#endif
+}
+inline void store(f16* p, V<float> v) {
+#if defined(__AVX512F__)
+  _mm256_storeu_si256((__m256i*)p, _mm512_cvtps_ph((__m512)v, 0));
+#else
+  for (int i = 0; i < W<float>; ++i) p[i] = to_f16(v[i]);
+#endif
+}
+
+template <class A, class T>
+inline void store_part(T* p, V<A> v, int64_t n) {
+  T part[W<A>];
+  store(part, v);
+  memcpy(p, part, n * sizeof(T));
+}
+
+// Lanes added in one fixed tree.
+template <class A>
+inline A sum(V<A> v) {
+  A lanes[W<A>];
+  memcpy(lanes, &v, sizeof v);
+  for (int step = W<A> / 2; step; step /= 2)
+    for (int i = 0; i < step; ++i) lanes[i] += lanes[i + step];
+  return lanes[0];
+}
+
+template <class A>
+inline V<A> first_lanes(V<A> v, int64_t n) {
+  for (int64_t i = n; i < W<A>; ++i) v[i] = 0;
+  return v;
+}
+
+}  // namespace
+}  // namespace rmfast

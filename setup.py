@@ -1,0 +1,174 @@
+"""Builds the compiled libraries with ninja: `_C` (CPU) and, where nvcc is found, `_C_cuda`.
+
+Both use PyTorch's stable ABI, so that one build serves torch >= 2.10 and any Python; Python.h is not needed.
+Environment: RMFAST_BUILD_EXT, RMFAST_BUILD_CUDA, TORCH_CUDA_ARCH_LIST, MAX_JOBS, NVCC_THREADS, CXX (ENVIRONMENT.md).
+"""
+
+import os
+import platform
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+from setuptools import Extension, setup
+from setuptools.command.build_ext import build_ext
+
+ROOT = Path(__file__).parent.resolve()
+CSRC = ROOT / "csrc"
+X86 = platform.machine().lower() in ("x86_64", "amd64")
+
+# The file compiled once for each: instruction set -> flags. x86-64-v4 is AVX-512 F, BW, CD, DQ, VL.
+ISAS = {"avx512": "-march=x86-64-v4", "avx2": "-march=x86-64-v3", "portable": ""} if X86 else {"portable": ""}
+
+# TORCH_TARGET_VERSION 2.10: the oldest torch whose stable ABI has parallel_for and the CUDA stream.
+STABLE_ABI = "-DTORCH_TARGET_VERSION=0x020a000000000000"
+CUDA_ARCHS = "8.0 9.0 10.0+PTX"
+
+
+def torch_or_none():
+    setting = os.environ.get("RMFAST_BUILD_EXT", "auto")
+    if setting == "0":
+        return None
+    try:
+        import torch
+    except ImportError:
+        if setting == "1":
+            sys.exit(
+                "RMFAST_BUILD_EXT=1 needs torch at build time: pip install torch setuptools ninja, then "
+                "pip install --no-build-isolation ."
+            )
+        return None
+    if setting == "auto" and shutil.which(os.environ.get("CXX", "c++")) is None:
+        return None
+    return torch
+
+
+def nvcc_or_none():
+    setting = os.environ.get("RMFAST_BUILD_CUDA", "auto")
+    if setting == "0" or not list((CSRC / "cuda").glob("*.cu")):
+        return None
+    home = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
+    nvcc = shutil.which("nvcc", path=f"{home}/bin") if home else shutil.which("nvcc")
+    nvcc = nvcc or shutil.which("nvcc", path="/usr/local/cuda/bin")
+    if nvcc is None and setting == "1":
+        sys.exit("RMFAST_BUILD_CUDA=1 needs nvcc: install a CUDA toolkit (12.8 or newer) or set CUDA_HOME")
+    return nvcc
+
+
+def gencode():
+    flags = []
+    for arch in re.split(r"[ ;]+", os.environ.get("TORCH_CUDA_ARCH_LIST", "").strip() or CUDA_ARCHS):
+        number = arch.replace("+PTX", "").replace(".", "")
+        flags.append(f"-gencode=arch=compute_{number},code=sm_{number}")
+        if arch.endswith("+PTX"):
+            flags.append(f"-gencode=arch=compute_{number},code=compute_{number}")
+    return " ".join(flags)
+
+
+class NinjaBuild(build_ext):
+    """setuptools compiles one file after another with one set of flags; ninja does neither."""
+
+    def build_extension(self, ext):
+        torch_lib, includes, nvcc = ext.settings
+        out = Path(self.get_ext_fullpath(ext.name)).resolve()
+        out.parent.mkdir(parents=True, exist_ok=True)
+        build = Path(self.build_temp).resolve() / ext.name
+        build.mkdir(parents=True, exist_ok=True)
+        (build / "build.ninja").write_text(ninja_file(ext, out, torch_lib, includes, nvcc))
+        jobs = ["-j", os.environ["MAX_JOBS"]] if os.environ.get("MAX_JOBS") else []
+        subprocess.run([ninja(), "-C", str(build), *jobs], check=True)
+
+    def get_ext_filename(self, fullname):
+        # No Python version in the name: the libraries hold torch ops and no Python module.
+        return fullname.replace(".", os.sep) + ".so"
+
+
+def ninja():
+    found = shutil.which("ninja")
+    if found:
+        return found
+    try:
+        import ninja as package
+    except ImportError:
+        sys.exit("The compiled build needs ninja: pip install ninja")
+    return os.path.join(package.BIN_DIR, "ninja")
+
+
+def ninja_file(ext, out, torch_lib, includes, nvcc):
+    include = " ".join(f"-I{path}" for path in [CSRC / "include", *includes])
+    cxx = os.environ.get("CXX", "c++")
+    lines = [
+        f"cflags = -O3 -std=c++17 -fPIC -fvisibility=hidden -ffp-contract=fast -fno-math-errno -Wall "
+        f"-Wno-psabi -Wno-ignored-attributes -Wno-maybe-uninitialized {STABLE_ABI} {'-DRMFAST_X86' if X86 else ''} {include}",
+        "rule cxx",
+        f"  command = {cxx} -MMD -MF $out.d $cflags $extra -c $in -o $out",
+        "  depfile = $out.d",
+        "rule link",
+        f"  command = {cxx} -shared $in -o $out -L{torch_lib} -ltorch_cpu -ltorch -lc10 $libs",
+    ]
+    if nvcc:
+        threads = os.environ.get("NVCC_THREADS", "2")
+        lines += [
+            "rule nvcc",
+            f"  command = {nvcc} -O3 -std=c++20 -Xcompiler -fPIC,-fvisibility=hidden -DUSE_CUDA {STABLE_ABI} "
+            f"--expt-relaxed-constexpr -t {threads} -MD -MF $out.d {gencode()} {include} -c $in -o $out",
+            "  depfile = $out.d",
+        ]
+    objects = []
+
+    def compile(rule, source, name, extra=""):
+        objects.append(f"{name}.o")
+        lines.append(f"build {name}.o: {rule} {CSRC / source}")
+        if extra:
+            lines.append(f"  extra = {extra}")
+
+    for source in ext.sources:
+        name = Path(source).stem
+        if source.endswith(".cu"):
+            compile("nvcc", source, name)
+        elif source.endswith("_isa.cpp"):
+            for isa, flags in ISAS.items():
+                compile("cxx", source, f"{name}_{isa}", f"-DRMFAST_ISA={isa} {flags}")
+        else:
+            compile("cxx", source, name)
+    lines.append(f"build {out}: link {' '.join(objects)}")
+    if nvcc:
+        lines.append(f"  libs = -L{Path(nvcc).resolve().parent.parent / 'lib64'} -lcudart_static -ldl -lrt -lpthread")
+    return "\n".join(lines) + "\n"
+
+
+def extensions():
+    torch = torch_or_none()
+    if torch is None:
+        return []
+    base = Path(torch.__file__).parent
+    includes = [base / "include", base / "include" / "torch" / "csrc" / "api" / "include"]
+
+    def extension(name, folder, pattern, nvcc=None):
+        sources = sorted(str(path.relative_to(CSRC)) for path in (CSRC / folder).glob(pattern))
+        made = Extension(name, sources)
+        made.settings = (base / "lib", [*includes, Path(nvcc).resolve().parent.parent / "include"] if nvcc else includes, nvcc)
+        return made
+
+    made = [extension("rmfast._C", "cpu", "*.cpp")]
+    nvcc = nvcc_or_none()
+    if nvcc:
+        made.append(extension("rmfast._C_cuda", "cuda", "*.cu", nvcc))
+    return made
+
+
+def version():
+    return re.search(r'__version__ = "(.+?)"', (ROOT / "rmfast" / "__init__.py").read_text())[1]
+
+
+setup(
+    version=version(),
+    # `kernels` at the top level would be Hugging Face's package: installed as rmfast.kernels, always listed by name.
+    packages=["rmfast", "rmfast.kernels", "rmfast.kernels.reward_head"],
+    package_dir={"rmfast": "rmfast", "rmfast.kernels": "kernels"},
+    package_data={"rmfast": ["py.typed"]},
+    ext_modules=extensions(),
+    cmdclass={"build_ext": NinjaBuild},
+)
