@@ -1,0 +1,471 @@
+"""The `rmfast` command: score files of texts in bounded memory, resume, explain.
+
+Nothing here imports torch or transformers until a model is needed, so `rmfast --help` stays quick. Annotations are
+read by typer at run time: no `from __future__ import annotations`.
+"""
+
+import contextlib
+import dataclasses
+import functools
+import hashlib
+import inspect
+import itertools
+import json
+import math
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Annotated, Any, Literal, NoReturn
+
+import typer
+
+import rmfast
+from rmfast.tables import Output, Row, count_and_digest, dump_line, kind_of, read_rows
+
+app = typer.Typer(
+    help="Fast, exact reward-model scoring.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+
+Columns = Literal["pairs", "response", "messages", "text"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """What `score` and `values` share; one command-line option each."""
+
+    model: Annotated[str, typer.Option(help="A model's folder or hub id.")]
+    input: Annotated[
+        Path, typer.Option(help="A .jsonl, .csv (also .gz) or .parquet file.", exists=True, dir_okay=False)
+    ]
+    output: Annotated[Path, typer.Option(help="The JSONL file to write, or to go on with.", dir_okay=False)]
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Start anew where the output exists.")] = False
+    on_error: Annotated[
+        Literal["stop", "skip", "null"], typer.Option(help="At a bad row: stop, leave it out, or write it with null.")
+    ] = "stop"
+    columns: Annotated[Columns | None, typer.Option(help="What the rows hold; default: by their column names.")] = None
+    prompt_column: Annotated[str, typer.Option()] = "prompt"
+    response_column: Annotated[str, typer.Option()] = "response"
+    chosen_column: Annotated[str, typer.Option()] = "chosen"
+    rejected_column: Annotated[str, typer.Option()] = "rejected"
+    messages_column: Annotated[str, typer.Option()] = "messages"
+    text_column: Annotated[str, typer.Option()] = "text"
+    output_column: Annotated[str | None, typer.Option(help="Name of the new column.  [default: reward or values]")] = (
+        None
+    )
+    input_format: Annotated[
+        Literal["jsonl", "csv", "parquet"] | None, typer.Option(help="Default: by the file's suffix.")
+    ] = None
+    format: Annotated[
+        Literal["chat", "pair", "concat"] | None,
+        typer.Option(help="How a prompt and a response become one text; default: as the model's tokenizer suggests."),
+    ] = None
+    truncation: Annotated[
+        Literal["error", "left", "right"], typer.Option(help="A text over the limit is a bad row, or cut on this side.")
+    ] = "error"
+    max_length: Annotated[int | None, typer.Option(min=1, help="Most tokens of a text; default: the model's own.")] = (
+        None
+    )
+    pooling: Annotated[str, typer.Option(help='The token that is read: "auto", "last" or a token id.')] = "auto"
+    dtype: Annotated[
+        Literal["float32", "bfloat16", "float16", "float64"] | None,
+        typer.Option(help="Default: as the model was saved."),
+    ] = None
+    device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, ...; default: the model's own choice.")] = None
+    batch_tokens: Annotated[int | None, typer.Option(min=1, help="Most tokens of a batch, padding counted.")] = None
+    window: Annotated[int, typer.Option(min=1, help="Rows read, scored by length and written at a time.")] = 512
+    backend: Annotated[
+        Literal["cuda", "triton", "cpp", "eager"] | None, typer.Option(help="Default: see `rmfast explain`.")
+    ] = None
+    trust_remote_code: Annotated[bool, typer.Option("--trust-remote-code")] = False
+    revision: Annotated[str | None, typer.Option(help="Of a model on the hub.")] = None
+    gguf_file: Annotated[str | None, typer.Option(help="The GGUF file in the model's folder.")] = None
+    traceback: Annotated[bool, typer.Option("--traceback", help="Show where an error arose.")] = False
+
+
+def _with_options(command: Callable[..., None]) -> Callable[..., None]:
+    """Give `command(options, **own)` one parameter for every field of Options, and one-line errors.
+
+    Typer reads a function's signature; writing these 24 parameters out in each command is the alternative.
+    """
+    own = list(inspect.signature(command).parameters.values())[1:]
+    shared = [
+        inspect.Parameter(
+            field.name,
+            inspect.Parameter.KEYWORD_ONLY,
+            default=inspect.Parameter.empty if field.default is dataclasses.MISSING else field.default,
+            annotation=field.type,
+        )
+        for field in dataclasses.fields(Options)
+    ]
+
+    @functools.wraps(command)
+    def run(**given: Any) -> None:
+        options = Options(**{parameter.name: given.pop(parameter.name) for parameter in shared})
+        try:
+            command(options, **given)
+        except KeyboardInterrupt:
+            _fail("interrupted; the same command goes on where it stopped", code=130)
+        except Exception as error:
+            if options.traceback:
+                raise
+            _fail(" ".join(str(error).split()) or type(error).__name__)
+
+    parameters = [*own, *shared]
+    run.__signature__ = inspect.Signature([p.replace(kind=p.KEYWORD_ONLY) for p in parameters])  # type: ignore[attr-defined]
+    run.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
+    return run
+
+
+def _fail(message: str, code: int = 1) -> NoReturn:
+    typer.echo(f"rmfast: {message}", err=True)
+    raise typer.Exit(code)
+
+
+@app.command()
+@_with_options
+def score(
+    options: Options,
+    stats: Annotated[bool, typer.Option("--stats", help="Print mean, spread and, of pairs, the accuracy.")] = False,
+) -> None:
+    """Write every input row with the reward of its text (of both texts, for chosen/rejected pairs)."""
+    run = Run("score", options, options.output_column or "reward")
+    run.go(lambda model, inputs: model.score(inputs, batch_tokens=options.batch_tokens))
+    if stats:
+        typer.echo(_statistics(options.output, run.column))
+
+
+@app.command()
+@_with_options
+def values(
+    options: Options,
+    tokens: Annotated[bool, typer.Option("--tokens", help="Also write the tokens and their ids.")] = False,
+) -> None:
+    """Write every input row with the reward at every token of its text."""
+    run = Run("values", options, options.output_column or "values", tokens=tokens)
+    run.go(lambda model, inputs: model.token_values(inputs, batch_tokens=options.batch_tokens))
+
+
+@app.command()
+def explain(
+    op: Annotated[str | None, typer.Option(help="One op; default: all.")] = None,
+    device: Annotated[str | None, typer.Option(help="cpu, cuda, ...; default: those here.")] = None,
+) -> None:
+    """Tell which backend would run for each op, and for each that would not, why, and what would fix it."""
+    try:
+        typer.echo(str(rmfast.explain(op, device)))
+    except Exception as error:
+        _fail(" ".join(str(error).split()))
+
+
+@app.callback(invoke_without_command=True)
+def _root(version: Annotated[bool, typer.Option("--version", help="Print the version and exit.")] = False) -> None:
+    if version:
+        typer.echo(f"rmfast {rmfast.__version__}")
+        raise typer.Exit
+
+
+class BadRow(ValueError):
+    """A row that can't be scored; the message says why."""
+
+
+class Run:
+    """One run of `score` or `values`: windows of rows in, lines out, in the input's order."""
+
+    def __init__(self, command: str, options: Options, column: str, tokens: bool = False) -> None:
+        self.options, self.column, self.tokens = options, column, tokens
+        self.kind = options.input_format or kind_of(options.input)
+        self.count, digest = count_and_digest(options.input, self.kind)
+        local = Path(options.model)
+        fixed = ("columns", "format", "truncation", "max_length", "pooling", "dtype", "revision", "gguf_file")
+        names = [field.name for field in dataclasses.fields(Options) if field.name.endswith("_column")]
+        run = {
+            "rmfast": rmfast.__version__,
+            "command": command,
+            "model": str(local.resolve()) if local.exists() else options.model,
+            "model_files": _files_digest(local) if local.exists() else None,
+            "input_sha256": digest,
+            "tokens": tokens,
+            **{name: getattr(options, name) for name in [*fixed, *names]},
+        }
+        options.output.parent.mkdir(parents=True, exist_ok=True)
+        self.output = Output(options.output, run, overwrite=options.overwrite)
+        self.mode: Columns | None = options.columns
+        self.bad = self.texts = self.n_tokens = 0
+
+    def go(self, function: Callable[[Any, list[Any]], Any]) -> None:
+        """Score all rows that are not done, `function(model, encoded inputs)` giving one result for each input."""
+        if self.output.finished:
+            return typer.echo(f"rmfast: {self.output.path} is complete; --overwrite starts anew", err=True)
+        model = _load(self.options)
+        self.output.begin(model_revision=getattr(model.model.config, "_commit_hash", None))
+
+        from tqdm import tqdm
+
+        first, start = self.output.next_row, time.perf_counter()
+        backend = rmfast.backend(self.options.backend) if self.options.backend else contextlib.nullcontext()
+        bar = tqdm(total=self.count, initial=first, unit="row", disable=None)  # None: only on a terminal
+        with backend, bar:
+            for number, rows in self._windows(first):
+                stopped = self._window(model, number, rows, function)
+                bar.update(self.output.next_row - bar.n)
+                bar.set_postfix_str(self._rates(time.perf_counter() - start))
+                if stopped:
+                    raise stopped
+        self.output.finish()
+        seconds = time.perf_counter() - start
+        typer.echo(
+            f"rmfast: {self.output.next_row - first} rows, {self.texts} texts, {self.n_tokens} tokens"
+            f" in {seconds:.1f} s: {self._rates(seconds)}" + (f"; {self.bad} bad rows" if self.bad else ""),
+            err=True,
+        )
+
+    def _rates(self, seconds: float) -> str:
+        return f"{self.texts / seconds:.1f} texts/s, {self.n_tokens / seconds:.0f} tokens/s"
+
+    def _windows(self, first: int) -> Iterator[tuple[int, list[Row]]]:
+        """Windows (number of their first row, rows) from row `first` on.
+
+        They are cut at multiples of --window of the whole file, so that a resumed run batches like an uninterrupted one.
+        """
+        rows = read_rows(self.options.input, self.kind)
+        head = next(((number, row) for number, row in enumerate(rows) if not row.error), None)
+        if head is None:
+            rows = read_rows(self.options.input, self.kind)  # bad rows only, or none
+        else:
+            self._settle(head[1])
+            rows = read_rows(self.options.input, self.kind)
+        number, size = first, self.options.window
+        rows = itertools.islice(rows, first, None)
+        while window := list(itertools.islice(rows, size - number % size)):
+            yield number, window
+            number += len(window)
+
+    def _settle(self, row: Row) -> None:
+        """Choose the mode by the first readable row, and see that the new columns are free."""
+        if self.mode is None:
+            self.mode = self._mode_of(row.data)
+        taken = set(row.data) & set(self._new_columns())
+        if taken:
+            raise ValueError(f"the input has a column {sorted(taken)[0]!r} already: give another --output-column")
+
+    def _mode_of(self, data: dict[str, Any]) -> Columns:
+        o = self.options
+        wanted: dict[Columns, tuple[str, ...]] = {
+            "pairs": (o.chosen_column, o.rejected_column),
+            "messages": (o.messages_column,),
+            "response": (o.prompt_column, o.response_column),
+            "text": (o.text_column,),
+        }
+        for mode, names in wanted.items():
+            if all(name in data for name in names):
+                return mode
+        expected = " or ".join("+".join(names) for names in wanted.values())
+        raise ValueError(
+            f"Expected columns {expected}, got {', '.join(data) or 'none'}; name yours with --text-column etc."
+        )
+
+    def _new_columns(self) -> list[str]:
+        columns = [self.column + suffix for suffix in self._suffixes()]
+        if self.tokens:
+            columns += [name + suffix for name in ("tokens", "token_ids") for suffix in self._suffixes()]
+        return columns
+
+    def _suffixes(self) -> tuple[str, ...]:
+        return ("_chosen", "_rejected") if self.mode == "pairs" else ("",)
+
+    def _inputs(self, row: Row) -> list[Any]:
+        """The row's texts, as the model takes them: one, or two for a pair. Raises BadRow."""
+        if row.error:
+            raise BadRow(row.error)
+        o = self.options
+        if self.mode == "pairs":
+            prompt = _cell(row, o.prompt_column) if row.data.get(o.prompt_column) is not None else None
+            return [_join(prompt, _cell(row, column)) for column in (o.chosen_column, o.rejected_column)]
+        if self.mode == "response":
+            return [_join(_cell(row, o.prompt_column), _cell(row, o.response_column))]
+        column = o.messages_column if self.mode == "messages" else o.text_column
+        cell = _cell(row, column, parse=self.mode == "messages")
+        if isinstance(cell, str) != (self.mode == "text"):
+            raise BadRow(f"column {column!r} holds {'messages' if self.mode == 'text' else 'no list of messages'}")
+        return [cell]
+
+    def _window(
+        self, model: Any, number: int, rows: list[Row], function: Callable[[Any, list[Any]], Any]
+    ) -> ValueError | None:
+        """Score one window and write its lines. Returns the error that ends the run, where a bad row does."""
+        o, errors = self.options, dict[int, str]()
+        inputs: list[tuple[int, Any]] = []  # (place in the window, input)
+        for place, row in enumerate(rows):
+            try:
+                inputs += [(place, item) for item in self._inputs(row)]
+            except BadRow as error:
+                errors[place] = str(error)
+        encoded = model.encode(
+            [item for _, item in inputs],
+            max_length=o.max_length,
+            truncation=o.truncation,
+            format=o.format,
+            errors="return",
+        )
+        for (place, _), item in zip(inputs, encoded, strict=True):
+            if isinstance(item, Exception):
+                errors.setdefault(place, getattr(item, "reason", str(item)))
+        end = min(errors, default=len(rows)) if o.on_error == "stop" else len(rows)
+        good = [(place, item) for (place, _), item in zip(inputs, encoded) if place not in errors and place < end]
+        results: dict[int, list[tuple[Any, Any]]] = {}
+        if good:
+            for (place, item), result in zip(good, function(model, [item for _, item in good]), strict=True):
+                result = _plain(result)
+                if not _finite(result):
+                    errors.setdefault(place, f"its {self.column} is not finite")
+                results.setdefault(place, []).append((item, result))
+        if o.on_error == "stop":
+            end = min(errors, default=len(rows))
+
+        lines, skipped = [], []
+        for place, row in enumerate(rows[:end]):
+            if place not in errors:
+                lines.append(dump_line(row.data | self._cells(model, results[place])))
+            elif o.on_error == "null":
+                lines.append(dump_line(row.data | dict.fromkeys(self._new_columns()) | {"error": errors[place]}))
+            else:
+                skipped.append((number + place, Row(row.line, {}, errors[place])))
+        for place in sorted(errors):
+            if place < end:
+                self._report(rows[place].line, errors[place])
+        self.output.append(lines, skipped)
+        self.bad += len(lines) + len(skipped) - sum(place < end for place in results if place not in errors)
+        self.texts += len(good)
+        self.n_tokens += sum(len(item) for _, item in good)
+        if end < len(rows):
+            hint = "--on-error skip or null goes on past bad rows"
+            return BadRow(f"{o.input.name}, line {rows[end].line}: {errors[end]} ({hint})")
+        return None
+
+    def _cells(self, model: Any, results: list[tuple[Any, Any]]) -> dict[str, Any]:
+        cells = {self.column + suffix: result for suffix, (_, result) in zip(self._suffixes(), results, strict=True)}
+        if self.tokens:
+            for suffix, (item, _) in zip(self._suffixes(), results, strict=True):
+                ids = item.ids.tolist()
+                cells["tokens" + suffix] = model.tokenizer.convert_ids_to_tokens(ids)
+                cells["token_ids" + suffix] = ids
+        return cells
+
+    def _report(self, line: int, reason: str) -> None:
+        from tqdm import tqdm
+
+        tqdm.write(f"{self.options.input.name}, line {line}: {reason}", file=sys.stderr)
+
+
+def _load(options: Options) -> Any:
+    pooling: str | int = int(options.pooling) if options.pooling.lstrip("-").isdigit() else options.pooling
+    given = {name: getattr(options, name) for name in ("dtype", "device", "revision", "gguf_file")}
+    return rmfast.load(
+        options.model,
+        pooling=pooling,
+        trust_remote_code=options.trust_remote_code,
+        **{name: value for name, value in given.items() if value is not None},
+    )
+
+
+def _files_digest(folder: Path) -> str:
+    """Of the names, sizes and times of a model's files: reading 16 GB of weights at every start would take 16 s."""
+    files = sorted(path for path in folder.iterdir() if path.is_file()) if folder.is_dir() else [folder]
+    seen = [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in files]
+    return hashlib.sha256(repr(seen).encode()).hexdigest()
+
+
+def _cell(row: Row, column: str, parse: bool = False) -> Any:
+    """The text or list of messages in a column; with `parse` (CSV has no lists) also one written as JSON. Raises BadRow."""
+    if column not in row.data:
+        raise BadRow(f"column {column!r} is missing")
+    cell = row.data[column]
+    if parse and isinstance(cell, str):
+        try:
+            cell = json.loads(cell)
+        except ValueError:
+            raise BadRow(f"column {column!r} holds no list of messages") from None
+    if isinstance(cell, list) and cell and all(isinstance(m, dict) and isinstance(m.get("role"), str) for m in cell):
+        return cell
+    if cell is None or cell == [] or isinstance(cell, str) and not cell.strip():
+        raise BadRow(f"column {column!r} is empty")
+    if not isinstance(cell, str):
+        raise BadRow(f"column {column!r} holds neither text nor messages but {type(cell).__name__}")
+    return cell
+
+
+def _join(prompt: Any, response: Any) -> Any:
+    """A prompt (text, messages or None) and a response (text or messages) as one input."""
+    if prompt is None:
+        return response
+    if isinstance(response, str):
+        return (prompt, response)
+    if isinstance(prompt, list):
+        return [*prompt, *response]
+    # Datasets with a text prompt often repeat it as the first turn of the conversation.
+    return response if response[0]["role"] != "assistant" else [{"role": "user", "content": prompt}, *response]
+
+
+def _plain(result: Any) -> Any:
+    """A 0-, 1- or 2-d array of rewards as floats that are short in JSON: the fewest digits that give the same fp32."""
+    import numpy as np
+
+    array = np.asarray(result)
+    short = np.vectorize(lambda x: float(str(x)), otypes=[object])(array)
+    return short.tolist() if array.ndim else short.item()
+
+
+def _finite(value: Any) -> bool:
+    return all(map(_finite, value)) if isinstance(value, list) else math.isfinite(value)
+
+
+def _statistics(path: Path, column: str) -> str:
+    """Mean and standard deviation of each reward column of an output file, and the accuracy of its pairs (a tie is half)."""
+    import numpy as np
+
+    names = [column, column + "_chosen", column + "_rejected"]
+    sums: dict[str, Any] = {}
+    wins: Any = 0.0
+    pairs = empty = 0
+    ties: Any = 0
+    with path.open("rb") as file:
+        for line in file:
+            row = json.loads(line)
+            found = {name: np.asarray(row[name], dtype=np.float64) for name in names if row.get(name) is not None}
+            empty += not found
+            for name, reward in found.items():
+                n, mean, square = sums.get(name, (0, 0.0, 0.0))  # Welford's running mean and sum of squares
+                step = reward - mean
+                mean = mean + step / (n + 1)
+                sums[name] = n + 1, mean, square + step * (reward - mean)
+            if len(found) == 2:
+                margin = found[names[1]] - found[names[2]]
+                wins, ties, pairs = wins + (margin > 0) + 0.5 * (margin == 0), ties + (margin == 0), pairs + 1
+    lines = []
+    if pairs:
+        lines.append(f"pairs {pairs}  accuracy {_show(wins / pairs)}  ties {_show(ties, 0)}")
+    for name, (n, mean, square) in sums.items():
+        lines.append(f"{name}  n {n}  mean {_show(mean)}  std {_show(np.sqrt(square / n))}")
+    if empty:
+        lines.append(f"rows without a reward {empty}")
+    return "\n".join(lines) or "no rows"
+
+
+def _show(value: Any, digits: int = 4) -> str:
+    import numpy as np
+
+    return " ".join(f"{x:.{digits}f}" for x in np.atleast_1d(value))
+
+
+def main() -> None:
+    """The console script: exit code 0, 1 for an error (one line on stderr), 2 for wrong usage, 130 when interrupted."""
+    app()
+
+
+if __name__ == "__main__":
+    main()
