@@ -118,68 +118,41 @@ void prepare(const RewardHead<A>& h) {
   if (!p.few) pack_columns(p.dots, d, d, p.dots_n, p.packed);
 }
 
-// Dots of R rows with C vectors, and their squared norms: R * (C + 1) independent chains of additions.
-template <class A, class T, int R, int C, bool Center>
-void row_dots(const T* const* x, const T* next, const A* mean, const A* y, int64_t d, A* out, int64_t ld, A* square) {
-  V<A> acc[R][C] = {}, sq[R] = {};
+// Dots of one row with C vectors, and its squared norm, in U interleaved chains of additions each. One row at a time
+// reads memory in one stream: 52 GB/s on two cores, where four rows side by side reach 31.
+template <class A, class T, int C, int U, bool Center>
+void row_dots(const T* x, A mean, const A* y, int64_t d, A* out, A* square) {
+  V<A> acc[U][C] = {}, sq[U] = {};
   int64_t i = 0;
-  for (; i + W<A> <= d; i += W<A>) {
-    V<A> b[C];
-#pragma GCC unroll 8
-    for (int c = 0; c < C; ++c) b[c] = load(y + c * d + i);
+  for (; i + U * W<A> <= d; i += U * W<A>)
 #pragma GCC unroll 4
-    for (int r = 0; r < R; ++r) {
-      V<A> v = load(x[r] + i);
-      if (Center) v -= mean[r];
-      sq[r] += v * v;
-#pragma GCC unroll 8
-      for (int c = 0; c < C; ++c) acc[r][c] += v * b[c];
+    for (int u = 0; u < U; ++u) {
+      V<A> v = load(x + i + u * W<A>);
+      if (Center) v -= mean;
+      sq[u] += v * v;
+#pragma GCC unroll 4
+      for (int c = 0; c < C; ++c) acc[u][c] += v * load(y + c * d + i + u * W<A>);
     }
-    if (next) __builtin_prefetch(next + i * R);  // rows stand one after another: R of them are read in this time
+  for (; i < d; i += W<A>) {
+    const int64_t n = d - i < W<A> ? d - i : W<A>;
+    V<A> v = load_part<A>(x + i, n);
+    if (Center) v = first_lanes<A>(v - mean, n);
+    sq[0] += v * v;
+    for (int c = 0; c < C; ++c) acc[0][c] += v * load_part<A>(y + c * d + i, n);
   }
-  if (i < d) {
-    for (int r = 0; r < R; ++r) {
-      V<A> v = load_part<A>(x[r] + i, d - i);
-      if (Center) v = first_lanes<A>(v - mean[r], d - i);
-      sq[r] += v * v;
-      for (int c = 0; c < C; ++c) acc[r][c] += v * load_part<A>(y + c * d + i, d - i);
-    }
+  for (int u = 1; u < U; ++u) {
+    sq[0] += sq[u];
+    for (int c = 0; c < C; ++c) acc[0][c] += acc[u][c];
   }
-  for (int r = 0; r < R; ++r) {
-    for (int c = 0; c < C; ++c) out[r * ld + c] = sum<A>(acc[r][c]);
-    square[r] = sum<A>(sq[r]);
-  }
+  for (int c = 0; c < C; ++c) out[c] = sum<A>(acc[0][c]);
+  *square = sum<A>(sq[0]);
 }
 
-template <class A, class T, int R, bool Center>
-void row_dots_any(const T* const* x, const T* next, const A* mean, const A* y, int64_t n, int64_t d, A* out, int64_t ld,
-                  A* square) {
-  for (int64_t c = 0; c < n;) {
-    const T* ahead = c ? nullptr : next;
-    if (n - c >= 4) {
-      row_dots<A, T, R, 4, Center>(x, ahead, mean, y + c * d, d, out + c, ld, square);
-      c += 4;
-    } else if (n - c >= 2) {
-      row_dots<A, T, R, 2, Center>(x, ahead, mean, y + c * d, d, out + c, ld, square);
-      c += 2;
-    } else {
-      row_dots<A, T, R, 1, Center>(x, ahead, mean, y + c * d, d, out + c, ld, square);
-      c += 1;
-    }
-  }
-}
-
-// Dots (count, ld) and squared norms of a block by rows; a row's bits are the same alone and in a group of four.
 template <class A, class T, bool Center>
-void few_dots(const T* const* x, int64_t count, const A* mean, const A* y, int64_t n, int64_t d, A* out, int64_t ld,
-              A* square) {
-  constexpr int R = 4;
-  int64_t r = 0;
-  for (; r + R <= count; r += R)
-    row_dots_any<A, T, R, Center>(x + r, r + R < count ? x[r + R] : nullptr, mean + r, y, n, d, out + r * ld, ld,
-                                  square + r);
-  for (; r < count; ++r)
-    row_dots_any<A, T, 1, Center>(x + r, nullptr, mean + r, y, n, d, out + r * ld, ld, square + r);
+void few_dots(const T* x, A mean, const A* y, int64_t n, int64_t d, A* out, A* square) {
+  for (; n >= 4; n -= 4, out += 4, y += 4 * d) row_dots<A, T, 4, 2, Center>(x, mean, y, d, out, square);
+  for (; n >= 2; n -= 2, out += 2, y += 2 * d) row_dots<A, T, 2, 4, Center>(x, mean, y, d, out, square);
+  if (n) row_dots<A, T, 1, 4, Center>(x, mean, y, d, out, square);
 }
 
 // The same through the GEMM; x is converted 256 columns at a time.
@@ -307,12 +280,13 @@ void forward_rows(const RewardHead<A>& h, int64_t first_block, int64_t last_bloc
       x[r] = row_pointer<T>(h.rows, first + r);
       b.mean.data[r] = h.norm == kLayer ? row_sum<A>(x[r], p.d) / A(p.d) : A(0);
     }
-    if (!p.few)
+    if (!p.few) {
       many_dots(x, count, b.mean.data, p, b.copy.data, b.dots.data, b.ld, b.square.data);
-    else if (h.norm == kLayer)
-      few_dots<A, T, true>(x, count, b.mean.data, p.dots, p.dots_n, p.d, b.dots.data, b.ld, b.square.data);
-    else
-      few_dots<A, T, false>(x, count, b.mean.data, p.dots, p.dots_n, p.d, b.dots.data, b.ld, b.square.data);
+    } else {
+      auto dots = h.norm == kLayer ? few_dots<A, T, true> : few_dots<A, T, false>;
+      for (int64_t r = 0; r < count; ++r)
+        dots(x[r], b.mean.data[r], p.dots, p.dots_n, p.d, b.dots.data + r * b.ld, b.square.data + r);
+    }
     if (p.J) {
       intervene(h, p, b, x, first, count);
       continue;
@@ -382,13 +356,8 @@ void backward_rows(const RewardHeadBackward<A>& h, int64_t first_chunk, int64_t 
       A scale = 1, along = 0, shift = 0;
       if (h.norm != kNone) {
         A projection, square;
-        const T* rows[1] = {x};
-        const bool more = n + 1 < last;
-        const T* next = more ? row_pointer<T>(h.rows, n + 1) : nullptr;
-        if (h.norm == kLayer)
-          row_dots<A, T, 1, 1, true>(rows, next, &mean, toward, d, &projection, 1, &square);
-        else
-          row_dots<A, T, 1, 1, false>(rows, next, &mean, toward, d, &projection, 1, &square);
+        auto dots = h.norm == kLayer ? row_dots<A, T, 1, 4, true> : row_dots<A, T, 1, 4, false>;
+        dots(x, mean, toward, d, &projection, &square);
         scale = A(1) / A(__builtin_sqrt(square / A(d) + A(h.eps)));
         along = by * projection * scale * scale * scale / A(d);
         if (h.norm == kLayer) shift = sum_of_gains * scale / A(d);
