@@ -1,0 +1,425 @@
+"""`RewardModel`: rewards of texts, and of every token of them; `load` makes one from a checkpoint."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+
+from rmfast import inputs as _inputs
+from rmfast import model as _model
+from rmfast.inputs import Encoded, Format, InputError, Truncation
+
+__all__ = ["Encoded", "InputError", "RewardModel", "load"]
+
+# Tokens of one batch, padding included. A CPU is at its GEMM rate from about 2,000 tokens, and more only adds padding
+# and cache misses; a large GPU wants more rows in flight: 16,384 tokens of an 8B model take about 1.5 GB.
+_BATCH_TOKENS = {"cpu": 4096}
+_BATCH_TOKENS_ACCELERATOR = 16384
+
+
+class RewardModel:
+    """A transformers reward model, bound to the fused reward head.
+
+    Args:
+        model: a transformers model with a reward head, in memory: sequence or token classification, with a linear or
+            MLP head, or an encoder that pools by itself; may carry peft adapters, be quantised, or be spread by
+            device_map. Its weights are used where they are, and read at each call: further training, or a switch of
+            adapters, is seen.
+        tokenizer: its tokenizer; None where all inputs are token ids.
+        pooling: the token at which `score` reads: "auto" (the rightmost id other than the configuration's
+            pad_token_id, as transformers reads a text alone), "last", or a token id (its rightmost occurrence).
+
+    Attributes:
+        num_labels: K, the rewards of one token.
+        max_length: most tokens of a text that the model and tokenizer are made for, or None.
+        binding: the parts found in the model (`rmfast.model.Binding`).
+
+    Raises:
+        ValueError: no body and head are found in the model, or they do not reproduce its own logits on a few tokens.
+    """
+
+    def __init__(self, model: nn.Module, tokenizer: Any = None, *, pooling: str | int = "auto"):
+        if isinstance(pooling, bool) or not (pooling in ("auto", "last") or isinstance(pooling, int)):
+            raise ValueError(f'Expected pooling to be "auto", "last" or a token id, got {pooling!r}')
+        read_id = pooling if isinstance(pooling, int) else None
+        self.binding = _model.bind(model, read_id, tuple(getattr(tokenizer, "all_special_ids", None) or ()))
+        self.model = model
+        self.tokenizer = tokenizer
+        self.pooling = pooling
+        self.num_labels = self.binding.num_labels
+        self.max_length = _max_length(self.binding, tokenizer)
+        if isinstance(pooling, int) and not 0 <= pooling < self.binding.vocab_size:
+            raise ValueError(f"Expected pooling to be a token id in [0, {self.binding.vocab_size}), got {pooling}")
+        if not self.binding.head and pooling != "auto":
+            name = type(self.binding.root).__name__
+            raise ValueError(f'{name} pools by itself: expected pooling to be "auto", got {pooling!r}')
+        self._warned = False
+
+    def __repr__(self) -> str:
+        bound = self.binding
+        return (
+            f"RewardModel({type(bound.root).__name__}, num_labels={self.num_labels}, norm={bound.norm_kind!r}, "
+            f"pooling={self.pooling!r}, device={str(bound.device)!r})"
+        )
+
+    def score(
+        self,
+        inputs: Sequence[Any],
+        *,
+        batch_tokens: int | None = None,
+        max_length: int | None = None,
+        truncation: Truncation = "error",
+        normalize: tuple[Any, Any] | None = None,
+        progress: bool = False,
+        format: Format | None = None,
+        positions: Sequence[int] | None = None,
+    ) -> Tensor:
+        """One reward (or K) for each input: the head's raw output.
+
+        Args:
+            inputs: a sequence of (prompt, response) pairs, chat message lists, strings, or token-id sequences (list,
+                1-D array or tensor), in any mixture. With a chat template a pair is a user and an assistant turn (the
+                prompt may also be a list of messages). Without one an encoder gets its tokenizer's pair encoding,
+                a decoder prompt + response.
+            batch_tokens: most tokens of one batch, padding included. Default 4,096 on CPU, 16,384 elsewhere; a batch
+                that does not fit in a GPU's memory is halved.
+            max_length: most tokens of one input; default `self.max_length`.
+            truncation: what is done to an input over max_length: "error", or cut at the "left" or "right". Tokens that
+                the tokenizer adds ([CLS], [SEP]) and a leading BOS are kept.
+            normalize: (mean, std), numbers or K of each; the result is (reward − mean) / std.
+            progress: show a progress bar.
+            format: how pairs become text: "chat", "pair" (the tokenizer's pair encoding), "concat", or a function of
+                one input that returns an input.
+            positions: the token at which each input is read, after truncation, negative from the end; in place of
+                pooling.
+
+        Returns:
+            (N,) for K = 1, else (N, K), in input order, on the CPU; fp32 (fp64 for an fp64 model).
+
+        Raises:
+            InputError: (a ValueError) an input is empty, of an unknown kind, over max_length, outside of the
+                vocabulary, or lacks the pooling token. `.index` is its position.
+            ValueError, TypeError: an argument is wrong.
+        """
+        scale = None if normalize is None else _normalize(normalize, self.num_labels)
+        encoded = self.encode(inputs, max_length=max_length, truncation=truncation, format=format)
+        if positions is not None and len(positions) != len(encoded):
+            raise ValueError(f"Expected one position for each of {len(encoded)} inputs, got {len(positions)}")
+        if not self.binding.head:
+            if positions is not None:
+                raise ValueError(f"{type(self.binding.root).__name__} pools by itself and can't be read at positions")
+            read = [np.zeros(1, np.int64)] * len(encoded)  # one row each; its own forward picks the tokens
+        else:
+            read = []
+            for i, item in enumerate(encoded):
+                read.append(np.array([self._position(item.ids, i, None if positions is None else positions[i])]))
+        values = self._run(encoded, read, batch_tokens, progress)
+        out = torch.cat(values) if values else torch.empty(0, self.num_labels)
+        if scale is not None:
+            out = (out - scale[0].to(out)) / scale[1].to(out)
+        return out[:, 0] if self.num_labels == 1 else out
+
+    def token_values(
+        self,
+        inputs: Sequence[Any],
+        *,
+        batch_tokens: int | None = None,
+        max_length: int | None = None,
+        truncation: Truncation = "error",
+        normalize: tuple[Any, Any] | None = None,
+        progress: bool = False,
+        format: Format | None = None,
+    ) -> list[Tensor]:
+        """The reward read at every token of every input, from one pass of the body.
+
+        Arguments and errors are those of `score`. Value t of an input is what `score` with position t gives.
+
+        Returns:
+            For each input (T_i,), or (T_i, K) for K > 1, on the CPU; fp32 (fp64 for an fp64 model). `encode` gives the
+            tokens they belong to.
+
+        Raises:
+            ValueError: the model pools by itself (a cross-encoder), so tokens have no reward of their own.
+        """
+        if not self.binding.head:
+            raise ValueError(
+                f"{type(self.binding.root).__name__} pools the whole text by itself, so its tokens have no rewards of "
+                "their own; token_values needs a head that is applied to each token"
+            )
+        scale = None if normalize is None else _normalize(normalize, self.num_labels)
+        encoded = self.encode(inputs, max_length=max_length, truncation=truncation, format=format)
+        values = self._run(encoded, [np.arange(len(item)) for item in encoded], batch_tokens, progress)
+        if scale is not None:
+            values = [(v - scale[0].to(v)) / scale[1].to(v) for v in values]
+        return [v[:, 0] if self.num_labels == 1 else v for v in values]
+
+    def encode(
+        self,
+        inputs: Sequence[Any],
+        *,
+        max_length: int | None = None,
+        truncation: Truncation = "error",
+        format: Format | None = None,
+        errors: Literal["raise", "return"] = "raise",
+    ) -> list[Any]:
+        """Inputs as token ids, formatted, checked and cut as `score` would; `score` takes the results as inputs.
+
+        Returns:
+            A list of `Encoded` (`.ids` is (T,) int64). With errors="return" an input that can't be scored has its
+            `InputError` there instead, and the others can still be scored.
+
+        Raises:
+            InputError: with errors="raise", the first input that can't be scored; `.index` is its position.
+        """
+        return _inputs.encode(
+            inputs,
+            self.tokenizer,
+            causal=self.binding.causal,
+            vocab_size=self.binding.vocab_size,
+            max_length=self.max_length if max_length is None else max_length,
+            truncation=truncation,
+            format=format,
+            errors=errors,
+        )
+
+    def _position(self, ids: np.ndarray, index: int, given: int | None) -> int:
+        """The token at which an input is read."""
+        if given is not None:
+            if not -len(ids) <= given < len(ids):
+                raise InputError(index, f"position {given} is outside of its {len(ids)} tokens")
+            return int(given) % len(ids)
+        if self.pooling == "last":
+            return len(ids) - 1
+        if self.pooling == "auto":
+            pad = getattr(self.binding.config, "pad_token_id", None)
+            if pad is None:
+                return len(ids) - 1
+            if ids[-1] == pad:
+                self._warn_pad(pad)
+            other = np.flatnonzero(ids != pad)
+            return int(other[-1]) if len(other) else 0  # only pads: transformers reads the first token
+        found = np.flatnonzero(ids == self.pooling)
+        if not len(found):
+            raise InputError(index, f"token id {self.pooling}, at which pooling={self.pooling} reads, is not in it")
+        return int(found[-1])
+
+    def _warn_pad(self, pad: int) -> None:
+        if self._warned:
+            return
+        self._warned = True
+        config = self.binding.config
+        eos = getattr(config, "eos_token_id", None)
+        same = pad in eos if isinstance(eos, list | tuple) else pad == eos
+        warnings.warn(
+            f"A text ends with token {pad}, this model's pad_token_id{' and eos_token_id' if same else ''}. As in "
+            'transformers, the reward is read at the last token that is not; pooling="last" reads the very last',
+            stacklevel=4,
+        )
+
+    def _run(
+        self, encoded: list[Encoded], read: list[np.ndarray], batch_tokens: int | None, progress: bool
+    ) -> list[Tensor]:
+        """Rewards (len(read[i]), K) of each input at its tokens read[i], on the CPU."""
+        if batch_tokens is None:
+            batch_tokens = _BATCH_TOKENS.get(self.binding.device.type, _BATCH_TOKENS_ACCELERATOR)
+        if isinstance(batch_tokens, bool) or not isinstance(batch_tokens, int) or batch_tokens < 1:
+            raise ValueError(f"Expected batch_tokens to be a positive int, got {batch_tokens!r}")
+        results: list[Any] = [None] * len(encoded)
+        with self.binding.session(), tqdm(total=len(encoded), unit="text", disable=not progress) as bar:
+            pending = list(_plan([len(item) for item in encoded], batch_tokens, self.binding.length_group))[::-1]
+            while pending:
+                batch = pending.pop()
+                try:
+                    values = self._batch([encoded[i] for i in batch], [read[i] for i in batch])
+                except torch.OutOfMemoryError:
+                    if len(batch) == 1:
+                        raise
+                    pending += [batch[len(batch) // 2 :], batch[: len(batch) // 2]]
+                    continue
+                # Results stay on their device until the end: a copy to the host would wait for each batch.
+                for i, value in zip(batch, values.split([len(read[i]) for i in batch])):
+                    results[i] = value
+                bar.update(len(batch))
+            flat = torch.cat(results).cpu() if results else torch.empty(0, self.num_labels)
+        # A clone made outside of inference mode is an ordinary tensor, which autograd may save.
+        return list(flat.clone().split([len(r) for r in read]))
+
+    def _batch(self, items: list[Encoded], read: list[np.ndarray]) -> Tensor:
+        """Rewards (sum of len(read), K) of one right-padded batch."""
+        longest = max(map(len, items))
+        device = self.binding.device
+        ids = np.full((len(items), longest), _model.pad_id(self.binding), np.int64)
+        mask = np.zeros((len(items), longest), np.int64)
+        types = np.zeros((len(items), longest), np.int64)
+        for i, item in enumerate(items):
+            ids[i, : len(item)] = item.ids
+            mask[i, : len(item)] = 1
+            if item.types is not None:
+                types[i, : len(item)] = item.types
+        # A decoder that takes token types (GPT-2) looks them up as words; only encoders have them in their inputs.
+        typed = not self.binding.causal and any(item.types is not None for item in items)
+        args = [torch.from_numpy(x).to(device) for x in (ids, mask, *([types] if typed else []))]
+        if not self.binding.head:
+            return self.binding.pooled(*args)
+        rows = np.concatenate([i * longest + r for i, r in enumerate(read)])
+        hidden = self.binding.hidden(*args)
+        return self.binding.rewards(hidden, torch.from_numpy(rows).to(hidden.device))
+
+
+def _plan(lengths: list[int], batch_tokens: int, group: Callable[[int], tuple]) -> Iterator[list[int]]:
+    """Batches of indices: longest first (memory runs out at once or never), within the budget, one group each."""
+    batch: list[int] = []
+    for i in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):
+        if batch and (
+            (len(batch) + 1) * lengths[batch[0]] > batch_tokens or group(lengths[i]) != group(lengths[batch[0]])
+        ):
+            yield batch
+            batch = []
+        batch.append(i)
+    if batch:
+        yield batch
+
+
+def _normalize(normalize: tuple[Any, Any], labels: int) -> tuple[Tensor, Tensor]:
+    if not isinstance(normalize, tuple | list) or len(normalize) != 2:
+        raise ValueError(f"Expected normalize to be (mean, std), got {normalize!r}")
+    mean, std = (torch.as_tensor(x, dtype=torch.float64) for x in normalize)
+    for name, x in (("mean", mean), ("std", std)):
+        if x.dim() > 1 or x.numel() not in (1, labels):
+            raise ValueError(f"Expected {name} in normalize to be a number or {labels} of them, got {tuple(x.shape)}")
+    if not bool((std > 0).all()):
+        raise ValueError(f"Expected the std in normalize to be above 0, got {std.tolist()}")
+    return mean, std
+
+
+def _max_length(binding: _model.Binding, tokenizer: Any) -> int | None:
+    """The smaller of the model's positions and the tokenizer's limit, where they are stated."""
+    limits = []
+    positions = getattr(binding.config, "max_position_embeddings", None)
+    if isinstance(positions, int) and positions > 0:
+        limits.append(positions)
+    for name, module in binding.body.named_modules():
+        # RoBERTa counts positions from padding_idx + 1, so its table holds fewer texts' tokens than rows.
+        if isinstance(module, nn.Embedding) and name.endswith("position_embeddings") and module.padding_idx is not None:
+            limits.append(module.num_embeddings - module.padding_idx - 1)
+    stated = getattr(tokenizer, "model_max_length", None)
+    if isinstance(stated, int) and 0 < stated < 10**9:  # unset, it is 10^30
+        limits.append(stated)
+    return min(limits, default=None)
+
+
+# Loading --------------------------------------------------------------------------------------------------------------
+
+
+def load(
+    path_or_id: Any,
+    *,
+    dtype: Any = None,
+    device: Any = None,
+    trust_remote_code: bool = False,
+    pooling: str | int = "auto",
+    **kw: Any,
+) -> RewardModel:
+    """Load a reward model and its tokenizer with transformers.
+
+    Args:
+        path_or_id: a folder or hub id of a sequence- or token-classification checkpoint, or of a peft adapter on one.
+        dtype: a torch dtype or its name; default the checkpoint's own.
+        device: where the weights go; default a CUDA GPU where there is one, else the CPU. Not with device_map.
+        trust_remote_code: run the checkpoint's own Python code.
+        pooling: as for `RewardModel`.
+        **kw: passed to from_pretrained: device_map, quantization_config, revision, subfolder, gguf_file, ...
+
+    Raises:
+        ValueError: the checkpoint is no reward model, or its head's weights are missing.
+        OSError: there is no such checkpoint (from transformers).
+    """
+    if device is not None and kw.get("device_map") is not None:
+        raise ValueError("Expected device or device_map, got both")
+    shared = {name: kw[name] for name in _HUB_ARGUMENTS if name in kw} | {"trust_remote_code": trust_remote_code}
+    options = {**kw, "dtype": "auto" if dtype is None else dtype, "trust_remote_code": trust_remote_code}
+    if device is None and kw.get("device_map") is None and torch.cuda.is_available():
+        device = "cuda"
+    model = _load_model(path_or_id, shared, options, device)
+    return RewardModel(model, _load_tokenizer(path_or_id, shared), pooling=pooling)
+
+
+_HUB_ARGUMENTS = ("cache_dir", "gguf_file", "local_files_only", "revision", "subfolder", "token")
+
+
+def _load_model(path: Any, shared: dict[str, Any], options: dict[str, Any], device: Any) -> nn.Module:
+    import transformers
+
+    if _is_adapter(path, shared):
+        from peft import AutoPeftModelForSequenceClassification
+
+        model = AutoPeftModelForSequenceClassification.from_pretrained(path, **options)
+        return model.to(device) if device is not None else model
+
+    config = transformers.AutoConfig.from_pretrained(path, **shared)
+    architectures = list(getattr(config, "architectures", None) or [])
+    remote = getattr(config, "auto_map", None) or {}
+    for task in ("SequenceClassification", "TokenClassification"):
+        auto = f"AutoModelFor{task}"
+        if any(name.endswith(f"For{task}") for name in architectures) or auto in remote:
+            break
+    else:
+        auto = "AutoModel"  # a class of the checkpoint's own (InternLM2-reward); its structure will tell what it is
+        if auto not in remote:
+            raise ValueError(
+                f"{path} is not a reward model: its config names {architectures or 'no architecture'}; rmfast looks "
+                "for one that ends in ForSequenceClassification or ForTokenClassification; for one of these, or "
+                "AutoModel, in auto_map (with trust_remote_code=True); or for a peft adapter (adapter_config.json). "
+                "For a model with a head of your own: rmfast.RewardModel(model, tokenizer)"
+            )
+    if device is not None and (options.get("quantization_config") or getattr(config, "quantization_config", None)):
+        options["device_map"], device = {"": device}, None  # quantised weights are made where they will stay
+    model, info = getattr(transformers, auto).from_pretrained(path, output_loading_info=True, **options)
+    _check_head(path, model, info)
+    return model.to(device) if device is not None else model
+
+
+def _check_head(path: Any, model: nn.Module, info: dict[str, Any]) -> None:
+    """Refuse a head that transformers has just filled with random numbers."""
+    prefix = getattr(model, "base_model_prefix", "")
+    missing = sorted(name for name in info.get("missing_keys", ()) if not name.startswith(f"{prefix}."))
+    if missing:
+        raise ValueError(
+            f"{path} is not a reward model: it has no weights for its head, {', '.join(missing)}, which transformers "
+            "would fill with random numbers"
+        )
+
+
+def _is_adapter(path: Any, shared: dict[str, Any]) -> bool:
+    from transformers.utils import cached_file
+
+    hub = {name: value for name, value in shared.items() if name not in ("gguf_file", "trust_remote_code")}
+
+    def has(name: str) -> bool:
+        found = cached_file(
+            path,
+            name,
+            _raise_exceptions_for_gated_repo=False,
+            _raise_exceptions_for_missing_entries=False,
+            _raise_exceptions_for_connection_errors=False,
+            **hub,
+        )
+        return found is not None
+
+    return "gguf_file" not in shared and has("adapter_config.json") and not has("config.json")
+
+
+def _load_tokenizer(path: Any, shared: dict[str, Any]) -> Any:
+    import transformers
+
+    try:
+        return transformers.AutoTokenizer.from_pretrained(path, **shared)
+    except (OSError, ValueError, KeyError) as error:
+        warnings.warn(f"No tokenizer could be loaded from {path}, so inputs must be token ids: {error}", stacklevel=3)
+        return None
