@@ -101,7 +101,8 @@ def ninja_file(ext, out, torch_lib, includes, nvcc):
     cxx = os.environ.get("CXX", "c++")
     lines = [
         f"cflags = -O3 -std=c++17 -fPIC -fvisibility=hidden -ffp-contract=fast -fno-math-errno -Wall "
-        f"-Wno-psabi -Wno-ignored-attributes -Wno-maybe-uninitialized {STABLE_ABI} {'-DRMFAST_X86' if X86 else ''} {include}",
+        f"-Wno-psabi -Wno-ignored-attributes -Wno-maybe-uninitialized {STABLE_ABI} "
+        f"{'-DRMFAST_X86' if X86 else ''} {include}",
         "rule cxx",
         f"  command = {cxx} -MMD -MF $out.d $cflags $extra -c $in -o $out",
         "  depfile = $out.d",
@@ -149,7 +150,8 @@ def extensions():
     def extension(name, folder, pattern, nvcc=None):
         sources = sorted(str(path.relative_to(CSRC)) for path in (CSRC / folder).glob(pattern))
         made = Extension(name, sources)
-        made.settings = (base / "lib", [*includes, Path(nvcc).resolve().parent.parent / "include"] if nvcc else includes, nvcc)
+        cuda = [Path(nvcc).resolve().parent.parent / "include"] if nvcc else []
+        made.settings = (base / "lib", includes + cuda, nvcc)
         return made
 
     made = [extension("rmfast._C", "cpu", "*.cpp")]
@@ -166,7 +168,7 @@ def version():
 setup(
     version=version(),
     # `kernels` at the top level would be Hugging Face's package: installed as rmfast.kernels, always listed by name.
-    packages=["rmfast", "rmfast.kernels", "rmfast.kernels.reward_head"],
+    packages=["rmfast", "rmfast.ops", "rmfast.kernels", "rmfast.kernels.reward_head"],
     package_dir={"rmfast": "rmfast", "rmfast.kernels": "kernels"},
     package_data={"rmfast": ["py.typed"]},
     ext_modules=extensions(),

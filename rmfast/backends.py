@@ -144,7 +144,7 @@ def why_not(op: str, name: str, device: str) -> str | None:
             return missing
         if device == "cuda" or (device == "cpu" and interpreting()):
             return None
-        return f"triton kernels run on cuda tensors, not on {device}; fix: TRITON_INTERPRET=1 runs them in Python, slowly"
+        return f"triton kernels run on cuda tensors, not on {device}; TRITON_INTERPRET=1 runs them in Python, slowly"
     return None
 
 
@@ -190,4 +190,3 @@ def explain(op: str | None = None, device: str | None = None) -> Explanation:
                 runs = f"nothing: {runs} was asked for and cannot run"
             out.append(Choice(name, kind, runs, causes))
     return out
-

@@ -14,6 +14,7 @@ import json
 import math
 import sys
 import time
+import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Annotated, Any, Literal, NoReturn
@@ -32,6 +33,7 @@ app = typer.Typer(
 )
 
 Columns = Literal["pairs", "response", "messages", "text"]
+Score = Callable[[list[Any]], Any]  # encoded inputs to a reward, or token rewards, for each
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,9 +41,7 @@ class Options:
     """What `score` and `values` share; one command-line option each."""
 
     model: Annotated[str, typer.Option(help="A model's folder or hub id.")]
-    input: Annotated[
-        Path, typer.Option(help="A .jsonl, .csv (also .gz) or .parquet file.", exists=True, dir_okay=False)
-    ]
+    input: Annotated[Path, typer.Option(help="A .jsonl, .csv or .parquet file.", exists=True, dir_okay=False)]
     output: Annotated[Path, typer.Option(help="The JSONL file to write, or to go on with.", dir_okay=False)]
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Start anew where the output exists.")] = False
     on_error: Annotated[
@@ -54,9 +54,7 @@ class Options:
     rejected_column: Annotated[str, typer.Option()] = "rejected"
     messages_column: Annotated[str, typer.Option()] = "messages"
     text_column: Annotated[str, typer.Option()] = "text"
-    output_column: Annotated[str | None, typer.Option(help="Name of the new column.  [default: reward or values]")] = (
-        None
-    )
+    output_column: Annotated[str | None, typer.Option(help="The new column; default: reward, or values.")] = None
     input_format: Annotated[
         Literal["jsonl", "csv", "parquet"] | None, typer.Option(help="Default: by the file's suffix.")
     ] = None
@@ -67,15 +65,12 @@ class Options:
     truncation: Annotated[
         Literal["error", "left", "right"], typer.Option(help="A text over the limit is a bad row, or cut on this side.")
     ] = "error"
-    max_length: Annotated[int | None, typer.Option(min=1, help="Most tokens of a text; default: the model's own.")] = (
-        None
-    )
+    max_length: Annotated[int | None, typer.Option(min=1, help="Most tokens of a text; default: the model's.")] = None
     pooling: Annotated[str, typer.Option(help='The token that is read: "auto", "last" or a token id.')] = "auto"
     dtype: Annotated[
-        Literal["float32", "bfloat16", "float16", "float64"] | None,
-        typer.Option(help="Default: as the model was saved."),
+        Literal["float32", "bfloat16", "float16", "float64"] | None, typer.Option(help="Default: as it is saved.")
     ] = None
-    device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, ...; default: the model's own choice.")] = None
+    device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, ...; default: a GPU if there is one.")] = None
     batch_tokens: Annotated[int | None, typer.Option(min=1, help="Most tokens of a batch, padding counted.")] = None
     window: Annotated[int, typer.Option(min=1, help="Rows read, scored by length and written at a time.")] = 512
     backend: Annotated[
@@ -107,7 +102,9 @@ def _with_options(command: Callable[..., None]) -> Callable[..., None]:
     def run(**given: Any) -> None:
         options = Options(**{parameter.name: given.pop(parameter.name) for parameter in shared})
         try:
-            command(options, **given)
+            with warnings.catch_warnings():
+                warnings.showwarning = lambda message, *_: typer.echo(f"rmfast: {message}", err=True)  # one line
+                command(options, **given)
         except KeyboardInterrupt:
             _fail("interrupted; the same command goes on where it stopped", code=130)
         except Exception as error:
@@ -134,7 +131,7 @@ def score(
 ) -> None:
     """Write every input row with the reward of its text (of both texts, for chosen/rejected pairs)."""
     run = Run("score", options, options.output_column or "reward")
-    run.go(lambda model, inputs: model.score(inputs, batch_tokens=options.batch_tokens))
+    run.go("score")
     if stats:
         typer.echo(_statistics(options.output, run.column))
 
@@ -147,7 +144,7 @@ def values(
 ) -> None:
     """Write every input row with the reward at every token of its text."""
     run = Run("values", options, options.output_column or "values", tokens=tokens)
-    run.go(lambda model, inputs: model.token_values(inputs, batch_tokens=options.batch_tokens))
+    run.go("token_values")
 
 
 @app.command()
@@ -192,13 +189,16 @@ class Run:
             "tokens": tokens,
             **{name: getattr(options, name) for name in [*fixed, *names]},
         }
-        options.output.parent.mkdir(parents=True, exist_ok=True)
-        self.output = Output(options.output, run, overwrite=options.overwrite)
+        if options.output.resolve() == options.input.resolve():
+            raise ValueError("Expected --output to be another file than --input")
         self.mode: Columns | None = options.columns
         self.bad = self.texts = self.n_tokens = 0
+        self._settle()
+        options.output.parent.mkdir(parents=True, exist_ok=True)
+        self.output = Output(options.output, run, overwrite=options.overwrite)
 
-    def go(self, function: Callable[[Any, list[Any]], Any]) -> None:
-        """Score all rows that are not done, `function(model, encoded inputs)` giving one result for each input."""
+    def go(self, method: str) -> None:
+        """Score all rows that are not done, by the model's `score` or `token_values`."""
         if self.output.finished:
             return typer.echo(f"rmfast: {self.output.path} is complete; --overwrite starts anew", err=True)
         model = _load(self.options)
@@ -206,6 +206,9 @@ class Run:
 
         from tqdm import tqdm
 
+        function = functools.partial(
+            getattr(model, method), batch_tokens=self.options.batch_tokens, max_length=self.options.max_length
+        )
         first, start = self.output.next_row, time.perf_counter()
         backend = rmfast.backend(self.options.backend) if self.options.backend else contextlib.nullcontext()
         bar = tqdm(total=self.count, initial=first, unit="row", disable=None)  # None: only on a terminal
@@ -230,28 +233,26 @@ class Run:
     def _windows(self, first: int) -> Iterator[tuple[int, list[Row]]]:
         """Windows (number of their first row, rows) from row `first` on.
 
-        They are cut at multiples of --window of the whole file, so that a resumed run batches like an uninterrupted one.
+        They are cut at multiples of --window of the whole file, so that a resumed run batches as if never interrupted.
         """
-        rows = read_rows(self.options.input, self.kind)
-        head = next(((number, row) for number, row in enumerate(rows) if not row.error), None)
-        if head is None:
-            rows = read_rows(self.options.input, self.kind)  # bad rows only, or none
-        else:
-            self._settle(head[1])
-            rows = read_rows(self.options.input, self.kind)
+        rows = itertools.islice(read_rows(self.options.input, self.kind), first, None)
         number, size = first, self.options.window
-        rows = itertools.islice(rows, first, None)
         while window := list(itertools.islice(rows, size - number % size)):
             yield number, window
             number += len(window)
 
-    def _settle(self, row: Row) -> None:
-        """Choose the mode by the first readable row, and see that the new columns are free."""
+    def _settle(self) -> None:
+        """Choose the mode by the columns of the first readable row, and see that the new columns are free."""
+        data = next((row.data for row in read_rows(self.options.input, self.kind) if not row.error), None)
+        if data is None:
+            return
         if self.mode is None:
-            self.mode = self._mode_of(row.data)
-        taken = set(row.data) & set(self._new_columns())
-        if taken:
-            raise ValueError(f"the input has a column {sorted(taken)[0]!r} already: give another --output-column")
+            self.mode = self._mode_of(data)
+        new = [*self._new_columns(), "error"] if self.options.on_error == "null" else self._new_columns()
+        if taken := sorted(set(data) & set(new)):
+            raise ValueError(
+                f"Expected the new column {taken[0]!r} not to be in the input: give another --output-column"
+            )
 
     def _mode_of(self, data: dict[str, Any]) -> Columns:
         o = self.options
@@ -266,7 +267,7 @@ class Run:
                 return mode
         expected = " or ".join("+".join(names) for names in wanted.values())
         raise ValueError(
-            f"Expected columns {expected}, got {', '.join(data) or 'none'}; name yours with --text-column etc."
+            f"Expected columns {expected}, got {', '.join(data) or 'none'}; see --text-column and the like"
         )
 
     def _new_columns(self) -> list[str]:
@@ -294,58 +295,68 @@ class Run:
             raise BadRow(f"column {column!r} holds {'messages' if self.mode == 'text' else 'no list of messages'}")
         return [cell]
 
-    def _window(
-        self, model: Any, number: int, rows: list[Row], function: Callable[[Any, list[Any]], Any]
-    ) -> ValueError | None:
+    def _window(self, model: Any, number: int, rows: list[Row], function: Score) -> BadRow | None:
         """Score one window and write its lines. Returns the error that ends the run, where a bad row does."""
-        o, errors = self.options, dict[int, str]()
-        inputs: list[tuple[int, Any]] = []  # (place in the window, input)
+        o, errors = self.options, dict[int, str]()  # place in the window: reason
+        inputs: list[tuple[int, Any]] = []  # (place, input)
         for place, row in enumerate(rows):
             try:
                 inputs += [(place, item) for item in self._inputs(row)]
             except BadRow as error:
                 errors[place] = str(error)
+        given = [item for _, item in inputs]
         encoded = model.encode(
-            [item for _, item in inputs],
-            max_length=o.max_length,
-            truncation=o.truncation,
-            format=o.format,
-            errors="return",
+            given, max_length=o.max_length, truncation=o.truncation, format=o.format, errors="return"
         )
-        for (place, _), item in zip(inputs, encoded, strict=True):
-            if isinstance(item, Exception):
-                errors.setdefault(place, getattr(item, "reason", str(item)))
-        end = min(errors, default=len(rows)) if o.on_error == "stop" else len(rows)
-        good = [(place, item) for (place, _), item in zip(inputs, encoded) if place not in errors and place < end]
-        results: dict[int, list[tuple[Any, Any]]] = {}
-        if good:
-            for (place, item), result in zip(good, function(model, [item for _, item in good]), strict=True):
-                result = _plain(result)
-                if not _finite(result):
-                    errors.setdefault(place, f"its {self.column} is not finite")
-                results.setdefault(place, []).append((item, result))
-        if o.on_error == "stop":
-            end = min(errors, default=len(rows))
+        results: dict[int, list[tuple[Any, Any]]] = {}  # place: (encoded input, reward) of its texts
+        for place, item, result in self._results([place for place, _ in inputs], encoded, errors, function):
+            if not _finite(result):
+                errors.setdefault(place, f"its {self.column} is not finite")
+            results.setdefault(place, []).append((item, result))
 
+        end = self._end(errors, len(rows))
         lines, skipped = [], []
         for place, row in enumerate(rows[:end]):
             if place not in errors:
                 lines.append(dump_line(row.data | self._cells(model, results[place])))
-            elif o.on_error == "null":
+                continue
+            self.bad += 1
+            self._report(row.line, errors[place])
+            if o.on_error == "null":
                 lines.append(dump_line(row.data | dict.fromkeys(self._new_columns()) | {"error": errors[place]}))
             else:
                 skipped.append((number + place, Row(row.line, {}, errors[place])))
-        for place in sorted(errors):
-            if place < end:
-                self._report(rows[place].line, errors[place])
         self.output.append(lines, skipped)
-        self.bad += len(lines) + len(skipped) - sum(place < end for place in results if place not in errors)
-        self.texts += len(good)
-        self.n_tokens += sum(len(item) for _, item in good)
         if end < len(rows):
             hint = "--on-error skip or null goes on past bad rows"
             return BadRow(f"{o.input.name}, line {rows[end].line}: {errors[end]} ({hint})")
         return None
+
+    def _end(self, errors: dict[int, str], size: int) -> int:
+        """Where in its window the run ends: at the first bad row, with --on-error stop."""
+        return min(errors, default=size) if self.options.on_error == "stop" else size
+
+    def _results(
+        self, places: list[int], encoded: list[Any], errors: dict[int, str], function: Score
+    ) -> list[tuple[int, Any, Any]]:
+        """(place, encoded input, reward) of each text that has one; `errors` gains the texts that the model refuses."""
+        for place, item in zip(places, encoded, strict=True):
+            if isinstance(item, Exception):
+                errors.setdefault(place, getattr(item, "reason", str(item)))
+        while True:
+            end = self._end(errors, max(places, default=0) + 1)
+            good = [(place, item) for place, item in zip(places, encoded) if place not in errors and place < end]
+            try:
+                results = function([item for _, item in good]) if good else []
+            except ValueError as error:
+                # An InputError that `encode` can't foresee: a text without the token that --pooling names.
+                if not hasattr(error, "index"):
+                    raise
+                errors[good[error.index][0]] = getattr(error, "reason", str(error))
+                continue
+            self.texts += len(good)
+            self.n_tokens += sum(len(item) for _, item in good)
+            return [(place, item, _plain(result)) for (place, item), result in zip(good, results, strict=True)]
 
     def _cells(self, model: Any, results: list[tuple[Any, Any]]) -> dict[str, Any]:
         cells = {self.column + suffix: result for suffix, (_, result) in zip(self._suffixes(), results, strict=True)}
@@ -381,10 +392,12 @@ def _files_digest(folder: Path) -> str:
 
 
 def _cell(row: Row, column: str, parse: bool = False) -> Any:
-    """The text or list of messages in a column; with `parse` (CSV has no lists) also one written as JSON. Raises BadRow."""
+    """The text or messages in a column; with `parse` (CSV has no lists) messages written as JSON too. Raises BadRow."""
     if column not in row.data:
         raise BadRow(f"column {column!r} is missing")
     cell = row.data[column]
+    if cell is None or cell == [] or (isinstance(cell, str) and not cell.strip()):
+        raise BadRow(f"column {column!r} is empty")
     if parse and isinstance(cell, str):
         try:
             cell = json.loads(cell)
@@ -392,10 +405,12 @@ def _cell(row: Row, column: str, parse: bool = False) -> Any:
             raise BadRow(f"column {column!r} holds no list of messages") from None
     if isinstance(cell, list) and cell and all(isinstance(m, dict) and isinstance(m.get("role"), str) for m in cell):
         return cell
-    if cell is None or cell == [] or isinstance(cell, str) and not cell.strip():
-        raise BadRow(f"column {column!r} is empty")
     if not isinstance(cell, str):
         raise BadRow(f"column {column!r} holds neither text nor messages but {type(cell).__name__}")
+    try:
+        cell.encode()
+    except UnicodeEncodeError as error:
+        raise BadRow(f"column {column!r} is not valid Unicode: {error.reason}") from None
     return cell
 
 
@@ -425,7 +440,7 @@ def _finite(value: Any) -> bool:
 
 
 def _statistics(path: Path, column: str) -> str:
-    """Mean and standard deviation of each reward column of an output file, and the accuracy of its pairs (a tie is half)."""
+    """Mean and spread of each reward column of an output file, and the accuracy of its pairs (a tie counts half)."""
     import numpy as np
 
     names = [column, column + "_chosen", column + "_rejected"]

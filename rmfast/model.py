@@ -100,7 +100,7 @@ class Binding:
     @property
     def leaves_norm_out(self) -> bool:
         """Whether `hidden` gives rows before the norm. A user's hooks on the norm or body keep the norm in place."""
-        return self.norm is not None and not (_hooked(self.norm) or _hooked(self.body))
+        return self.norm is not None and not any(map(_hooked, (self.norm, active(self.norm), self.body)))
 
     def rewards(self, hidden: Tensor, rows: Tensor) -> Tensor:
         """Rewards (M, K) of the flat rows (M,) int64 of hidden (B, T, d); fp32, or fp64 for fp64 hidden states."""
@@ -128,12 +128,13 @@ class Binding:
         if not self.leaves_norm_out:
             return {"norm": None}
         assert self.norm is not None and self.norm_kind is not None
-        weight, bias = _gain(self.norm), getattr(self.norm, "bias", None)
+        norm = active(self.norm)
+        weight, bias = _gain(norm), getattr(norm, "bias", None)
         return {
             "norm": self.norm_kind,
             "norm_weight": None if weight is None else weight.to(device),
             "norm_bias": bias.to(device) if self.norm_kind == "layer" and bias is not None else None,
-            "eps": _eps(self.norm),
+            "eps": _eps(norm),
         }
 
     def pooled(self, input_ids: Tensor, attention_mask: Tensor, token_type_ids: Tensor | None = None) -> Tensor:
@@ -261,6 +262,16 @@ def text_config(model: nn.Module) -> Any:
     return config.get_text_config() if hasattr(config, "get_text_config") else config
 
 
+def active(module: Any) -> nn.Module:
+    """The module in use: what peft's ModulesToSaveWrapper has switched to, else the module itself."""
+    if not (hasattr(module, "modules_to_save") and hasattr(module, "original_module")):
+        return module
+    adapters = module.active_adapters
+    if module.disable_adapters or not adapters or adapters[0] not in module.modules_to_save:
+        return module.original_module
+    return module.modules_to_save[adapters[0]]
+
+
 def plain_linear(head: list[nn.Module]) -> nn.Linear | None:
     """The one Linear that the head consists of, if its weight can be read: then norm and head are one fused op.
 
@@ -269,12 +280,8 @@ def plain_linear(head: list[nn.Module]) -> nn.Linear | None:
     modules = [module for module in head if not isinstance(module, _PASSIVE)]
     if len(modules) != 1 or any(_hooked(module) for module in head):
         return None
-    module: Any = modules[0]
-    if hasattr(module, "modules_to_save") and hasattr(module, "original_module"):  # peft's ModulesToSaveWrapper
-        active = module.active_adapters
-        off = module.disable_adapters or not active or active[0] not in module.modules_to_save
-        return plain_linear([module.original_module if off else module.modules_to_save[active[0]]])
-    if type(module) is not nn.Linear:
+    module = active(modules[0])
+    if type(module) is not nn.Linear or _hooked(module):
         return None
     # Offloaded weights are on meta, quantised ones are tensor subclasses: those modules are run as they are.
     for tensor in (module.weight, module.bias):
@@ -365,14 +372,14 @@ def _find_norm(calls: list[Call], body: Call, states: Tensor) -> Call | None:
     """The call whose output is the body's, if its module was called once and is a norm: (1, T, d) -> (1, T, d)."""
     inside = [call for call in calls if call.name.startswith(body.name + ".")]
     for call in reversed(inside):
-        module = call.module
+        module = active(call.module)
         if not isinstance(call.result, Tensor) or not _same(call.result, states) or isinstance(module, _PASSIVE):
             continue
         if any(True for _ in module.children()) or not isinstance(call.given, Tensor):
             continue  # a layer that ends in its norm (BERT): the norm's own call is further back
         weight = getattr(module, "weight", None)
         per_feature = weight is None or tuple(weight.shape) == (states.size(-1),)
-        once = sum(other.module is module for other in inside) == 1
+        once = sum(other.module is call.module for other in inside) == 1
         return call if per_feature and once and call.given.shape == states.shape else None
     return None
 
@@ -437,7 +444,7 @@ def _scale(bound: Binding, values: Tensor) -> float:
     largest = float(values.detach().abs().max())
     if linear is None or bound.norm_kind is None:
         return largest
-    weight = _gain(bound.norm) if bound.norm is not None else None
+    weight = _gain(active(bound.norm)) if bound.norm is not None else None
     w = linear.weight.float()
     if weight is not None:
         gain = weight.to(w)
@@ -491,7 +498,7 @@ def _eps(norm: nn.Module) -> float:
 
 def _norm_kind(call: Call) -> str | None:
     """The formula that reproduces the norm's output, on the rows it was given and on rows small enough to show eps."""
-    norm, seen = call.module, call.given
+    norm, seen = active(call.module), call.given
     eps = _eps(norm)
     if any(p.is_meta or type(p.data) is not Tensor for p in norm.parameters()) or not eps > 0:
         return None

@@ -22,7 +22,7 @@ _CHUNK = 1 << 20
 
 @dataclass(frozen=True)
 class Row:
-    """One input row. `line` is where it begins (the row's number in Parquet), from 1; `error` says why it can't be read."""
+    """One input row: `line` is where it begins (in Parquet its number), from 1; `error` says why it can't be read."""
 
     line: int
     data: dict[str, Any]
@@ -129,9 +129,7 @@ def count_and_digest(path: Path, kind: str | None = None) -> tuple[int | None, s
 
 def dump_line(data: dict[str, Any]) -> bytes:
     """One JSONL line. Non-finite numbers become null (JSON has none), dates and the like their text."""
-    data = {
-        key: None if isinstance(value, float) and not math.isfinite(value) else value for key, value in data.items()
-    }
+    data = {key: None if isinstance(x, float) and not math.isfinite(x) else x for key, x in data.items()}
     text = json.dumps(data, ensure_ascii=False, default=_text_of)
     try:
         return text.encode() + b"\n"
@@ -146,7 +144,7 @@ def _text_of(value: Any) -> str:
 class Output:
     """A JSONL file that a killed run leaves in a state from which the same run goes on.
 
-    The complete lines of the file are the truth: a row is done if and only if its line is there. A torn last line is cut.
+    The complete lines of the file are the truth: a row is done where its line is there. A torn last line is cut.
     Beside it, `FILE.run.jsonl` holds what the run is (a header that a resumed run must match), and a line for every
     row that was left out, written before any line that comes after that row: with these two, the count of lines says
     which input row comes next, and no progress counter has to be kept in step with the data.
@@ -159,12 +157,12 @@ class Output:
         self.path, self.log_path = path, path.with_name(path.name + ".run.jsonl")
         self.run, self.lines, self.log = run, 0, []
         if not overwrite:
-            self.lines = _cut_torn_line(self.path)
             self.log = _read_log(self.log_path)
             if self.log:
                 self._check(run)
-            elif self.lines:
-                raise ValueError(f"{path} exists and is not of such a run: give another --output, or --overwrite")
+                self.lines = _cut_torn_line(self.path)
+            elif path.exists() and path.stat().st_size:
+                raise ValueError(f"{path} exists and is of no run of rmfast: give another --output, or --overwrite")
         self.skipped: set[int] = {entry["skipped"] for entry in self.log if "skipped" in entry}
         self.next_row = _next_row(self.lines, self.skipped)
 
@@ -173,7 +171,7 @@ class Output:
         return bool(self.log) and self.log[-1].get("finished") == self.next_row
 
     def begin(self, **late: Any) -> None:
-        """Create the files, or check that they fit `late` too: what is known of the run only once the model is loaded."""
+        """Create the files, or check that they fit `late` too: what is known only once the model is loaded."""
         if self.log:
             return self._check(late)
         self.path.unlink(missing_ok=True)

@@ -59,7 +59,7 @@ def _intervened(
     x: Tensor, mean: Tensor | None, gain: Tensor, offset: Tensor, directions: Tensor, gram: Tensor, overlap: Tensor,
     strengths: Tensor, targets: Tensor | None, norm: int, eps: float,
 ) -> Tensor:  # fmt: skip
-    """Rewards (n, I, K) of x (n, d), centred by `mean` (n, 1) for a layer norm; strengths and targets (I or n, I, J)."""
+    """Rewards (n, I, K) of x (n, d), centred by `mean` (n, 1) for a layer norm; strengths, targets (I or n, I, J)."""
     d = x.size(-1)
     z = x @ directions.T  # (n, J), of the centred row
     row_sums = directions.sum(-1)  # P 1

@@ -1,4 +1,4 @@
-"""The ops: schema, checks, fakes and autograd. Which kernel runs is `rmfast.backends` decides."""
+"""`reward_head`: rewards of K heads under I interventions from one read of the hidden states."""
 
 from __future__ import annotations
 
@@ -10,10 +10,7 @@ from torch import Tensor
 
 from rmfast import backends as _backends
 from rmfast.kernels.reward_head import reference as _reference
-
-__all__ = ["reward_head"]
-
-_FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+from rmfast.ops._library import FLOATS, checked, define, direct, expect, expect_dtype, lib
 
 _FORWARD = (
     "(Tensor hidden, Tensor weight, Tensor? bias, int norm, Tensor? norm_weight, Tensor? norm_bias, float eps, "
@@ -24,12 +21,8 @@ _BACKWARD = (
     "bool need_rows, bool need_dots) -> (Tensor, Tensor)"
 )
 
-# `rmfast` holds the ops that users and torch.compile see; `rmfast_native` the compiled libraries' own kernels.
-_lib = torch.library.Library("rmfast", "DEF")
-_native = torch.library.Library("rmfast_native", "DEF")
-for _library in (_lib, _native):
-    _library.define("reward_head" + _FORWARD)
-    _library.define("reward_head_backward" + _BACKWARD)
+define("reward_head", _FORWARD)
+define("reward_head_backward", _BACKWARD)
 
 
 def _triton(name: str):
@@ -54,32 +47,6 @@ _backends.register(
     cpp=lambda: torch.ops.rmfast_native.reward_head_backward.default,
     eager=lambda: _reference.backward,
 )
-
-
-def _expect(ok: bool, name: str, expected: str, got: object) -> None:
-    if not ok:
-        raise ValueError(f"Expected {name} to be {expected}, got {got}")
-
-
-def _expect_dtype(ok: bool, name: str, expected: str, got: torch.dtype) -> None:
-    if not ok:
-        raise TypeError(f"Expected {name} to have dtype {expected}, got {got}")
-
-
-def _checked(value: Tensor | None, name: str, shape: tuple[int | None, ...], hidden: Tensor, index: bool = False) -> None:
-    """One argument's type, dtype, shape (None: any size) and device."""
-    if value is None:
-        return
-    if not isinstance(value, Tensor):
-        raise TypeError(f"Expected {name} to be a torch.Tensor, got {type(value).__name__}")
-    if index:
-        _expect_dtype(value.dtype == torch.int64, name, "torch.int64", value.dtype)
-    else:
-        _expect_dtype(value.dtype in _FLOATS, name, "float64, float32, bfloat16 or float16", value.dtype)
-    if value.dim() != len(shape) or any(want is not None and want != got for want, got in zip(shape, value.shape)):
-        wanted = ", ".join("*" if size is None else str(size) for size in shape)
-        raise ValueError(f"Expected {name} to have shape ({wanted}), got {tuple(value.shape)}")
-    _expect(value.device == hidden.device, f"{name}.device", f"hidden's, {hidden.device}", value.device)
 
 
 def reward_head(
@@ -132,41 +99,43 @@ def reward_head(
     """
     if not isinstance(hidden, Tensor):
         raise TypeError(f"Expected hidden to be a torch.Tensor, got {type(hidden).__name__}")
-    _expect_dtype(hidden.dtype in _FLOATS, "hidden", "float64, float32, bfloat16 or float16", hidden.dtype)
-    _expect(hidden.dim() >= 1 and hidden.size(-1) >= 1, "hidden", "of shape (..., d) with d >= 1", tuple(hidden.shape))
+    expect_dtype(hidden.dtype in FLOATS, "hidden", "float64, float32, bfloat16 or float16", hidden.dtype)
+    expect(hidden.dim() >= 1 and hidden.size(-1) >= 1, "hidden", "of shape (..., d) with d >= 1", tuple(hidden.shape))
     d = hidden.size(-1)
-    _expect(d == 1 or hidden.numel() == 0 or hidden.stride(-1) == 1, "hidden.stride(-1)", "1", hidden.stride(-1))
-    _checked(weight, "weight", (None, d), hidden)
+    expect(d == 1 or hidden.numel() == 0 or hidden.stride(-1) == 1, "hidden.stride(-1)", "1", hidden.stride(-1))
+    checked(weight, "weight", (None, d), hidden)
     if weight is None:
         raise TypeError("Expected weight to be a torch.Tensor, got None")
-    _expect(weight.size(0) >= 1, "weight", f"of shape (K, {d}) with K >= 1", tuple(weight.shape))
+    expect(weight.size(0) >= 1, "weight", f"of shape (K, {d}) with K >= 1", tuple(weight.shape))
     heads = weight.size(0)
-    _checked(bias, "bias", (heads,), hidden)
-    _expect(norm is None or norm in _reference.NORMS, "norm", 'None, "rms", "gemma_rms" or "layer"', repr(norm))
-    _checked(norm_weight, "norm_weight", (d,), hidden)
-    _checked(norm_bias, "norm_bias", (d,), hidden)
-    _expect(norm is not None or norm_weight is None, "norm_weight", "None with norm=None", "a tensor")
-    _expect(norm == "layer" or norm_bias is None, "norm_bias", 'None unless norm="layer"', f"a tensor with norm={norm!r}")
+    checked(bias, "bias", (heads,), hidden)
+    expect(norm is None or norm in _reference.NORMS, "norm", 'None, "rms", "gemma_rms" or "layer"', repr(norm))
+    checked(norm_weight, "norm_weight", (d,), hidden)
+    checked(norm_bias, "norm_bias", (d,), hidden)
+    expect(norm is not None or norm_weight is None, "norm_weight", "None with norm=None", "a tensor")
+    expect(
+        norm == "layer" or norm_bias is None, "norm_bias", 'None unless norm="layer"', f"a tensor with norm={norm!r}"
+    )
     if isinstance(eps, bool) or not isinstance(eps, (int, float)):
         raise TypeError(f"Expected eps to be a float, got {type(eps).__name__}")
-    _expect(eps > 0 and math.isfinite(eps), "eps", "finite and above 0", eps)
-    _checked(rows, "rows", (None,), hidden, index=True)
+    expect(eps > 0 and math.isfinite(eps), "eps", "finite and above 0", eps)
+    checked(rows, "rows", (None,), hidden, index=True)
     lead = hidden.shape[:-1] if rows is None else rows.shape
     if directions is None:
         for name, value in (("strengths", strengths), ("targets", targets), ("intervention_index", intervention_index)):
-            _expect(value is None, name, "None without directions", "a tensor")
+            expect(value is None, name, "None without directions", "a tensor")
     else:
-        _checked(directions, "directions", (None, d), hidden)
+        checked(directions, "directions", (None, d), hidden)
         if strengths is None:
             raise ValueError(f"Expected strengths to be a tensor (I, {directions.size(0)}) with directions, got None")
-        _checked(strengths, "strengths", (None, directions.size(0)), hidden)
-        _checked(targets, "targets", tuple(strengths.shape), hidden)
+        checked(strengths, "strengths", (None, directions.size(0)), hidden)
+        checked(targets, "targets", tuple(strengths.shape), hidden)
         for name, value in (("directions", directions), ("strengths", strengths), ("targets", targets)):
             if value is not None and value.requires_grad and torch.is_grad_enabled():
                 raise ValueError(f"Expected {name} not to require grad: the op has no gradient for it; detach it")
         if intervention_index is not None:
-            _checked(intervention_index, "intervention_index", (None,) * intervention_index.dim(), hidden, index=True)
-            _expect(
+            checked(intervention_index, "intervention_index", (None,) * intervention_index.dim(), hidden, index=True)
+            expect(
                 intervention_index.shape in (lead, torch.Size([lead.numel()])),
                 "intervention_index", f"of shape {tuple(lead)}", tuple(intervention_index.shape),
             )  # fmt: skip
@@ -181,11 +150,12 @@ def reward_head(
     if directions is not None and (directions.size(0) == 0 or strengths.size(0) == 0):
         # Nothing is removed: the plain op, with the axis of interventions put back below.
         directions = strengths = targets = intervention_index = None
-    out = torch.ops.rmfast.reward_head(
+    args = (
         _three_dims(hidden), cast(weight), cast(bias), _reference.NORMS[norm], cast(norm_weight), cast(norm_bias),
         float(eps), None if rows is None else rows.contiguous(), cast(directions), cast(strengths), cast(targets),
         intervention_index,
     )  # fmt: skip
+    out = _reward_head(*args) if direct(args) else torch.ops.rmfast.reward_head(*args)
     if interventions is not None and directions is None:
         out = out[:, None].repeat(1, interventions, 1)
     return out.reshape(*lead, *out.shape[1:])
@@ -212,11 +182,11 @@ def _check_values(hidden: Tensor, rows: Tensor | None, strengths: Tensor | None,
     if rows is not None and rows.numel():
         low, high = (int(v) for v in rows.aminmax())
         count = hidden.size(0) * hidden.size(1)
-        _expect(0 <= low and high < count, "rows", f"in [0, {count})", low if low < 0 else high)
+        expect(low >= 0 and high < count, "rows", f"in [0, {count})", low if low < 0 else high)
     if index is not None and strengths is not None and index.numel():
         low, high = (int(v) for v in index.aminmax())
         count = strengths.size(0)
-        _expect(-1 <= low and high < count, "intervention_index", f"in [-1, {count})", low if low < -1 else high)
+        expect(low >= -1 and high < count, "intervention_index", f"in [-1, {count})", low if low < -1 else high)
 
 
 def _output_shape(hidden, weight, rows, strengths, index) -> tuple[int, ...]:
@@ -225,22 +195,16 @@ def _output_shape(hidden, weight, rows, strengths, index) -> tuple[int, ...]:
     return (count, *axis, weight.size(0))
 
 
-def _reward_head(
-    hidden, weight, bias, norm, norm_weight, norm_bias, eps, rows, directions, strengths, targets, index
-):  # fmt: skip
+def _reward_head(*args):
+    hidden, weight, rows, strengths, index = (args[i] for i in (0, 1, 7, 9, 11))
     _check_values(hidden, rows, strengths, index)
     run = _backends.choose("reward_head", hidden.device.type)
     shape = _output_shape(hidden, weight, rows, strengths, index)
-    if 0 in shape:
-        return weight.new_empty(shape)
-    return run(
-        hidden, weight, bias, norm, norm_weight, norm_bias, eps, rows, directions, strengths, targets, index
-    )  # fmt: skip
+    return weight.new_empty(shape) if 0 in shape else run(*args)
 
 
-def _reward_head_fake(
-    hidden, weight, bias, norm, norm_weight, norm_bias, eps, rows, directions, strengths, targets, index
-):  # fmt: skip
+def _reward_head_fake(*args):
+    hidden, weight, rows, strengths, index = (args[i] for i in (0, 1, 7, 9, 11))
     return weight.new_empty(_output_shape(hidden, weight, rows, strengths, index))
 
 
@@ -348,9 +312,9 @@ def _no_second_derivative(ctx, *grads):
     raise RuntimeError("reward_head has no second derivative; use rmfast.kernels.reward_head.reference.forward for one")
 
 
-_lib.impl("reward_head", _reward_head, "CompositeExplicitAutograd")
-_lib.impl("reward_head_backward", _reward_head_backward, "CompositeExplicitAutograd")
-torch.library.register_fake("rmfast::reward_head", _reward_head_fake, lib=_lib)
-torch.library.register_fake("rmfast::reward_head_backward", _reward_head_backward_fake, lib=_lib)
-torch.library.register_autograd("rmfast::reward_head", _backward, setup_context=_setup_context, lib=_lib)
-torch.library.register_autograd("rmfast::reward_head_backward", _no_second_derivative, lib=_lib)
+lib.impl("reward_head", _reward_head, "CompositeExplicitAutograd")
+lib.impl("reward_head_backward", _reward_head_backward, "CompositeExplicitAutograd")
+torch.library.register_fake("rmfast::reward_head", _reward_head_fake, lib=lib)
+torch.library.register_fake("rmfast::reward_head_backward", _reward_head_backward_fake, lib=lib)
+torch.library.register_autograd("rmfast::reward_head", _backward, setup_context=_setup_context, lib=lib)
+torch.library.register_autograd("rmfast::reward_head_backward", _no_second_derivative, lib=lib)
