@@ -68,12 +68,18 @@ def _sample(contender: Contender, device: torch.device) -> float:
     return (time.perf_counter() - begin) * 1e3 / repeats
 
 
-def measure(contenders: Iterable[Contender], device: torch.device, seconds: float, rounds: tuple[int, int]) -> None:
+def measure(
+    contenders: Iterable[Contender],
+    device: torch.device,
+    seconds: float,
+    rounds: tuple[int, int] = ROUNDS,
+    sample_seconds: float = SAMPLE_SECONDS,
+) -> None:
     """Fills the samples, A B C A B C ..., for about `seconds` and at least rounds[0], at most rounds[1] each."""
     contenders = list(contenders)
     for contender in contenders:
         contender.call()
-        contender.repeats = max(1, min(1000, int(SAMPLE_SECONDS * 1e3 / max(_sample(contender, device), 1e-3))))
+        contender.repeats = max(1, min(1000, int(sample_seconds * 1e3 / max(_sample(contender, device), 1e-3))))
     gc.collect()
     gc.disable()
     try:
@@ -122,7 +128,7 @@ def run(
     torch.compiler.reset()  # else earlier rows count towards torch.compile's limit on versions of a function
     free = machine.free_memory(where)
     shape = benchmark.quick if quick else benchmark.shape
-    problem = benchmark.problem(shape, where, min(benchmark.rotate, free // 4))
+    problem = benchmark.problem(shape, where, min(benchmark.rotate, 1 << 15 if quick else free // 4))
     # One counter for all: what a contender has just read is not what the next one reads.
     calls = itertools.cycle(problem.inputs)
 
@@ -139,8 +145,11 @@ def run(
                 probed |= machine.gemm_probes(where, problem.gemm, problem.dtype)
         probes = {label: Contender(call, work) for label, (work, call) in probed.items()}
         running = [c for c in contenders.values() if c.error is not None]
-        rounds = (2, 2) if quick else ROUNDS
-        measure([*running, *probes.values()], where, 0 if quick else seconds, rounds)
+        timed = [*running, *probes.values()]
+        if quick:
+            measure(timed, where, 0, rounds=(2, 2), sample_seconds=0)
+        else:
+            measure(timed, where, seconds)
 
     row: dict[str, Any] = {
         "benchmark": benchmark.name,

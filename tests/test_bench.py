@@ -1,0 +1,150 @@
+"""The benchmark runner on tiny shapes. No time is asserted."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import platform
+from pathlib import Path
+
+import pytest
+import torch
+
+from bench import __main__ as cli
+from bench import machine, reward_head, runner
+from bench.registry import ROTATE, benchmarks
+
+CPU_ROWS = [row for row in benchmarks() if "cpu" in row.devices]
+ROW = next(row for row in CPU_ROWS if row.name == "reward_head/rms-fp32")
+
+
+def quick(row, **changes):
+    return runner.run(dataclasses.replace(row, **changes), quick=True, without="compile")
+
+
+def off_by_one_percent(p):
+    run = reward_head.hf(p)
+    return lambda h: run(h) * 1.01
+
+
+def broken(p):
+    raise RuntimeError("no compiler at /some/path")
+
+
+@pytest.mark.parametrize("row", CPU_ROWS, ids=lambda row: row.name)
+def test_every_row_runs_and_its_contenders_agree_with_the_truth(row):
+    result = quick(row)
+    assert result["check"] == "passed"
+    for label, contender in result["contenders"].items():
+        assert contender["ms"] > 0, label
+        assert contender["samples"] == 2, label
+    assert set(result["ratios"]) == {group for group in row.baselines if "compile" not in group}
+    assert (result["share"] is None) == (row.limit == {})
+    assert runner.text(result).count("\n") > len(result["contenders"])
+
+
+def test_row_names_are_unique():
+    names = [row.name for row in benchmarks()]
+    assert len(names) == len(set(names))
+
+
+@pytest.mark.parametrize("row", benchmarks(), ids=lambda row: row.name)
+def test_targets_name_baselines_of_the_row(row):
+    for device, targets in row.targets.items():
+        assert set(targets) <= {*row.baselines, "share"}
+        assert "share" not in targets or device in row.limit
+
+
+def test_a_wrong_baseline_fails_the_row_and_gets_no_ratio():
+    result = quick(ROW, baselines={"HF": {"": off_by_one_percent}})
+    assert result["check"].startswith("failed: HF: error")
+    assert result["ratios"] == {}
+
+
+def test_a_wrong_form_does_not_count_beside_a_right_one():
+    result = quick(ROW, baselines={"HF": {"wrong": off_by_one_percent, "right": reward_head.hf}})
+    assert result["check"] == "passed"
+    assert "error" in result["contenders"]["HF: wrong"]["failure"]
+    ms = {label: contender["ms"] for label, contender in result["contenders"].items()}
+    assert result["ratios"]["HF"] == ms["HF: right"] / ms["ours"]
+
+
+def test_wrong_numbers_of_ours_fail_the_row_and_give_no_ratio():
+    result = quick(ROW, ours=off_by_one_percent)
+    assert result["check"].startswith("failed: ours: error")
+    assert result["ratios"] == {}
+    assert result["share"] is None
+
+
+def test_nan_and_a_wrong_shape_fail_the_check():
+    nan = quick(ROW, baselines={"HF": {"": lambda p: lambda h: reward_head.hf(p)(h) * torch.nan}})
+    assert nan["check"] == "failed: HF: error nan > 1.0e-05"
+    json.dumps(nan, allow_nan=False)
+    assert quick(ROW, baselines={"HF": {"": lambda p: lambda h: h}})["check"].startswith("failed: HF: error inf")
+
+
+def test_a_baseline_that_cannot_run_fails_the_row_without_its_message():
+    result = quick(ROW, baselines={"HF": {"": broken}})
+    assert result["check"] == "failed: HF: RuntimeError"
+    assert "did not run" in runner.text(result)
+
+
+def test_contenders_are_timed_interleaved_over_rotating_inputs():
+    order = []
+    contenders = [runner.Contender(lambda name=name: order.append(name)) for name in "AB"]
+    runner.measure(contenders, torch.device("cpu"), 0, rounds=(3, 3), sample_seconds=0)
+    assert "".join(order[-6:]) == "ABABAB"
+    assert [len(c.samples) for c in contenders] == [3, 3]
+
+
+def test_inputs_are_distinct_memory_of_the_asked_size():
+    problem = ROW.problem(ROW.quick, torch.device("cpu"), 1 << 17)
+    assert len({h.data_ptr() for h in problem.inputs}) == len(problem.inputs) == (1 << 17) // problem.input_bytes
+    assert ROW.rotate == ROTATE >= 1 << 30
+
+
+def test_rows_of_a_gather_cover_each_token_once():
+    row = next(row for row in CPU_ROWS if row.name == "reward_head/rows-bf16")
+    problem = row.problem(row.quick, torch.device("cpu"), 0)
+    rows = torch.cat([rows for _, rows in problem.inputs])
+    assert rows.sort().values.tolist() == list(range(row.quick["texts"] * row.quick["tokens"]))
+
+
+def test_saved_rows_have_machine_versions_commit_and_date_and_nothing_private(tmp_path):
+    path = runner.save([quick(ROW)], "cpu", folder=tmp_path)
+    assert runner.save([quick(ROW)], "cpu", folder=tmp_path) == path
+    line, _ = path.read_text().splitlines()
+    row = json.loads(line)
+    assert {
+        "date",
+        "commit",
+        "dirty",
+        "machine",
+        "benchmark",
+        "shape",
+        "device",
+        "backends",
+        "check",
+        "contenders",
+    } <= set(row)
+    assert {"ratios", "targets", "met", "limits", "limit", "share", "rotated_bytes", "bytes", "flops"} <= set(row)
+    assert {"cpu", "isa", "cores", "threads", "torch", "triton", "transformers"} <= set(row["machine"])
+    assert platform.node() not in line
+    assert str(machine.ROOT) not in line
+    assert str(Path.home()) not in line
+
+
+def test_commit_is_recorded_where_the_tree_is_no_checkout(tmp_path, monkeypatch):
+    monkeypatch.setattr(machine, "ROOT", tmp_path)
+    path = runner.save([quick(ROW)], "cpu", commit="abc", folder=tmp_path / "data")
+    assert json.loads(path.read_text())["commit"] == "abc"
+
+
+def test_command_exits_1_where_a_check_fails_and_2_where_no_row_matches(monkeypatch, capsys):
+    assert cli.main(["--quick", "--only", "no such row"]) == 2
+    wrong = dataclasses.replace(ROW, baselines={"HF": {"": off_by_one_percent}})
+    monkeypatch.setattr(cli, "benchmarks", lambda: [wrong])
+    assert cli.main(["--quick"]) == 1
+    monkeypatch.setattr(cli, "benchmarks", lambda: [ROW])
+    assert cli.main(["--quick", "--without", "compile"]) == 0
+    assert "checks: FAILED in reward_head/rms-fp32" in capsys.readouterr().out
