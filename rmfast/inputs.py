@@ -80,7 +80,8 @@ def encode(
         InputError: (a ValueError) an input is empty, of an unknown kind, too long, or has ids outside the vocabulary.
         TypeError, ValueError: the inputs or options themselves are wrong.
     """
-    check_inputs(inputs)
+    if not callable(format):  # whose inputs may be anything
+        check_inputs(inputs)
     if truncation not in ("left", "right", "error"):
         raise ValueError(f'Expected truncation to be "left", "right" or "error", got {truncation!r}')
     if not (format is None or callable(format) or format in FORMATS):
@@ -99,8 +100,7 @@ def encode(
             # Whatever goes wrong inside one input (a template's own checks, a user's format function, text that is
             # not valid Unicode) is that input's error.
             results[index] = error if isinstance(error, InputError) else InputError(index, _reason(error))
-            if errors == "raise":
-                raise results[index] from (None if results[index] is error else error)
+            results[index].__cause__ = None if results[index] is error else error
 
     for i, item in enumerate(inputs):
         attempt(i, partial(prepare, item, i, tokenizer, causal, format))
@@ -108,6 +108,9 @@ def encode(
     for i, result in enumerate(results):
         if isinstance(result, Encoded):
             attempt(i, partial(_finish, result, i, vocab_size, max_length, truncation))
+    bad = next((result for result in results if isinstance(result, InputError)), None)
+    if bad is not None and errors == "raise":
+        raise bad
     return results
 
 
