@@ -182,7 +182,7 @@ def bind(model: nn.Module, read_id: int | None = None, avoid: tuple[int, ...] = 
     if not isinstance(model, nn.Module):
         raise TypeError(f"Expected model to be a torch.nn.Module, got {type(model).__name__}")
     root = unwrap(model)
-    with _lock(root), torch.inference_mode(), _eval_mode(root):
+    with _lock(root), torch.inference_mode(), _eval_mode(root), _kept_rope(_rope_modules(root)):
         return _bind(root, read_id, avoid)
 
 
@@ -194,6 +194,8 @@ def _bind(root: nn.Module, read_id: int | None, avoid: tuple[int, ...]) -> Bindi
         )
     embedding: Any = root.get_input_embeddings()  # type: ignore[operator]
     vocab_size = int(getattr(embedding, "num_embeddings", 0) or embedding.weight.shape[0])
+    if read_id is not None and not 0 <= read_id < vocab_size:
+        raise ValueError(f"Expected pooling to be a token id in [0, {vocab_size}), got {read_id}")
     device = torch.device("cpu") if embedding.weight.device.type == "meta" else embedding.weight.device
     ids = _probe_ids(root, vocab_size, read_id, avoid).to(device)
     calls, own = _record(root, ids)

@@ -54,8 +54,6 @@ class RewardModel:
         self.pooling = pooling
         self.num_labels = self.binding.num_labels
         self.max_length = _max_length(self.binding, tokenizer)
-        if isinstance(pooling, int) and not 0 <= pooling < self.binding.vocab_size:
-            raise ValueError(f"Expected pooling to be a token id in [0, {self.binding.vocab_size}), got {pooling}")
         if not self.binding.head and pooling != "auto":
             name = type(self.binding.root).__name__
             raise ValueError(f'{name} pools by itself: expected pooling to be "auto", got {pooling!r}')
