@@ -1,0 +1,456 @@
+// Suffix attention on the CPU, compiled once for each instruction set (RMFAST_ISA names it).
+//
+// A panel is as many lanes (query rows of the heads of one group) as three vectors hold, and every step is vertical:
+// with Q transposed, Sᵀ = K Qᵀ and Oᵀ += Vᵀ P have keys and dimensions as rows and lanes as columns. So K and V are read
+// as they lie, maxima and sums of the softmax need no shuffles, and a lane's arithmetic is the same wherever it
+// stands: masked keys add exact zeros, and the steps of its keys start at fixed distances from the starts of its prefix and
+// of its suffix. Lanes of any suffixes may therefore share a panel, and all that share a prefix read it together.
+
+#include "rmfast/suffix_attention.h"
+#include "rmfast/vmath.h"
+
+#define RMFAST_STRING_(x) #x
+#define RMFAST_STRING(x) RMFAST_STRING_(x)
+
+namespace rmfast {
+namespace {
+
+constexpr int kVectors = 3;  // 8 × 3 accumulators of 32 registers with AVX-512, 4 × 3 of 16 elsewhere
+template <class A>
+constexpr int kLanes = kVectors * W<A>;
+constexpr int kTile = kVectorBytes == 64 ? 8 : 4;
+constexpr double kLog2e = 1.4426950408889634;
+template <class A>
+constexpr A kInf = A(__builtin_inf());
+
+// c (M, lanes) = scale ⊙ c + A · B for B (depth, lanes), over depth in order; element (m, i) of A is
+// a[m * stride + i], or a[i * stride + m] if Across. Without a scale c starts from zero.
+template <class A, int M, int N, bool Across>
+inline void tile(const A* a, int64_t stride, int64_t depth, const A* b, A* c, const A* scale) {
+  V<A> acc[M][N] = {};
+  if (scale)
+#pragma GCC unroll 8
+    for (int m = 0; m < M; ++m)
+#pragma GCC unroll 3
+      for (int v = 0; v < N; ++v) acc[m][v] = load(c + m * kLanes<A> + v * W<A>) * load(scale + v * W<A>);
+  for (int64_t i = 0; i < depth; ++i) {
+    V<A> row[N];
+#pragma GCC unroll 3
+    for (int v = 0; v < N; ++v) row[v] = load(b + i * kLanes<A> + v * W<A>);
+#pragma GCC unroll 8
+    for (int m = 0; m < M; ++m) {
+      const A x = Across ? a[i * stride + m] : a[m * stride + i];
+#pragma GCC unroll 3
+      for (int v = 0; v < N; ++v) acc[m][v] += x * row[v];
+    }
+  }
+#pragma GCC unroll 8
+  for (int m = 0; m < M; ++m)
+#pragma GCC unroll 3
+    for (int v = 0; v < N; ++v) store(c + m * kLanes<A> + v * W<A>, acc[m][v]);
+}
+
+// A lane: where its row lies, and the keys it sees as positions relative to its suffix's first own row.
+struct Lane {
+  int64_t row, head, prefix_len, low, high;
+  int32_t at;  // index into the order of suffixes, from the unit's first one on
+};
+
+// One panel's state; Qᵀ is (D, lanes), Oᵀ (D, lanes).
+template <class A>
+struct Panel {
+  A *q, *o, *max, *sum;
+  int vectors;
+};
+
+template <class A>
+int64_t panel_size(const SuffixAttention& a) {
+  return (2 * a.head_dim + 2) * kLanes<A>;
+}
+
+// Keys of one step, converted: a suffix's or prefix's rows [base, base + count) as keys [offset, offset + count).
+template <class A>
+struct Step {
+  A *k, *v, *raw;          // (kKeys, D); raw keeps the rows of v that are not finite
+  int64_t odd[kKeys], n_odd;  // their keys
+  int64_t keys;
+};
+
+template <class A>
+struct Scratch {
+  A *scores, *low, *high, *alpha, *panels;
+  Step<A> step;
+  Lane* lanes;
+  char* end;
+
+  Scratch(const SuffixAttention& a, void* memory, int64_t panels_n) {
+    char* at = static_cast<char*>(memory);
+    auto take = [&](int64_t bytes) {
+      char* out = at;
+      at += (bytes + 63) / 64 * 64;
+      return out;
+    };
+    auto floats = [&](int64_t n) { return reinterpret_cast<A*>(take(n * int64_t(sizeof(A)))); };
+    scores = floats(kKeys * kLanes<A>);
+    low = floats(kLanes<A>);
+    high = floats(kLanes<A>);
+    alpha = floats(kLanes<A>);
+    step.k = floats(kKeys * a.head_dim);
+    step.v = floats(kKeys * a.head_dim);
+    step.raw = floats(kKeys * a.head_dim);
+    panels = floats(panels_n * panel_size<A>(a));
+    lanes = reinterpret_cast<Lane*>(take(panels_n * kLanes<A> * int64_t(sizeof(Lane))));
+    end = at;
+  }
+};
+
+template <class A>
+inline bool finite(V<A> v) {
+  const V<A> zero = v - v;
+  return sum<A>(zero) == 0;
+}
+
+template <class A, class T>
+inline V<A> convert(const T* from, int64_t d, A* to) {
+  V<A> odd = {};
+  int64_t i = 0;
+  for (; i + W<A> <= d; i += W<A>) {
+    const V<A> x = load(from + i);
+    odd += x - x;
+    store(to + i, x);
+  }
+  if (i < d) {
+    const V<A> x = load_part<A>(from + i, d - i);
+    odd += x - x;
+    store_part<A>(to + i, x, d - i);
+  }
+  return odd;  // zeros, or a NaN where something is not finite
+}
+
+// Rows [first, first + count) of one head become the next keys of the step. A value row that is not finite is kept
+// apart, zeros in its place: 0 · NaN must not reach lanes that do not see the key.
+template <class A, class T>
+void add_keys(Step<A>& step, const HeadRows& k, const HeadRows& v, int64_t head, int64_t first, int64_t count, int64_t d) {
+  const T* from_k = static_cast<const T*>(k.data) + first * k.stride_row + head * k.stride_head;
+  const T* from_v = static_cast<const T*>(v.data) + first * v.stride_row + head * v.stride_head;
+  V<A> odd = {};
+  const int64_t start = step.keys;
+  for (int64_t i = 0; i < count; ++i) {
+    convert<A>(from_k + i * k.stride_row, d, step.k + (start + i) * d);
+    odd += convert<A>(from_v + i * v.stride_row, d, step.v + (start + i) * d);
+  }
+  step.keys += count;
+  if (finite<A>(odd)) return;
+  for (int64_t i = start; i < step.keys; ++i) {
+    A* row = step.v + i * d;
+    if (finite<A>(convert<A>(row, d, step.raw + step.n_odd * d))) continue;
+    memset(row, 0, sizeof(A) * d);
+    step.odd[step.n_odd++] = i;
+  }
+}
+
+// Logits to probabilities, for keys [k0, k1): updates max and sum, leaves the factor of what came before in alpha.
+template <class A, int N, bool Masked, bool Capped>
+inline void softmax(Scratch<A>& s, const Panel<A>& panel, int64_t k0, int64_t k1, A cap) {
+#pragma GCC unroll 3
+  for (int v = 0; v < N; ++v) {
+    A* scores = s.scores + v * W<A>;
+    const V<A> low = load(s.low + v * W<A>), high = load(s.high + v * W<A>), old = load(panel.max + v * W<A>);
+    V<A> max = old;
+    for (int64_t k = k0; k < k1; ++k) {
+      V<A> x = load(scores + k * kLanes<A>);
+      if (Capped) x = tanh(x) * cap;
+      if (Masked) {
+        const V<A> key = splat(A(k));
+        x = low <= key ? x : splat(-kInf<A>);
+        x = key < high ? x : splat(-kInf<A>);
+      }
+      if (Masked || Capped) store(scores + k * kLanes<A>, x);
+      max = x > max ? x : max;
+    }
+    const V<A> safe = max == -kInf<A> ? V<A>{} : max;
+    const V<A> alpha = exp2(old - safe);
+    V<A> sum = load(panel.sum + v * W<A>) * alpha;
+    for (int64_t k = k0; k < k1; ++k) {
+      const V<A> p = exp2(load(scores + k * kLanes<A>) - safe);
+      store(scores + k * kLanes<A>, p);
+      sum += p;
+    }
+    store(panel.max + v * W<A>, max);
+    store(panel.sum + v * W<A>, sum);
+    store(s.alpha + v * W<A>, alpha);
+  }
+}
+
+template <class A, int N>
+void attend(Scratch<A>& s, const Panel<A>& panel, int64_t k0, int64_t k1, bool masked, int64_t d, A cap) {
+  const Step<A>& step = s.step;
+  int64_t k = k0;
+  for (; k + kTile <= k1; k += kTile)
+    tile<A, kTile, N, false>(step.k + k * d, d, d, panel.q, s.scores + k * kLanes<A>, nullptr);
+  for (; k < k1; ++k) tile<A, 1, N, false>(step.k + k * d, d, d, panel.q, s.scores + k * kLanes<A>, nullptr);
+
+  if (cap != 0)
+    masked ? softmax<A, N, true, true>(s, panel, k0, k1, cap) : softmax<A, N, false, true>(s, panel, k0, k1, cap);
+  else
+    masked ? softmax<A, N, true, false>(s, panel, k0, k1, cap) : softmax<A, N, false, false>(s, panel, k0, k1, cap);
+
+  for (int64_t i = 0; i < d; i += kTile)  // d is a multiple of 8
+    tile<A, kTile, N, true>(step.v + k0 * d + i, d, k1 - k0, s.scores + k0 * kLanes<A>, panel.o + i * kLanes<A>, s.alpha);
+  for (int64_t j = 0; j < step.n_odd; ++j) {
+    if (step.odd[j] < k0 || step.odd[j] >= k1) continue;
+    for (int64_t i = 0; i < d; ++i)
+      for (int v = 0; v < N; ++v) {
+        const V<A> p = load(s.scores + step.odd[j] * kLanes<A> + v * W<A>);
+        A* o = panel.o + i * kLanes<A> + v * W<A>;
+        store(o, p != 0 ? load(o) + p * step.raw[j * d + i] : load(o));
+      }
+  }
+}
+
+template <class A, class T>
+struct Run {
+  const SuffixAttention& a;
+  const AttentionUnit& unit;
+  const int64_t d, group, panels;
+  Scratch<A> s;
+  const A cap;  // in base-2 logits
+
+  Run(const SuffixAttention& a, const AttentionUnit& unit, void* memory)
+      : a(a),
+        unit(unit),
+        d(a.head_dim),
+        group(a.heads / a.kv_heads),
+        panels((unit.lanes + kLanes<A> - 1) / kLanes<A>),
+        s(a, memory, panels),
+        cap(A(a.softcap * kLog2e)) {}
+
+  int64_t suffix(int64_t at) const { return a.order[unit.at + at]; }
+  int64_t rows(int64_t at) const { return a.first[suffix(at) + 1] - a.first[suffix(at)]; }
+  int64_t lanes_of(int64_t panel) const {
+    const int64_t left = unit.lanes - panel * kLanes<A>;
+    return left < kLanes<A> ? left : kLanes<A>;
+  }
+  Panel<A> panel(int64_t p) const {
+    A* at = s.panels + p * panel_size<A>(a);
+    const int64_t n = d * kLanes<A>;
+    return {at, at + n, at + 2 * n, at + 2 * n + kLanes<A>, int((lanes_of(p) + W<A> - 1) / W<A>)};
+  }
+
+  void find_lanes() {
+    int64_t at = 0, lane = unit.lane;
+    for (int64_t l = 0; l < unit.lanes; ++l, ++lane) {
+      while (lane >= rows(at) * group) {
+        lane = 0;
+        ++at;
+      }
+      const int64_t i = lane / group, prefix = a.prefix_len[suffix(at)], last = rows(at) + prefix;
+      Lane& x = s.lanes[l];
+      x.row = a.first[suffix(at)] + i;
+      x.head = unit.kv_head * group + lane % group;
+      x.prefix_len = prefix;
+      x.at = int32_t(at);
+      x.low = a.window ? i - a.window + a.causal : -prefix;
+      if (x.low < -prefix) x.low = -prefix;
+      x.high = a.causal ? i + 1 : a.window ? i + a.window + 1 : last - prefix;
+      if (x.high > last - prefix) x.high = last - prefix;
+    }
+  }
+
+  // Scores are taken in base 2, or for a softcap in units of the cap.
+  void start() {
+    const A factor = A(a.softcap != 0 ? a.scale / a.softcap : a.scale * kLog2e);
+    for (int64_t p = 0; p < panels; ++p) {
+      const Panel<A> x = panel(p);
+      const int64_t n = lanes_of(p);
+      const T* from[kLanes<A>];
+      for (int64_t l = 0; l < n; ++l) {
+        const Lane& lane = s.lanes[p * kLanes<A> + l];
+        from[l] = static_cast<const T*>(a.q.data) + lane.row * a.q.stride_row + lane.head * a.q.stride_head;
+      }
+      for (int64_t i = 0; i < d; ++i) {
+        A* to = x.q + i * kLanes<A>;
+        for (int64_t l = 0; l < n; ++l) to[l] = to_acc<A>(from[l][i]) * factor;
+        for (int64_t l = n; l < kLanes<A>; ++l) to[l] = 0;
+      }
+      memset(x.o, 0, sizeof(A) * d * kLanes<A>);
+      for (int64_t l = 0; l < kLanes<A>; ++l) {
+        x.max[l] = -kInf<A>;
+        x.sum[l] = 0;
+      }
+    }
+  }
+
+  // One panel over the step's keys; keys_of gives each lane's own range of them.
+  template <class KeysOf>
+  void attend_panel(int64_t p, KeysOf keys_of) {
+    const int64_t n = lanes_of(p);
+    const Lane* lanes = s.lanes + p * kLanes<A>;
+    int64_t k0 = kKeys, k1 = 0, last_low = 0, first_high = kKeys;
+    for (int64_t l = 0; l < n; ++l) {
+      int64_t low, high;
+      keys_of(lanes[l], low, high);
+      if (low >= high) {
+        low = high = 0;
+      } else {
+        k0 = low < k0 ? low : k0;
+        k1 = high > k1 ? high : k1;
+      }
+      last_low = low > last_low ? low : last_low;
+      first_high = high < first_high ? high : first_high;
+      s.low[l] = A(low);
+      s.high[l] = A(high);
+    }
+    if (k0 >= k1) return;
+    for (int64_t l = n; l < kLanes<A>; ++l) s.low[l] = s.high[l] = 0;
+    const bool masked = last_low > k0 || first_high < k1;
+    const Panel<A> x = panel(p);
+    switch (x.vectors) {
+      case 1: return attend<A, 1>(s, x, k0, k1, masked, d, cap);
+      case 2: return attend<A, 2>(s, x, k0, k1, masked, d, cap);
+      default: return attend<A, 3>(s, x, k0, k1, masked, d, cap);
+    }
+  }
+
+  void clear_step() { s.step.keys = s.step.n_odd = 0; }
+
+  void prefixes() {
+    int64_t first = INT64_MAX, last = 0;
+    for (int64_t l = 0; l < unit.lanes; ++l) {
+      const Lane& x = s.lanes[l];
+      const int64_t low = x.low + x.prefix_len, high = (x.high < 0 ? x.high : 0) + x.prefix_len;
+      if (low >= high) continue;
+      first = low < first ? low : first;
+      last = high > last ? high : last;
+    }
+    const int64_t start = a.prefix_start[suffix(0)];
+    for (int64_t b = first < last ? first / kKeys * kKeys : last; b < last; b += kKeys) {
+      clear_step();
+      add_keys<A, T>(s.step, a.prefix_k, a.prefix_v, unit.kv_head, start + b, last - b < kKeys ? last - b : kKeys, d);
+      for (int64_t p = 0; p < panels; ++p)
+        attend_panel(p, [&](const Lane& x, int64_t& low, int64_t& high) {
+          low = x.low + x.prefix_len - b;
+          high = (x.high < 0 ? x.high : 0) + x.prefix_len - b;
+          low = low < 0 ? 0 : low;
+          high = high > kKeys ? kKeys : high;
+        });
+    }
+  }
+
+  // Keys of the suffixes themselves. Short suffixes share a step: each has its keys in one step only, as alone.
+  void own_rows() {
+    struct Piece {
+      int64_t offset, count;
+    } pieces[kKeys];
+    const int64_t suffixes = s.lanes[unit.lanes - 1].at + 1;
+    int64_t lane = 0, next = 0;
+    for (int64_t at = 0; at < suffixes; at = next) {
+      // The lanes of suffixes [at, next), whose keys make up one step, or of one longer suffix.
+      const int64_t first_lane = lane;
+      int64_t total = 0;
+      for (next = at; next < suffixes && (next == at || total + rows(next) <= kKeys); ++next) {
+        if (next - at < kKeys) pieces[next - at] = {total, rows(next)};
+        else break;
+        total += rows(next);
+        while (lane < unit.lanes && s.lanes[lane].at == next) ++lane;
+      }
+      if (first_lane == lane) continue;
+      const int64_t p0 = first_lane / kLanes<A>, p1 = (lane - 1) / kLanes<A> + 1;
+      if (next - at > 1 || total <= kKeys) {
+        clear_step();
+        for (int64_t i = at; i < next; ++i)
+          add_keys<A, T>(s.step, a.k, a.v, unit.kv_head, a.first[suffix(i)], rows(i), d);
+        for (int64_t p = p0; p < p1; ++p)
+          attend_panel(p, [&](const Lane& x, int64_t& low, int64_t& high) {
+            low = high = 0;
+            if (x.at < at || x.at >= next) return;
+            const Piece& piece = pieces[x.at - at];
+            low = piece.offset + (x.low > 0 ? x.low : 0);
+            high = piece.offset + x.high;
+          });
+        continue;
+      }
+      int64_t first = INT64_MAX, last = 0;
+      for (int64_t l = first_lane; l < lane; ++l) {
+        const int64_t low = s.lanes[l].low > 0 ? s.lanes[l].low : 0;
+        first = low < first ? low : first;
+        last = s.lanes[l].high > last ? s.lanes[l].high : last;
+      }
+      for (int64_t b = first / kKeys * kKeys; b < last; b += kKeys) {
+        clear_step();
+        add_keys<A, T>(s.step, a.k, a.v, unit.kv_head, a.first[suffix(at)] + b, last - b < kKeys ? last - b : kKeys, d);
+        for (int64_t p = p0; p < p1; ++p)
+          attend_panel(p, [&](const Lane& x, int64_t& low, int64_t& high) {
+            low = high = 0;
+            if (x.at != at) return;
+            low = x.low > b ? x.low - b : 0;
+            high = x.high - b < kKeys ? x.high - b : kKeys;
+          });
+      }
+    }
+  }
+
+  void finish() {
+    A row[kKeys * 8];
+    for (int64_t p = 0; p < panels; ++p) {
+      const Panel<A> x = panel(p);
+      for (int64_t l = 0; l < lanes_of(p); ++l) {
+        const Lane& lane = s.lanes[p * kLanes<A> + l];
+        const int64_t at = lane.row * a.heads + lane.head;
+        const A inverse = A(1) / x.sum[l];
+        for (int64_t i = 0; i < d; ++i) row[i] = x.o[i * kLanes<A> + l] * inverse;
+        T* to = static_cast<T*>(a.out) + at * d;
+        int64_t i = 0;
+        for (; i + W<A> <= d; i += W<A>) store(to + i, load(row + i));
+        if (i < d) store_part<A>(to + i, load_part<A>(row + i, d - i), d - i);
+        static_cast<A*>(a.lse)[at] = A((x.max[l] + __builtin_log2(double(x.sum[l]))) / kLog2e);
+      }
+    }
+  }
+};
+
+template <class A, class T>
+void run(const SuffixAttention& a, const AttentionUnit& unit, void* scratch) {
+  Run<A, T> work(a, unit, scratch);
+  work.find_lanes();
+  work.start();
+  work.prefixes();
+  work.own_rows();
+  work.finish();
+}
+
+void run_unit(const SuffixAttention& a, const AttentionUnit& unit, void* scratch) {
+  switch (a.dtype) {
+    case DType::f64: return run<double, double>(a, unit, scratch);
+    case DType::bf16: return run<float, bf16>(a, unit, scratch);
+    case DType::f16: return run<float, f16>(a, unit, scratch);
+    default: return run<float, float>(a, unit, scratch);
+  }
+}
+
+int64_t lanes_per_panel(DType dtype) { return dtype == DType::f64 ? kLanes<double> : kLanes<float>; }
+
+int64_t scratch_bytes(const SuffixAttention& a, int64_t panels) {
+  return a.dtype == DType::f64 ? Scratch<double>(a, nullptr, panels).end - static_cast<char*>(nullptr)
+                               : Scratch<float>(a, nullptr, panels).end - static_cast<char*>(nullptr);
+}
+
+bool supported() {
+#if defined(__AVX512F__)
+  return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+         __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("fma");
+#elif defined(__AVX2__)
+  return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+#else
+  return true;
+#endif
+}
+
+}  // namespace
+
+namespace suffix_attention {
+extern const SuffixAttentionIsa RMFAST_ISA;
+const SuffixAttentionIsa RMFAST_ISA = {RMFAST_STRING(RMFAST_ISA), supported, lanes_per_panel, scratch_bytes, run_unit};
+}  // namespace suffix_attention
+
+}  // namespace rmfast

@@ -1,0 +1,58 @@
+// exp2 and tanh of vectors. fp32: polynomials, within 1.5 ulp of the truth where it is a normal number. fp64: the C
+// library's, lane by lane. NaN gives NaN.
+#pragma once
+
+#include "rmfast/vec.h"
+
+namespace rmfast {
+namespace {
+
+typedef int32_t I32 __attribute__((vector_size(kVectorBytes)));
+
+template <class A>
+inline V<A> splat(A x) {
+  return V<A>{} + x;
+}
+
+// For x <= 127; below -126 the result is 0 (no subnormals), exactly 1 at 0.
+inline V<float> exp2(V<float> x) {
+  constexpr float kRound = 12582912.0f;  // 1.5 · 2^23: adding it leaves round(x) in the low bits
+  const V<float> safe = x < -126.0f ? splat(-126.0f) : x;
+  const V<float> shifted = safe + kRound;
+  const V<float> r = safe - (shifted - kRound);  // in [-0.5, 0.5]
+  V<float> p = splat(1.535336188319500e-4f);
+  p = p * r + 1.339887440266574e-3f;
+  p = p * r + 9.618437357674640e-3f;
+  p = p * r + 5.550332471162809e-2f;
+  p = p * r + 2.402264791363012e-1f;
+  p = p * r + 6.931472028550421e-1f;
+  p = p * r + 1.0f;
+  const V<float> scaled = (V<float>)((I32)p + ((I32)shifted << 23));
+  return x >= -126.0f ? scaled : (x < -126.0f ? V<float>{} : x);
+}
+
+inline V<double> exp2(V<double> x) {
+  for (int i = 0; i < W<double>; ++i) x[i] = __builtin_exp2(x[i]);
+  return x;
+}
+
+inline V<float> tanh(V<float> x) {
+  const V<float> size = (V<float>)((I32)x & 0x7fffffff), z = x * x;
+  V<float> p = splat(-5.70498872745e-3f);
+  p = p * z + 2.06390887954e-2f;
+  p = p * z - 5.37397155531e-2f;
+  p = p * z + 1.33314422036e-1f;
+  p = p * z - 3.33332819422e-1f;
+  const V<float> small = x + x * (z * p);
+  const V<float> e = exp2((size < 20.0f ? size : splat(20.0f)) * 2.885390081777927f);  // e^{2|x|}
+  const V<float> large = (V<float>)((I32)(1.0f - 2.0f / (e + 1.0f)) | ((I32)x & INT32_MIN));
+  return size >= 0.625f ? large : small;
+}
+
+inline V<double> tanh(V<double> x) {
+  for (int i = 0; i < W<double>; ++i) x[i] = __builtin_tanh(x[i]);
+  return x;
+}
+
+}  // namespace
+}  // namespace rmfast

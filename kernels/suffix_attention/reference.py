@@ -1,0 +1,81 @@
+"""Suffix attention in eager PyTorch.
+
+Every backend of the op takes the arguments of `forward` below, already checked by `rmfast.ops`: tensors as the public op
+describes them, `softcap` 0 and `window` 0 for none. Rows come back contiguous.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+# Logits of one batch of suffixes: 64 MiB in fp32, a GPU wants larger launches.
+_CHUNK_ELEMENTS = {"cpu": 1 << 24, "cuda": 1 << 28}
+
+
+def accumulator(dtype: torch.dtype) -> torch.dtype:
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def visible(rows: int, prefix: int, causal: bool, window: int, device: torch.device) -> Tensor:
+    """Which keys each row sees, (rows, prefix + rows)."""
+    own = torch.arange(prefix, prefix + rows, device=device)[:, None]
+    key = torch.arange(prefix + rows, device=device)[None]
+    if causal:
+        return (key <= own) & (key > own - window) if window else key <= own
+    return (key - own).abs() <= window if window else torch.ones_like(key - own, dtype=torch.bool)
+
+
+def forward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens: Tensor,
+    prefix_k: Tensor | None,
+    prefix_v: Tensor | None,
+    prefix_start: Tensor | None,
+    prefix_len: Tensor | None,
+    scale: float,
+    causal: bool,
+    softcap: float,
+    window: int,
+) -> tuple[Tensor, Tensor]:
+    """`out` and `lse`: suffixes of equal length and prefix length are one batch of dense, masked attention.
+
+    Its matmuls go through BLAS, whose order of additions may change with the number of suffixes in that batch: of
+    the backends, this one alone is not bit-identical between batches.
+    """
+    acc, (_, heads, d), kv_heads = accumulator(q.dtype), q.shape, k.size(1)
+    group, device = heads // kv_heads, q.device
+    out = torch.empty(q.shape, dtype=q.dtype, device=device)
+    lse = torch.empty(q.shape[:2], dtype=acc, device=device)
+    ends = cu_seqlens.tolist()
+    starts = [0] * len(ends) if prefix_start is None else prefix_start.tolist()
+    lens = [0] * len(ends) if prefix_len is None else prefix_len.tolist()
+    batches: dict[tuple[int, int], list[int]] = {}
+    for s in range(len(ends) - 1):
+        if ends[s + 1] > ends[s]:
+            batches.setdefault((ends[s + 1] - ends[s], lens[s]), []).append(s)
+
+    for (rows, prefix), suffixes in batches.items():
+        hidden = ~visible(rows, prefix, causal, window, device)
+        step = max(1, _CHUNK_ELEMENTS.get(device.type, 1 << 28) // (heads * rows * (prefix + rows)))
+        for i in range(0, len(suffixes), step):
+            some = suffixes[i : i + step]
+            own = torch.tensor([ends[s] for s in some], device=device)[:, None] + torch.arange(rows, device=device)
+            keys, values = k[own], v[own]  # (B, rows, Hkv, D)
+            if prefix:
+                shared = torch.tensor([starts[s] for s in some], device=device)[:, None]
+                shared = shared + torch.arange(prefix, device=device)
+                keys, values = torch.cat([prefix_k[shared], keys], 1), torch.cat([prefix_v[shared], values], 1)
+            queries = q[own].to(acc).view(len(some), rows, kv_heads, group, d)
+            keys, values = keys.to(acc), values.to(acc)
+            logits = torch.einsum("blhgd,bkhd->bhglk", queries * scale, keys)
+            if softcap:
+                logits = torch.tanh(logits / softcap) * softcap
+            logits = logits.masked_fill(hidden, -torch.inf)
+            total = logits.logsumexp(-1, keepdim=True)
+            got = torch.einsum("bhglk,bkhd->blhgd", (logits - total).exp(), values)
+            out[own] = got.reshape(len(some), rows, heads, d).to(q.dtype)
+            lse[own] = total.squeeze(-1).permute(0, 3, 1, 2).reshape(len(some), rows, heads)
+    return out, lse

@@ -1,0 +1,207 @@
+"""`suffix_attention`: attention of ragged suffixes over shared prefixes and themselves."""
+
+from __future__ import annotations
+
+import math
+import os
+
+import torch
+from torch import Tensor
+
+from rmfast import backends as _backends
+from rmfast.kernels.suffix_attention import reference as _reference
+from rmfast.ops._library import FLOATS, checked, define, direct, expect, expect_dtype, lib
+
+MAX_HEAD_DIM = 256
+
+define(
+    "suffix_attention",
+    "(Tensor q, Tensor k, Tensor v, Tensor cu_seqlens, Tensor? prefix_k, Tensor? prefix_v, Tensor? prefix_start, "
+    "Tensor? prefix_len, float scale, bool causal, float softcap, int window) -> (Tensor, Tensor)",
+)
+
+
+def _triton():
+    from rmfast.kernels.suffix_attention import triton
+
+    return triton.forward
+
+
+_backends.register(
+    "suffix_attention",
+    triton=_triton,
+    cpp=lambda: torch.ops.rmfast_native.suffix_attention.default,
+    eager=lambda: _reference.forward,
+)
+
+
+def suffix_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens: Tensor,
+    prefix_k: Tensor | None = None,
+    prefix_v: Tensor | None = None,
+    prefix_start: Tensor | None = None,
+    prefix_len: Tensor | None = None,
+    *,
+    scale: float | None = None,
+    causal: bool = True,
+    softcap: float | None = None,
+    window: int | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Attention of S ragged suffixes, laid end to end, each over a stretch of a shared prefix pool and its own rows.
+
+    The keys of suffix s are `prefix_k[prefix_start[s] : prefix_start[s] + prefix_len[s]]`, at positions 0, 1, ..., then
+    its own rows `k[cu_seqlens[s] : cu_seqlens[s + 1]]`, so its query row i sits at position prefix_len[s] + i. Prefixes are
+    read where they lie; suffixes with one prefix_start share them, and longer prefixes may contain shorter ones.
+
+    Args:
+        q: (N, Hq, D), after rotary embedding; float64, float32, bfloat16 or float16. D is a multiple of 8, at most
+            256. Like k and v it may be a strided view (a slice of a fused projection) with a contiguous last dimension.
+        k: (N, Hkv, D) with Hq a multiple of Hkv, q's dtype; head h of q reads head h // (Hq // Hkv).
+        v: (N, Hkv, D).
+        cu_seqlens: (S + 1,), int32 or int64: 0, then the ends of the suffixes, the last of them N. Suffixes may be empty.
+        prefix_k: (P, Hkv, D), after rotary embedding, or None with the three below for suffixes without prefixes.
+        prefix_v: (P, Hkv, D).
+        prefix_start: (S,), int32 or int64, rows of the pool; ignored where prefix_len is 0.
+        prefix_len: (S,), int32 or int64; 0 is a suffix without a prefix.
+        scale: of the logits; None is D ** -0.5. Finite and above 0.
+        causal: rows see keys at positions up to their own; otherwise the whole prefix and all rows of their suffix.
+        softcap: logits s become softcap · tanh(s / softcap) before masking (Gemma 2); None for none.
+        window: causal: keys at positions above own − window (the query itself counts); otherwise keys at a distance
+            of at most `window` to either side, as transformers' bidirectional sliding attention. None for none.
+
+    Returns:
+        out: (N, Hq, D) contiguous, in q's dtype.
+        lse: (N, Hq), the log-sum-exp of the row's logits in float32 (float64 for float64 q).
+
+        Sums are in float32 (float64 for float64 q). In the C++ and Triton kernels a row's bits depend only on its suffix
+        and its prefix, not on what else is in the batch, where it lies in memory or how many threads run. The same
+        row computed with some of its keys as prefix or all as own rows is equal to rounding, not to the bit.
+        Non-finite values stay within the suffixes that have them among their keys.
+
+    Raises:
+        ValueError: a shape, stride, device or option that does not fit; cu_seqlens that does not rise from 0 to N, or
+            a prefix outside the pool (both read on the CPU only; on CUDA unchecked unless RMFAST_CHECK=1); inputs that
+            require grad while gradients are on: the op has none.
+        TypeError: a dtype that is not supported, or an argument that is no tensor.
+        rmfast.BackendError: a backend asked for by name cannot run.
+    """
+    if not isinstance(q, Tensor):
+        raise TypeError(f"Expected q to be a torch.Tensor, got {type(q).__name__}")
+    expect_dtype(q.dtype in FLOATS, "q", "float64, float32, bfloat16 or float16", q.dtype)
+    expect(q.dim() == 3, "q", "of shape (N, Hq, D)", tuple(q.shape))
+    rows, heads, d = q.shape
+    expect(d % 8 == 0 and 8 <= d <= MAX_HEAD_DIM, "q.size(2), the head size,", "a multiple of 8 up to 256", d)
+    _floats(k, "k", (rows, None, d), q)
+    kv_heads = k.size(1)
+    expect(
+        kv_heads >= 1 and heads >= 1 and heads % kv_heads == 0,
+        "k.size(1), the number of key heads,", f"a divisor of the {heads} heads of q", kv_heads,
+    )  # fmt: skip
+    _floats(v, "v", (rows, kv_heads, d), q)
+    _integers(cu_seqlens, "cu_seqlens", None, q)
+    expect(cu_seqlens.numel() >= 1, "cu_seqlens", "of shape (S + 1,)", tuple(cu_seqlens.shape))
+    pool = {"prefix_k": prefix_k, "prefix_v": prefix_v, "prefix_start": prefix_start, "prefix_len": prefix_len}
+    if all(value is None for value in pool.values()):
+        pass
+    else:
+        for name, value in pool.items():
+            if value is None:
+                raise ValueError(f"Expected {name} to be a tensor, as the other prefix arguments are, got None")
+        _floats(prefix_k, "prefix_k", (None, kv_heads, d), q)
+        _floats(prefix_v, "prefix_v", (prefix_k.size(0), kv_heads, d), q)
+        _integers(prefix_start, "prefix_start", cu_seqlens.numel() - 1, q)
+        _integers(prefix_len, "prefix_len", cu_seqlens.numel() - 1, q)
+    scale = _number(d**-0.5 if scale is None else scale, "scale")
+    softcap = 0.0 if softcap is None else _number(softcap, "softcap")
+    if window is not None and (isinstance(window, bool) or not isinstance(window, (int, torch.SymInt))):
+        raise TypeError(f"Expected window to be an int, got {type(window).__name__}")
+    expect(window is None or window >= 1, "window", "at least 1", window)
+    if torch.is_grad_enabled():
+        for name, value in (("q", q), ("k", k), ("v", v), ("prefix_k", prefix_k), ("prefix_v", prefix_v)):
+            if value is not None and value.requires_grad:
+                raise ValueError(
+                    f"Expected {name} not to require grad: suffix_attention has no gradient; call it under "
+                    f"torch.no_grad() or detach {name}"
+                )
+    args = (
+        q, k, v, cu_seqlens.contiguous(), prefix_k, prefix_v,
+        None if prefix_start is None else prefix_start.contiguous(),
+        None if prefix_len is None else prefix_len.contiguous(),
+        scale, bool(causal), softcap, window or 0,
+    )  # fmt: skip
+    return _suffix_attention(*args) if direct(args) else torch.ops.rmfast.suffix_attention(*args)
+
+
+def _floats(value: Tensor, name: str, shape: tuple[int | None, ...], q: Tensor) -> None:
+    if value is None:
+        raise TypeError(f"Expected {name} to be a torch.Tensor, got None")
+    checked(value, name, shape, q)
+    expect_dtype(value.dtype == q.dtype, name, f"{q.dtype}, that of q,", value.dtype)
+    expect(value.numel() == 0 or value.stride(-1) == 1, f"{name}.stride(-1)", "1", value.stride(-1))
+
+
+def _integers(value: Tensor, name: str, size: int | None, q: Tensor) -> None:
+    if not isinstance(value, Tensor):
+        raise TypeError(f"Expected {name} to be a torch.Tensor, got {type(value).__name__}")
+    expect_dtype(value.dtype in (torch.int32, torch.int64), name, "int32 or int64", value.dtype)
+    wanted = "(S + 1,)" if size is None else f"({size},)"
+    expect(
+        value.dim() == 1 and (size is None or value.numel() == size), name, f"of shape {wanted}", tuple(value.shape)
+    )
+    expect(value.device == q.device, f"{name}.device", f"that of the first argument, {q.device}", value.device)
+
+
+def _number(value: float, name: str) -> float:
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"Expected {name} to be a float, got {type(value).__name__}")
+    expect(math.isfinite(value) and value > 0, name, "finite and above 0", value)
+    return float(value)
+
+
+def _check_values(rows: int, cu_seqlens: Tensor, pool: Tensor | None, start: Tensor | None, length: Tensor | None):
+    """Checks that read tensors: always on the CPU, on CUDA (where they synchronise) only with RMFAST_CHECK=1."""
+    if cu_seqlens.device.type != "cpu" and os.environ.get("RMFAST_CHECK") != "1":
+        return
+    first, last = int(cu_seqlens[0]), int(cu_seqlens[-1])
+    expect(first == 0, "cu_seqlens[0]", "0", first)
+    expect(last == rows, "cu_seqlens[-1]", f"{rows}, the rows of q", last)
+    steps = cu_seqlens.diff()
+    if steps.numel() and int(steps.min()) < 0:
+        at = int((steps < 0).nonzero()[0])
+        raise ValueError(f"Expected cu_seqlens not to fall, got {cu_seqlens[at : at + 2].tolist()} at {at}")
+    if pool is None or start is None or length is None or length.numel() == 0:
+        return
+    low = int(length.min())
+    expect(low >= 0, "prefix_len", "at least 0", low)
+    start, length = start.long(), length.long()
+    outside = (length > 0) & ((start < 0) | (start + length > pool.size(0)))
+    if bool(outside.any()):
+        s = int(outside.nonzero()[0])
+        raise ValueError(
+            f"Expected prefix_start and prefix_len to stay in the {pool.size(0)} rows of prefix_k, got start "
+            f"{int(start[s])} and length {int(length[s])} for suffix {s}"
+        )
+
+
+def _suffix_attention(*args):
+    q, k, cu_seqlens, prefix_k, start, length = (args[i] for i in (0, 1, 3, 4, 6, 7))
+    _check_values(q.size(0), cu_seqlens, prefix_k, start, length)
+    run = _backends.choose("suffix_attention", q.device.type)
+    return _suffix_attention_fake(*args) if q.numel() == 0 else run(*args)
+
+
+def _suffix_attention_fake(*args):
+    q = args[0]
+    return q.new_empty(q.shape), q.new_empty(q.shape[:2], dtype=_reference.accumulator(q.dtype))
+
+
+def _no_gradient(ctx, *grads):
+    raise RuntimeError("suffix_attention has no gradient; call it under torch.no_grad() or detach its inputs")
+
+
+lib.impl("suffix_attention", _suffix_attention, "CompositeExplicitAutograd")
+torch.library.register_fake("rmfast::suffix_attention", _suffix_attention_fake, lib=lib)
+torch.library.register_autograd("rmfast::suffix_attention", _no_gradient, lib=lib)
