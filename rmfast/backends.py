@@ -8,6 +8,7 @@ eager reference.
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import functools
 import importlib
 import os
@@ -111,6 +112,20 @@ def _load(name: str) -> str | None:
     return None
 
 
+def cpu_isa() -> str | None:
+    """The instruction set that the C++ kernels use now ("avx512", "avx2", "portable").
+
+    None where there is no compiled library, or RMFAST_CPU_ISA asks for one that this CPU or build does not have.
+    """
+    path = _library_path("_C")
+    if path is None or _load("_C") is not None:
+        return None
+    read = ctypes.CDLL(str(path)).rmfast_cpu_isa
+    read.restype = ctypes.c_char_p
+    name = read()
+    return None if name is None else name.decode()
+
+
 @functools.cache
 def _triton_missing() -> str | None:
     try:
@@ -125,8 +140,8 @@ def interpreting() -> bool:
     return os.environ.get("TRITON_INTERPRET") == "1"
 
 
-def why_not(op: str, name: str, device: str) -> str | None:
-    """Why backend `name` cannot run `op` on a device type, with the fix; None where it can."""
+def _missing(op: str, name: str, device: str) -> str | None:
+    """Why this install cannot run `op` on backend `name` and a device type, with the fix; None where it can."""
     if name not in _ops[op]:
         return f"{op} has no {name} kernel"
     if name == "cpp":
@@ -148,23 +163,35 @@ def why_not(op: str, name: str, device: str) -> str | None:
     return None
 
 
+def why_not(op: str, name: str, device: str) -> str | None:
+    """Why backend `name` cannot run `op` on a device type now, with the fix; None where it can."""
+    if (cause := _missing(op, name, device)) is not None:
+        return cause
+    asked = os.environ.get("RMFAST_CPU_ISA")
+    if name == "cpp" and asked and cpu_isa() is None:
+        return f"RMFAST_CPU_ISA={asked} is not one of avx512, avx2, portable that this CPU and build have"
+    return None
+
+
 def choose(op: str, device: str) -> Callable:
     """The callable that runs `op` on tensors of a device type.
 
-    Raises BackendError where a backend asked for by name cannot run.
+    Raises BackendError where a backend asked for by name, or an instruction set asked for, cannot run.
     """
     name = requested()
-    if name is not None:
-        if (cause := why_not(op, name, device)) is not None:
-            raise BackendError(f"Backend {name!r} cannot run {op} on {device}: {cause}")
-        return _ops[op][name]()
-    return _ops[op][_default(op, device)]()
+    if name is None:
+        name = _default(op, device)
+        if name != "cpp" or not os.environ.get("RMFAST_CPU_ISA"):
+            return _ops[op][name]()
+    if (cause := why_not(op, name, device)) is not None:
+        raise BackendError(f"Backend {name!r} cannot run {op} on {device}: {cause}")
+    return _ops[op][name]()
 
 
 @functools.cache
 def _default(op: str, device: str) -> str:
     names = _PREFERENCE.get(device, ("eager",))
-    return next(name for name in names if why_not(op, name, device) is None)
+    return next(name for name in names if _missing(op, name, device) is None)
 
 
 def explain(op: str | None = None, device: str | None = None) -> Explanation:
@@ -188,5 +215,7 @@ def explain(op: str | None = None, device: str | None = None) -> Explanation:
             runs = asked or _default(name, kind)
             if runs in causes:
                 runs = f"nothing: {runs} was asked for and cannot run"
+            elif runs == "cpp":
+                runs = f"cpp ({cpu_isa()})"
             out.append(Choice(name, kind, runs, causes))
     return out

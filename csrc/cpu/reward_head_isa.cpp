@@ -61,7 +61,7 @@ template <class A>
 struct Plan {
   int64_t J, K, d, dots_n;
   bool few;
-  A *dots, *packed, *offset, *direction_sums, *gain_sums, *effect;
+  A *dots, *packed, *offset, *sums, *effect;  // sums: of the elements of each of the dots
   int64_t size;
 
   explicit Plan(const RewardHead<A>& h) : J(h.J), K(h.K), d(h.rows.d), dots_n(h.J + h.K) {
@@ -74,8 +74,7 @@ struct Plan {
     };
     dots = take(dots_n * d);
     offset = take(K);
-    direction_sums = take(J);
-    gain_sums = take(K);
+    sums = take(dots_n);
     effect = take(J ? packed_size<A>(J, dots_n) : 0);
     packed = take(few ? 0 : packed_size<A>(d, dots_n));
     size = (at - h.workspace) + 16;
@@ -104,12 +103,11 @@ void prepare(const RewardHead<A>& h) {
   for (int64_t k = 0; k < h.K; ++k) {
     p.offset[k] = h.bias ? h.bias[k] : A(0);
     if (h.norm == kLayer && h.norm_bias) p.offset[k] += dot(h.weight + k * d, h.norm_bias, d);
-    p.gain_sums[k] = row_sum<A>(p.dots + (J + k) * d, d);
   }
+  for (int64_t n = 0; n < p.dots_n; ++n) p.sums[n] = row_sum<A>(p.dots + n * d, d);
   if (J) {
     Scratch<A> effect(p.dots_n * J);
     for (int64_t j = 0; j < J; ++j) {
-      p.direction_sums[j] = row_sum<A>(p.dots + j * d, d);
       for (int64_t n = 0; n < p.dots_n; ++n)
         effect.data[n * J + j] = n < j ? effect.data[j * J + n] : dot(p.dots + n * d, p.dots + j * d, d);
     }
@@ -118,17 +116,45 @@ void prepare(const RewardHead<A>& h) {
   if (!p.few) pack_columns(p.dots, d, d, p.dots_n, p.packed);
 }
 
-// Dots of one row with C vectors, and its squared norm, in U interleaved chains of additions each. One row at a time
+// Squared norm and sum of a row, both of x − shift for a layer norm.
+template <class A>
+struct Moments {
+  A square, sum;
+};
+
+// A layer norm is taken of x − shift in one pass, and the rest of the mean is taken off its sums. The shift is the
+// mean of the first 64 elements: within √(d / 64) standard deviations of the row's own, so that at d = 8192 the
+// variance loses at most 7 bits, where the plain Σx² − (Σx)²/d loses them all under a large mean.
+template <class A, class T>
+A shift_of(const T* x, int64_t d) {
+  const int64_t n = d < 64 ? d : 64;
+  return row_sum<A>(x, n) / A(n);
+}
+
+// Centres the dots and moments of x − shift; returns the row's mean.
+template <class A>
+A center(A shift, int64_t d, const A* sums, int64_t n, A* dots, Moments<A>* moments) {
+  const A rest = moments->sum / A(d);
+  for (int64_t i = 0; i < n; ++i) dots[i] -= rest * sums[i];
+  moments->square -= rest * moments->sum;
+  if (moments->square < 0) moments->square = 0;
+  return shift + rest;
+}
+
+// Dots of one row with C vectors, and its moments, in U interleaved chains of additions each. One row at a time
 // reads memory in one stream: 52 GB/s on two cores, where four rows side by side reach 31.
 template <class A, class T, int C, int U, bool Center>
-void row_dots(const T* x, A mean, const A* y, int64_t d, A* out, A* square) {
-  V<A> acc[U][C] = {}, sq[U] = {};
+void row_dots(const T* x, A shift, const A* y, int64_t d, A* out, Moments<A>* moments) {
+  V<A> acc[U][C] = {}, sq[U] = {}, total[U] = {};
   int64_t i = 0;
   for (; i + U * W<A> <= d; i += U * W<A>)
 #pragma GCC unroll 4
     for (int u = 0; u < U; ++u) {
       V<A> v = load(x + i + u * W<A>);
-      if (Center) v -= mean;
+      if (Center) {
+        v -= shift;
+        total[u] += v;
+      }
       sq[u] += v * v;
 #pragma GCC unroll 4
       for (int c = 0; c < C; ++c) acc[u][c] += v * load(y + c * d + i + u * W<A>);
@@ -136,52 +162,60 @@ void row_dots(const T* x, A mean, const A* y, int64_t d, A* out, A* square) {
   for (; i < d; i += W<A>) {
     const int64_t n = d - i < W<A> ? d - i : W<A>;
     V<A> v = load_part<A>(x + i, n);
-    if (Center) v = first_lanes<A>(v - mean, n);
+    if (Center) {
+      v = first_lanes<A>(v - shift, n);
+      total[0] += v;
+    }
     sq[0] += v * v;
     for (int c = 0; c < C; ++c) acc[0][c] += v * load_part<A>(y + c * d + i, n);
   }
   for (int u = 1; u < U; ++u) {
     sq[0] += sq[u];
+    total[0] += total[u];
     for (int c = 0; c < C; ++c) acc[0][c] += acc[u][c];
   }
   for (int c = 0; c < C; ++c) out[c] = sum<A>(acc[0][c]);
-  *square = sum<A>(sq[0]);
+  moments->square = sum<A>(sq[0]);
+  moments->sum = sum<A>(total[0]);
 }
 
 template <class A, class T, bool Center>
-void few_dots(const T* x, A mean, const A* y, int64_t n, int64_t d, A* out, A* square) {
-  for (; n >= 4; n -= 4, out += 4, y += 4 * d) row_dots<A, T, 4, 2, Center>(x, mean, y, d, out, square);
-  for (; n >= 2; n -= 2, out += 2, y += 2 * d) row_dots<A, T, 2, 4, Center>(x, mean, y, d, out, square);
-  if (n) row_dots<A, T, 1, 4, Center>(x, mean, y, d, out, square);
+void few_dots(const T* x, A shift, const A* y, int64_t n, int64_t d, A* out, Moments<A>* moments) {
+  for (; n >= 4; n -= 4, out += 4, y += 4 * d) row_dots<A, T, 4, 2, Center>(x, shift, y, d, out, moments);
+  for (; n >= 2; n -= 2, out += 2, y += 2 * d) row_dots<A, T, 2, 4, Center>(x, shift, y, d, out, moments);
+  if (n) row_dots<A, T, 1, 4, Center>(x, shift, y, d, out, moments);
 }
 
 // The same through the GEMM; x is converted 256 columns at a time.
 template <class A, class T>
-void many_dots(const T* const* x, int64_t count, const A* mean, const Plan<A>& p, A* copy, A* out, int64_t ld,
-               A* square) {
+void many_dots(const T* const* x, int64_t count, const A* shift, const Plan<A>& p, A* copy, A* out, int64_t ld,
+               Moments<A>* moments) {
   memset(out, 0, sizeof(A) * count * ld);
-  V<A> sq[kBlock] = {};
+  V<A> sq[kBlock] = {}, total[kBlock] = {};
   for (int64_t i0 = 0; i0 < p.d; i0 += kDepth) {
     const int64_t depth = p.d - i0 < kDepth ? p.d - i0 : kDepth;
     for (int64_t r = 0; r < count; ++r) {
       A* to = copy + r * kDepth;
-      V<A> acc = sq[r];
+      V<A> acc = sq[r], plain = total[r];
       int64_t i = 0;
       for (; i + W<A> <= depth; i += W<A>) {
-        const V<A> v = load(x[r] + i0 + i) - mean[r];
+        const V<A> v = load(x[r] + i0 + i) - shift[r];
         acc += v * v;
+        plain += v;
         store(to + i, v);
       }
       if (i < depth) {
-        const V<A> v = first_lanes<A>(load_part<A>(x[r] + i0 + i, depth - i) - mean[r], depth - i);
+        const V<A> v = first_lanes<A>(load_part<A>(x[r] + i0 + i, depth - i) - shift[r], depth - i);
         acc += v * v;
+        plain += v;
         store(to + i, v);
       }
       sq[r] = acc;
+      total[r] = plain;
     }
     gemm_packed(copy, kDepth, count, depth, p.packed + i0 * kTileCols<A>, p.d, p.dots_n, out, ld);
   }
-  for (int64_t r = 0; r < count; ++r) square[r] = sum<A>(sq[r]);
+  for (int64_t r = 0; r < count; ++r) moments[r] = {sum<A>(sq[r]), sum<A>(total[r])};
 }
 
 // One row under one intervention without the algebra, in double: for rows that a direction removes almost whole.
@@ -211,17 +245,18 @@ void explicit_rewards(const RewardHead<A>& h, const A* gains, const A* offset, c
 template <class A>
 struct Buffers {
   int64_t ld, axis;
-  Scratch<A> copy, dots, square, mean, c, effect;
+  Scratch<A> copy, dots, mean, c, effect;
+  Scratch<Moments<A>> moments;
   Scratch<double> row;
   Buffers(const RewardHead<A>& h, const Plan<A>& p)
       : ld(padded_cols<A>(p.dots_n)),
         axis(h.index ? 1 : h.I),
         copy(p.few ? 0 : kBlock * kDepth),
         dots(kBlock * ld),
-        square(kBlock),
         mean(kBlock),
         c(p.J ? kBlock * axis * p.J : 0),
         effect(p.J ? kBlock * axis * ld : 0),
+        moments(kBlock),
         row(p.J ? p.d : 0) {}
 };
 
@@ -235,20 +270,20 @@ void intervene(const RewardHead<A>& h, const Plan<A>& p, Buffers<A>& b, const T*
       const int64_t at = which(r, i);
       A* c = b.c.data + (r * axis + i) * J;
       for (int64_t j = 0; j < J; ++j) {
-        const A z = b.dots.data[r * b.ld + j] + b.mean.data[r] * p.direction_sums[j];
+        const A z = b.dots.data[r * b.ld + j] + b.mean.data[r] * p.sums[j];
         c[j] = at < 0 ? A(0) : h.strengths[at * J + j] * (h.targets ? z - h.targets[at * J + j] : z);
       }
     }
   memset(b.effect.data, 0, sizeof(A) * count * axis * b.ld);
   gemm_packed(b.c.data, J, count * axis, J, p.effect, J, p.dots_n, b.effect.data, b.ld);
   for (int64_t r = 0; r < count; ++r) {
-    const A *z = b.dots.data + r * b.ld, *s = z + J, square = b.square.data[r];
+    const A *z = b.dots.data + r * b.ld, *s = z + J, square = b.moments.data[r].square;
     for (int64_t i = 0; i < axis; ++i) {
       const A *c = b.c.data + (r * axis + i) * J, *change = b.effect.data + (r * axis + i) * b.ld;
       const A linear = 2 * dot(c, z, J), quadratic = dot(c, change, J);
       A norm2 = square - linear + quadratic, mean = 0;
       if (h.norm == kLayer) {
-        mean = -dot(c, p.direction_sums, J) / A(p.d);
+        mean = -dot(c, p.sums, J) / A(p.d);
         norm2 -= p.d * mean * mean;
       }
       A* out = h.out + ((first + r) * axis + i) * K;
@@ -261,7 +296,7 @@ void intervene(const RewardHead<A>& h, const Plan<A>& p, Buffers<A>& b, const T*
       const A scale = h.norm == kNone ? A(1) : A(1) / A(__builtin_sqrt(norm2 / A(p.d) + A(h.eps)));
       for (int64_t k = 0; k < K; ++k) {
         A value = s[k] - change[J + k];
-        if (h.norm == kLayer) value -= mean * p.gain_sums[k];
+        if (h.norm == kLayer) value -= mean * p.sums[J + k];
         out[k] = value * scale + p.offset[k];
       }
     }
@@ -278,22 +313,25 @@ void forward_rows(const RewardHead<A>& h, int64_t first_block, int64_t last_bloc
     const int64_t count = h.rows.count - first < kBlock ? h.rows.count - first : kBlock;
     for (int64_t r = 0; r < count; ++r) {
       x[r] = row_pointer<T>(h.rows, first + r);
-      b.mean.data[r] = h.norm == kLayer ? row_sum<A>(x[r], p.d) / A(p.d) : A(0);
+      b.mean.data[r] = h.norm == kLayer ? shift_of<A>(x[r], p.d) : A(0);
     }
     if (!p.few) {
-      many_dots(x, count, b.mean.data, p, b.copy.data, b.dots.data, b.ld, b.square.data);
+      many_dots(x, count, b.mean.data, p, b.copy.data, b.dots.data, b.ld, b.moments.data);
     } else {
       auto dots = h.norm == kLayer ? few_dots<A, T, true> : few_dots<A, T, false>;
       for (int64_t r = 0; r < count; ++r)
-        dots(x[r], b.mean.data[r], p.dots, p.dots_n, p.d, b.dots.data + r * b.ld, b.square.data + r);
+        dots(x[r], b.mean.data[r], p.dots, p.dots_n, p.d, b.dots.data + r * b.ld, b.moments.data + r);
     }
+    if (h.norm == kLayer)
+      for (int64_t r = 0; r < count; ++r)
+        b.mean.data[r] = center(b.mean.data[r], p.d, p.sums, p.dots_n, b.dots.data + r * b.ld, b.moments.data + r);
     if (p.J) {
       intervene(h, p, b, x, first, count);
       continue;
     }
     for (int64_t r = 0; r < count; ++r) {
       const A scale =
-          h.norm == kNone ? A(1) : A(1) / A(__builtin_sqrt(b.square.data[r] / A(p.d) + A(h.eps)));
+          h.norm == kNone ? A(1) : A(1) / A(__builtin_sqrt(b.moments.data[r].square / A(p.d) + A(h.eps)));
       for (int64_t k = 0; k < p.K; ++k)
         h.out[(first + r) * p.K + k] = b.dots.data[r * b.ld + k] * scale + p.offset[k];
     }
@@ -339,7 +377,7 @@ void backward_rows(const RewardHeadBackward<A>& h, int64_t first_chunk, int64_t 
     for (int64_t n = chunk * h.chunk; n < last; ++n) {
       const T* x = row_pointer<T>(h.rows, n);
       const A* g = h.grad + n * K;
-      const A mean = h.norm == kLayer ? row_sum<A>(x, d) / A(d) : A(0);
+      A mean = h.norm == kLayer ? shift_of<A>(x, d) : A(0);
       // The direction Σ_k g_k a_k; one head needs no copy of it.
       const A* toward = gains;
       A by = g[0], sum_of_gains = g[0] * gain_sums[0];
@@ -355,10 +393,15 @@ void backward_rows(const RewardHeadBackward<A>& h, int64_t first_chunk, int64_t 
       }
       A scale = 1, along = 0, shift = 0;
       if (h.norm != kNone) {
-        A projection, square;
+        A projection;
+        Moments<A> moments;
         auto dots = h.norm == kLayer ? row_dots<A, T, 1, 4, true> : row_dots<A, T, 1, 4, false>;
-        dots(x, mean, toward, d, &projection, &square);
-        scale = A(1) / A(__builtin_sqrt(square / A(d) + A(h.eps)));
+        dots(x, mean, toward, d, &projection, &moments);
+        if (h.norm == kLayer) {
+          const A toward_sum = K > 1 ? sum_of_gains : gain_sums[0];
+          mean = center(mean, d, &toward_sum, 1, &projection, &moments);
+        }
+        scale = A(1) / A(__builtin_sqrt(moments.square / A(d) + A(h.eps)));
         along = by * projection * scale * scale * scale / A(d);
         if (h.norm == kLayer) shift = sum_of_gains * scale / A(d);
       }

@@ -1,0 +1,65 @@
+"""Devices and backends that the tests run on; poisoned memory for op tests."""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+import torch
+
+import rmfast
+from rmfast.backends import NAMES, why_not
+
+DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
+ISAS = ["avx512", "avx2", "portable"]
+
+
+def backends_of(op: str) -> list:
+    """(device, backend, ISA) of every way to run `op` here; the others are listed as skips with their cause."""
+    params = []
+    for device in DEVICES:
+        for name in NAMES:
+            if (name == "cpp") != (device == "cpu") and name not in ("eager", "triton"):
+                continue
+            cause = why_not(op, name, device)
+            if name == "triton" and device == "cpu":
+                continue  # the interpreter has a test file of its own, in a process of its own
+            for isa in ISAS if name == "cpp" else [None]:
+                marks = [] if cause is None else [pytest.mark.skip(reason=f"{device}, {name}: {cause}")]
+                if device == "cuda":
+                    marks.append(pytest.mark.gpu)
+                label = "-".join(filter(None, (device, name, isa)))
+                params.append(pytest.param((device, name, isa), id=label, marks=marks))
+    return params
+
+
+@pytest.fixture
+def use_backend(monkeypatch):
+    """Runs the rest of a test on (device, backend, ISA); gives the device."""
+    import contextlib
+
+    with contextlib.ExitStack() as stack:
+
+        def use(param: tuple[str, str, str | None]) -> str:
+            device, name, isa = param
+            if isa is not None:
+                monkeypatch.setenv("RMFAST_CPU_ISA", isa)
+                if rmfast.backends.cpu_isa() is None:
+                    pytest.skip(f"this CPU has no {isa}")
+            stack.enter_context(rmfast.backend(name))
+            return device
+
+        yield use
+
+
+@pytest.fixture
+def poisoned(monkeypatch):
+    """`torch.empty` and friends come back full of NaN, so that an element nobody wrote shows."""
+    monkeypatch.setattr(torch.utils.deterministic, "fill_uninitialized_memory", True)
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+def pytest_configure(config):
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")
