@@ -1,6 +1,8 @@
-"""Builds the compiled libraries with ninja: `_C` (CPU) and, where nvcc is found, `_C_cuda`.
+"""Builds the compiled libraries with ninja: `_C` (CPU), where nvcc is found `_C_cuda`, and `_planner` (host only).
 
-Both use PyTorch's stable ABI, so that one build serves torch >= 2.10 and any Python; Python.h is not needed.
+The first two use PyTorch's stable ABI, so that one build serves torch >= 2.10 and any Python. `_planner` is a pybind11
+module for the Python that builds it, with the pybind11 headers that torch carries; without Python.h it is left out,
+and rmfast.planner runs in Python.
 Environment: RMFAST_BUILD_EXT, RMFAST_BUILD_CUDA, TORCH_CUDA_ARCH_LIST, MAX_JOBS, NVCC_THREADS, CXX (ENVIRONMENT.md).
 """
 
@@ -10,6 +12,7 @@ import re
 import shutil
 import subprocess
 import sys
+import sysconfig
 from pathlib import Path
 
 from setuptools import Extension, setup
@@ -71,16 +74,18 @@ class NinjaBuild(build_ext):
     """setuptools compiles one file after another with one set of flags; ninja does neither."""
 
     def build_extension(self, ext):
-        torch_lib, includes, nvcc = ext.settings
+        includes, libs, nvcc = ext.settings
         out = Path(self.get_ext_fullpath(ext.name)).resolve()
         out.parent.mkdir(parents=True, exist_ok=True)
         build = Path(self.build_temp).resolve() / ext.name
         build.mkdir(parents=True, exist_ok=True)
-        (build / "build.ninja").write_text(ninja_file(ext, out, torch_lib, includes, nvcc))
+        (build / "build.ninja").write_text(ninja_file(ext, out, includes, libs, nvcc))
         jobs = ["-j", os.environ["MAX_JOBS"]] if os.environ.get("MAX_JOBS") else []
         subprocess.run([ninja(), "-C", str(build), *jobs], check=True)
 
     def get_ext_filename(self, fullname):
+        if fullname.endswith("_planner"):
+            return super().get_ext_filename(fullname)
         # No Python version in the name: the libraries hold torch ops and no Python module.
         return fullname.replace(".", os.sep) + ".so"
 
@@ -96,7 +101,7 @@ def ninja():
     return os.path.join(package.BIN_DIR, "ninja")
 
 
-def ninja_file(ext, out, torch_lib, includes, nvcc):
+def ninja_file(ext, out, includes, libs, nvcc):
     include = " ".join(f"-I{path}" for path in [CSRC / "include", *includes])
     cxx = os.environ.get("CXX", "c++")
     lines = [
@@ -107,7 +112,7 @@ def ninja_file(ext, out, torch_lib, includes, nvcc):
         f"  command = {cxx} -MMD -MF $out.d $cflags $extra -c $in -o $out",
         "  depfile = $out.d",
         "rule link",
-        f"  command = {cxx} -shared $in -o $out -L{torch_lib} -ltorch_cpu -ltorch -lc10 $libs",
+        f"  command = {cxx} -shared $in -o $out {libs} $libs",
     ]
     if nvcc:
         threads = os.environ.get("NVCC_THREADS", "2")
@@ -151,13 +156,18 @@ def extensions():
         sources = sorted(str(path.relative_to(CSRC)) for path in (CSRC / folder).glob(pattern))
         made = Extension(name, sources)
         cuda = [Path(nvcc).resolve().parent.parent / "include"] if nvcc else []
-        made.settings = (base / "lib", includes + cuda, nvcc)
+        made.settings = (includes + cuda, f"-L{base / 'lib'} -ltorch_cpu -ltorch -lc10", nvcc)
         return made
 
     made = [extension("rmfast._C", "cpu", "*.cpp")]
     nvcc = nvcc_or_none()
     if nvcc:
         made.append(extension("rmfast._C_cuda", "cuda", "*.cu", nvcc))
+    python = Path(sysconfig.get_path("include"))
+    if (python / "Python.h").exists() and (base / "include" / "pybind11").exists():
+        planner = Extension("rmfast._planner", ["host/planner.cpp"])
+        planner.settings = ([python, base / "include"], "", None)
+        made.append(planner)
     return made
 
 
