@@ -5,10 +5,10 @@ earlier one, it shares with its predecessor. So each distinct input is one *segm
 with its predecessor. Those come first in its attention, from a *pool* of K/V rows in which every segment has one range.
 
 A layer projects K and V of all rows before its attention reads any. Parents and children therefore run in the same
-chunk, and the pool of a layer is gathered from that layer's own K and V: no waves by depth, and no K/V kept over layers.
-Only where a chunk ends inside a tree do the shared rows have to be kept, in all layers, for the next chunk. They
-are always one chain, the beginning of the next segment's text, so that the kept rows are one array, replaced by
-every chunk, and nothing is ever allocated or freed piecewise. In the engine, with `kept` and `pool` per layer:
+chunk, and the pool of a layer is gathered from that layer's own K and V: no waves by depth, no K/V kept over layers.
+Only where a chunk ends inside a tree do shared rows have to be kept, in all layers, for the next chunk. They are always
+one chain, the beginning of the next segment's text, so that the kept rows are one array, replaced by every chunk, and
+nothing is ever allocated or freed piecewise. In the engine, with `kept` and `pool` per layer:
 
     for chunk in plan:                                        # in order
         for each layer:
@@ -177,7 +177,7 @@ def plan(
     first part kept for the second, only where a chunk would else be less than half full.
 
     All inputs of a plan may share rows and chunks: where position embeddings depend on a text's length, plan each
-    group of equal embeddings by itself. Attention must be causal, or else min_shared None, keep_tokens 0 and read "all".
+    group of equal embeddings by itself. Without causal attention, pass min_shared None, keep_tokens 0 and read "all".
 
     Args:
         ids: (T,) int32 or int64, token ids of all inputs, in [0, 2³¹).
@@ -211,11 +211,12 @@ def plan(
     ids, cu = _integers("ids", ids), _integers("cu_seqlens", cu_seqlens).astype(np.int64)
     if len(cu) == 0 or cu[0] != 0 or cu[-1] != len(ids):
         raise ValueError(f"Expected cu_seqlens to go from 0 to len(ids) = {len(ids)}, got {cu[:1]} to {cu[-1:]}")
-    if len(ids) and not (0 <= ids.min() and ids.max() < 2**31):
+    if len(ids) and (ids.min() < 0 or ids.max() >= 2**31):
         raise ValueError(f"Expected ids to be in [0, 2**31), got {ids.min()} to {ids.max()}")
     length = np.diff(cu)
     if len(short := np.flatnonzero(length <= 0)):
-        raise ValueError(f"Expected every input to have at least one token, got {length[short[0]]} for input {short[0]}")
+        i = short[0]
+        raise ValueError(f"Expected every input to have at least one token, got {length[i]} for input {i}")
     if not isinstance(read, str):
         length = _read_lengths(read, length)
     elif read not in ("last", "all"):
@@ -227,7 +228,7 @@ def plan(
             f"{length.argmax()}; got {batch_tokens} + {kept}"
         )
     make = _plan_python if _planner is None else _planner.plan
-    limit = 2**31 - 1
+    limit = 2**30  # kept rows and a chunk's own are counted together in int32
     arrays = _Arrays(
         *make(
             np.ascontiguousarray(ids, np.int32),
