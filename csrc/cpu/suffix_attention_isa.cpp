@@ -71,8 +71,8 @@ int64_t panel_size(const SuffixAttention& a) {
 // Keys of one step, converted: a suffix's or prefix's rows [base, base + count) as keys [offset, offset + count).
 template <class A>
 struct Step {
-  A *k, *v, *raw;          // (kKeys, D); raw keeps the rows of v that are not finite
-  int64_t odd[kKeys], n_odd;  // their keys
+  A *k, *v, *raw;  // (kKeys, D), k with a tile's rows more; raw keeps the rows of v, keys `odd`, that are not finite
+  int64_t odd[kKeys], n_odd;
   int64_t keys;
 };
 
@@ -91,11 +91,11 @@ struct Scratch {
       return out;
     };
     auto floats = [&](int64_t n) { return reinterpret_cast<A*>(take(n * int64_t(sizeof(A)))); };
-    scores = floats(kKeys * kLanes<A>);
+    scores = floats((kKeys + kTile) * kLanes<A>);
     low = floats(kLanes<A>);
     high = floats(kLanes<A>);
     alpha = floats(kLanes<A>);
-    step.k = floats(kKeys * a.head_dim);
+    step.k = floats((kKeys + kTile) * a.head_dim);
     step.v = floats(kKeys * a.head_dim);
     step.raw = floats(kKeys * a.head_dim);
     panels = floats(panels_n * panel_size<A>(a));
@@ -166,7 +166,7 @@ inline void softmax(Scratch<A>& s, const Panel<A>& panel, int64_t k0, int64_t k1
         x = key < high ? x : splat(-kInf<A>);
       }
       if (Masked || Capped) store(scores + k * kLanes<A>, x);
-      max = x > max ? x : max;
+      max = larger<A>(x, max);
     }
     const V<A> safe = max == -kInf<A> ? V<A>{} : max;
     const V<A> alpha = exp2(old - safe);
@@ -185,10 +185,8 @@ inline void softmax(Scratch<A>& s, const Panel<A>& panel, int64_t k0, int64_t k1
 template <class A, int N>
 void attend(Scratch<A>& s, const Panel<A>& panel, int64_t k0, int64_t k1, bool masked, int64_t d, A cap) {
   const Step<A>& step = s.step;
-  int64_t k = k0;
-  for (; k + kTile <= k1; k += kTile)
+  for (int64_t k = k0; k < k1; k += kTile)  // the last tile may pass k1: what it leaves there is not read
     tile<A, kTile, N, false>(step.k + k * d, d, d, panel.q, s.scores + k * kLanes<A>, nullptr);
-  for (; k < k1; ++k) tile<A, 1, N, false>(step.k + k * d, d, d, panel.q, s.scores + k * kLanes<A>, nullptr);
 
   if (cap != 0)
     masked ? softmax<A, N, true, true>(s, panel, k0, k1, cap) : softmax<A, N, false, true>(s, panel, k0, k1, cap);
@@ -238,22 +236,26 @@ struct Run {
   }
 
   void find_lanes() {
-    int64_t at = 0, lane = unit.lane;
-    for (int64_t l = 0; l < unit.lanes; ++l, ++lane) {
-      while (lane >= rows(at) * group) {
-        lane = 0;
+    int64_t at = 0, i = unit.lane / group, h = unit.lane % group;
+    for (int64_t l = 0; l < unit.lanes; ++l) {
+      while (i >= rows(at)) {
+        i = h = 0;
         ++at;
       }
-      const int64_t i = lane / group, prefix = a.prefix_len[suffix(at)], last = rows(at) + prefix;
+      const int64_t prefix = a.prefix_len[suffix(at)], last = rows(at);
       Lane& x = s.lanes[l];
       x.row = a.first[suffix(at)] + i;
-      x.head = unit.kv_head * group + lane % group;
+      x.head = unit.kv_head * group + h;
       x.prefix_len = prefix;
       x.at = int32_t(at);
       x.low = a.window ? i - a.window + a.causal : -prefix;
       if (x.low < -prefix) x.low = -prefix;
-      x.high = a.causal ? i + 1 : a.window ? i + a.window + 1 : last - prefix;
-      if (x.high > last - prefix) x.high = last - prefix;
+      x.high = a.causal ? i + 1 : a.window ? i + a.window + 1 : last;
+      if (x.high > last) x.high = last;
+      if (++h == group) {
+        h = 0;
+        ++i;
+      }
     }
   }
 
@@ -263,15 +265,21 @@ struct Run {
     for (int64_t p = 0; p < panels; ++p) {
       const Panel<A> x = panel(p);
       const int64_t n = lanes_of(p);
-      const T* from[kLanes<A>];
-      for (int64_t l = 0; l < n; ++l) {
-        const Lane& lane = s.lanes[p * kLanes<A> + l];
-        from[l] = static_cast<const T*>(a.q.data) + lane.row * a.q.stride_row + lane.head * a.q.stride_head;
-      }
-      for (int64_t i = 0; i < d; ++i) {
-        A* to = x.q + i * kLanes<A>;
-        for (int64_t l = 0; l < n; ++l) to[l] = to_acc<A>(from[l][i]) * factor;
-        for (int64_t l = n; l < kLanes<A>; ++l) to[l] = 0;
+      for (int v = 0; v < x.vectors; ++v) {
+        const T* from[W<A>];
+        for (int l = 0; l < W<A>; ++l) {
+          // Lanes past the last repeat it.
+          const Lane& lane = s.lanes[p * kLanes<A> + (v * W<A> + l < n ? v * W<A> + l : n - 1)];
+          from[l] = static_cast<const T*>(a.q.data) + lane.row * a.q.stride_row + lane.head * a.q.stride_head;
+        }
+        for (int64_t i = 0; i < d; i += W<A>) {
+          const int64_t some = d - i < W<A> ? d - i : W<A>;
+          V<A> rows[W<A>];
+          for (int l = 0; l < W<A>; ++l)
+            rows[l] = (some == W<A> ? load(from[l] + i) : load_part<A>(from[l] + i, some)) * factor;
+          transpose<A>(rows);
+          for (int64_t j = 0; j < some; ++j) store(x.q + (i + j) * kLanes<A> + v * W<A>, rows[j]);
+        }
       }
       memset(x.o, 0, sizeof(A) * d * kLanes<A>);
       for (int64_t l = 0; l < kLanes<A>; ++l) {
@@ -391,19 +399,30 @@ struct Run {
   }
 
   void finish() {
-    A row[kKeys * 8];
     for (int64_t p = 0; p < panels; ++p) {
       const Panel<A> x = panel(p);
-      for (int64_t l = 0; l < lanes_of(p); ++l) {
-        const Lane& lane = s.lanes[p * kLanes<A> + l];
-        const int64_t at = lane.row * a.heads + lane.head;
-        const A inverse = A(1) / x.sum[l];
-        for (int64_t i = 0; i < d; ++i) row[i] = x.o[i * kLanes<A> + l] * inverse;
-        T* to = static_cast<T*>(a.out) + at * d;
-        int64_t i = 0;
-        for (; i + W<A> <= d; i += W<A>) store(to + i, load(row + i));
-        if (i < d) store_part<A>(to + i, load_part<A>(row + i, d - i), d - i);
-        static_cast<A*>(a.lse)[at] = A((x.max[l] + __builtin_log2(double(x.sum[l]))) / kLog2e);
+      const Lane* lanes = s.lanes + p * kLanes<A>;
+      for (int v = 0; v < x.vectors; ++v) {
+        const int64_t left = lanes_of(p) - v * W<A>, n = left < W<A> ? left : W<A>;
+        const V<A> inverse = A(1) / load(x.sum + v * W<A>);
+        int64_t at[W<A>];
+        for (int64_t l = 0; l < n; ++l) {
+          const Lane& lane = lanes[v * W<A> + l];
+          at[l] = lane.row * a.heads + lane.head;
+          const double sum = __builtin_log2(double(x.sum[v * W<A> + l]));
+          static_cast<A*>(a.lse)[at[l]] = A((x.max[v * W<A> + l] + sum) / kLog2e);
+        }
+        for (int64_t i = 0; i < d; i += W<A>) {
+          const int64_t some = d - i < W<A> ? d - i : W<A>;
+          V<A> rows[W<A>];
+          for (int64_t j = 0; j < some; ++j) rows[j] = load(x.o + (i + j) * kLanes<A> + v * W<A>) * inverse;
+          for (int64_t j = some; j < W<A>; ++j) rows[j] = V<A>{};
+          transpose<A>(rows);
+          for (int64_t l = 0; l < n; ++l) {
+            T* to = static_cast<T*>(a.out) + at[l] * d + i;
+            some == W<A> ? store(to, rows[l]) : store_part<A>(to, rows[l], some);
+          }
+        }
       }
     }
   }

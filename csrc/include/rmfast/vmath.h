@@ -1,4 +1,4 @@
-// exp2 and tanh of vectors. fp32: polynomials, within 1.5 ulp of the truth where it is a normal number. fp64: the C
+// exp2, tanh and other functions of vectors. fp32: polynomials, within 1.5 ulp of the truth where it is a normal number. fp64: the C
 // library's, lane by lane. NaN gives NaN.
 #pragma once
 
@@ -14,21 +14,31 @@ inline V<A> splat(A x) {
   return V<A>{} + x;
 }
 
-// For x <= 127; below -126 the result is 0 (no subnormals), exactly 1 at 0.
-inline V<float> exp2(V<float> x) {
-  constexpr float kRound = 12582912.0f;  // 1.5 · 2^23: adding it leaves round(x) in the low bits
-  const V<float> safe = x < -126.0f ? splat(-126.0f) : x;
-  const V<float> shifted = safe + kRound;
-  const V<float> r = safe - (shifted - kRound);  // in [-0.5, 0.5]
+// 2^r for r in [-0.5, 0.5], within 2e-9 of it before rounding.
+inline V<float> exp2_fraction(V<float> r) {
   V<float> p = splat(1.535336188319500e-4f);
   p = p * r + 1.339887440266574e-3f;
   p = p * r + 9.618437357674640e-3f;
   p = p * r + 5.550332471162809e-2f;
   p = p * r + 2.402264791363012e-1f;
   p = p * r + 6.931472028550421e-1f;
-  p = p * r + 1.0f;
+  return p * r + 1.0f;
+}
+
+// For x <= 127; below -126 the result is 0 (no subnormals), exactly 1 at 0.
+inline V<float> exp2(V<float> x) {
+#if defined(__AVX512F__)
+  const __m512 n = _mm512_roundscale_ps((__m512)x, 0);
+  const __mmask16 normal = _mm512_cmp_ps_mask((__m512)x, _mm512_set1_ps(-126.0f), _CMP_NLT_UQ);
+  return (V<float>)_mm512_maskz_scalef_ps(normal, (__m512)exp2_fraction(x - (V<float>)n), n);
+#else
+  constexpr float kRound = 12582912.0f;  // 1.5 · 2^23: adding it leaves round(x) in the low bits
+  const V<float> safe = x < -126.0f ? splat(-126.0f) : x;
+  const V<float> shifted = safe + kRound;
+  const V<float> p = exp2_fraction(safe - (shifted - kRound));
   const V<float> scaled = (V<float>)((I32)p + ((I32)shifted << 23));
   return x >= -126.0f ? scaled : (x < -126.0f ? V<float>{} : x);
+#endif
 }
 
 inline V<double> exp2(V<double> x) {
@@ -52,6 +62,47 @@ inline V<float> tanh(V<float> x) {
 inline V<double> tanh(V<double> x) {
   for (int i = 0; i < W<double>; ++i) x[i] = __builtin_tanh(x[i]);
   return x;
+}
+
+// The larger of both; b where either is NaN.
+template <class A>
+inline V<A> larger(V<A> a, V<A> b) {
+  return a > b ? a : b;
+}
+#if defined(__AVX512F__)
+template <>
+inline V<float> larger<float>(V<float> a, V<float> b) {
+  return (V<float>)_mm512_max_ps((__m512)a, (__m512)b);
+}
+#endif
+
+// Transposes W rows of W: blocks of half the width change places, then their halves, ...
+template <class A>
+inline void transpose(V<A>* rows) {
+#if defined(__clang__)
+  A from[W<A>][W<A>];
+  for (int i = 0; i < W<A>; ++i) store(from[i], rows[i]);
+  for (int i = 0; i < W<A>; ++i)
+    for (int j = 0; j < W<A>; ++j) rows[i][j] = from[j][i];
+#else
+  typedef decltype(rows[0] < rows[0]) Lanes;
+#pragma GCC unroll 4
+  for (int step = W<A> / 2; step; step /= 2) {
+    Lanes low, high;
+#pragma GCC unroll 16
+    for (int i = 0; i < W<A>; ++i) {
+      low[i] = i & step ? W<A> + i - step : i;
+      high[i] = i & step ? W<A> + i : i + step;
+    }
+#pragma GCC unroll 16
+    for (int i = 0; i < W<A>; ++i) {
+      if (i & step) continue;
+      const V<A> a = rows[i], b = rows[i + step];
+      rows[i] = __builtin_shuffle(a, b, low);
+      rows[i + step] = __builtin_shuffle(a, b, high);
+    }
+  }
+#endif
 }
 
 }  // namespace
