@@ -1,0 +1,43 @@
+#!/usr/bin/env bash
+# Everything that needs a CUDA GPU, in under ten minutes and without a network: build, tests, compute-sanitizer, rows.
+# Goes on after a failed step, so that one call tells all; exits 1 if any failed.
+set -u
+cd "$(dirname "$0")/.."
+PY=${1:-python3}
+failed=()
+step() {
+  local name=$1 limit=$2
+  shift 2
+  echo "== $name"
+  timeout "$limit" "$@" || failed+=("$name (exit $?)")
+}
+
+"$PY" - <<'PY' || exit 1
+import sys, torch, triton
+if not torch.cuda.is_available():
+    sys.exit("gpu-check needs a CUDA GPU that torch can see")
+name, capability = torch.cuda.get_device_name(), torch.cuda.get_device_capability()
+print(f"{name}, sm_{capability[0]}{capability[1]}, torch {torch.__version__}, triton {triton.__version__}")
+PY
+arch=$("$PY" -c 'import torch; print("%d.%d" % torch.cuda.get_device_capability())')
+export TORCH_CUDA_ARCH_LIST=${TORCH_CUDA_ARCH_LIST:-$arch}
+
+step "build" 180 env RMFAST_BUILD_EXT=1 RMFAST_BUILD_CUDA=1 "$PY" setup.py -q build_ext --inplace
+step "explain" 60 "$PY" -c 'import rmfast; print(rmfast.explain())'
+step "tests of the ops on the GPU" 240 "$PY" -m pytest -q -x --maxfail=20 -p no:cacheprovider -k cuda \
+  tests/test_reward_head.py tests/test_triton_reward_head.py tests/test_cuda_reward_head.py
+sanitizer=$(command -v compute-sanitizer || echo /usr/local/cuda/bin/compute-sanitizer)
+if [ -x "$sanitizer" ]; then
+  for tool in memcheck racecheck; do
+    step "compute-sanitizer $tool" 60 "$sanitizer" --tool "$tool" --error-exitcode 9 "$PY" tests/gpu_small.py
+  done
+else
+  failed+=("compute-sanitizer (not found)")
+fi
+step "benchmarks" 200 "$PY" -m bench --device cuda --seconds 3
+
+if [ ${#failed[@]} -gt 0 ]; then
+  printf 'FAILED: %s\n' "${failed[@]}"
+  exit 1
+fi
+echo "gpu-check passed"

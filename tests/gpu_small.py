@@ -1,0 +1,34 @@
+"""A small run of every GPU kernel, for compute-sanitizer: odd sizes, views, rows, interventions, gradients."""
+
+from __future__ import annotations
+
+import torch
+
+import rmfast
+from rmfast.ops import reward_head
+
+
+def main() -> None:
+    torch.manual_seed(0)
+    for backend in ("triton", "cuda"):
+        with rmfast.backend(backend):
+            for dtype in (torch.bfloat16, torch.float32, torch.float64):
+                for d, K, J in ((59, 1, 0), (136, 3, 2), (256, 20, 9)):
+                    hidden = torch.randn(3, 7, d + 8, device="cuda").to(dtype)[:, 1:, 3 : 3 + d]
+                    weight, gain = torch.randn(K, d, device="cuda"), torch.randn(d, device="cuda")
+                    rows = torch.tensor([0, 17, 3, 3], device="cuda")
+                    extra = {}
+                    if J:
+                        P = torch.randn(J, d, device="cuda") / d**0.5
+                        extra = {"directions": P, "strengths": torch.rand(2, J, device="cuda")}
+                    for norm in ("rms", "layer"):
+                        reward_head(hidden, weight, norm=norm, norm_weight=gain, **extra)
+                        reward_head(hidden, weight, norm=norm, norm_weight=gain, rows=rows, **extra)
+                    leaf = hidden.detach().requires_grad_()
+                    reward_head(leaf, weight.requires_grad_(), norm="rms", norm_weight=gain).sum().backward()
+    torch.cuda.synchronize()
+    print("ran every kernel")
+
+
+if __name__ == "__main__":
+    main()
