@@ -198,6 +198,18 @@ def test_a_chunk_ends_where_little_is_shared():
     assert [len(chunk.keep_rows) for chunk in got] == [20, 20, 0]
 
 
+def test_a_chunk_gives_up_at_most_a_quarter_for_that():
+    prompt = text(0, 300)
+    got = plan(*flat([[0] * 10] + [[1, *prompt, *text(i + 1, 40)] for i in range(20)]), batch_tokens=400)
+    assert got[0].rows == 10 + 341 + 40
+
+
+def test_a_text_fills_a_chunk_that_would_be_less_than_half_full():
+    got = plan(*flat([[0] * 4, [1] * 9, [2] * 6]), batch_tokens=10)
+    assert [chunk.rows for chunk in got] == [10, 9]
+    assert [len(chunk.keep_rows) for chunk in got] == [6, 0]
+
+
 def test_a_text_over_the_budget_is_cut_and_its_beginning_kept():
     got = plan(*flat([text(0, 25)]), batch_tokens=10)
     assert [chunk.rows for chunk in got] == [25]  # 10 + 10 rows can be run and kept, not 25

@@ -23,7 +23,7 @@ struct Inputs {
 };
 
 struct Budgets {
-    int64_t batch, keep, pool, min_shared;
+    int64_t batch, keep, pool;
 };
 
 struct Text {
@@ -105,8 +105,8 @@ void fill(const std::vector<Text>& texts, const Budgets& b, std::vector<Segment>
 
     const Text& t = texts[text];
     if (2 * rows < b.batch && pooled + growth <= b.pool && t.length <= b.keep + b.batch) {
-        const int64_t full = start + b.batch - rows, stop = std::min(full, b.keep);
-        if (start < stop && (segments.empty() || stop == full)) {
+        const int64_t stop = std::min(start + b.batch - rows, b.keep);
+        if (start < stop) {
             segments.push_back({text, start, stop});
             next = stop;
             return;
@@ -125,8 +125,7 @@ void fill(const std::vector<Text>& texts, const Budgets& b, std::vector<Segment>
         segments.push_back({text, start, t.length});
         ++text;
     }
-    const int64_t kept = text < count ? std::min(texts[text].shared, b.keep) : 0;
-    next = kept >= b.min_shared ? kept : 0;
+    if (text < count) next = std::min(texts[text].shared, b.keep);
 }
 
 struct Output {
@@ -204,7 +203,7 @@ using Array = py::array_t<T, py::array::c_style | py::array::forcecast>;
 py::tuple plan(const Array<int32_t>& ids, const Array<int64_t>& first, const Array<int64_t>& length, int64_t batch,
                int64_t keep, int64_t pool, int64_t min_shared, bool read_all) {
     const Inputs in{ids.data(), first.data(), length.data(), static_cast<int64_t>(length.size())};
-    const Budgets budgets{batch, keep, pool, min_shared};
+    const Budgets budgets{batch, keep, pool};
     const int64_t longest = in.count ? *std::max_element(in.length, in.length + in.count) : 0;
     Output out(read_all, read_all ? static_cast<int64_t>(ids.size()) : in.count, longest);
     std::vector<int64_t> order;
@@ -212,7 +211,7 @@ py::tuple plan(const Array<int32_t>& ids, const Array<int64_t>& first, const Arr
     {
         py::gil_scoped_release release;
         order = sorted(in);
-        texts = distinct(in, order, budgets.min_shared);
+        texts = distinct(in, order, min_shared);
         std::vector<Segment> segments;
         std::vector<int64_t> before;
         int64_t text = 0, next = 0;
