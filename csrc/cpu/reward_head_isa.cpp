@@ -338,7 +338,7 @@ void forward_rows(const RewardHead<A>& h, int64_t first_block, int64_t last_bloc
   }
 }
 
-// y (n, d) -> the gradient of one row: x ↦ scale * direction − x * along − shift.
+// The gradient of one row: weight · direction − (x − mean) along − shift.
 template <class A, class T>
 void write_gradient(const T* x, const A* direction, A weight, A along, A shift, A mean, int64_t d, T* out) {
   int64_t i = 0;
@@ -350,11 +350,21 @@ void write_gradient(const T* x, const A* direction, A weight, A along, A shift, 
   }
 }
 
-template <class A, class T>
-void add_scaled(const T* x, A mean, A weight, int64_t d, A* out) {
+// out += Σ_r (x_r − mean_r) weight_r: R rows for one read and write of out.
+template <class A, class T, int R>
+void add_scaled(const T* const* x, const A* mean, const A* weight, int64_t d, A* out) {
   int64_t i = 0;
-  for (; i + W<A> <= d; i += W<A>) store(out + i, load(out + i) + (load(x + i) - mean) * weight);
-  if (i < d) store_part<A>(out + i, load_part<A>(out + i, d - i) + (load_part<A>(x + i, d - i) - mean) * weight, d - i);
+  for (; i + W<A> <= d; i += W<A>) {
+    V<A> acc = load(out + i);
+#pragma GCC unroll 4
+    for (int r = 0; r < R; ++r) acc += (load(x[r] + i) - mean[r]) * weight[r];
+    store(out + i, acc);
+  }
+  if (i < d) {
+    V<A> acc = load_part<A>(out + i, d - i);
+    for (int r = 0; r < R; ++r) acc += (load_part<A>(x[r] + i, d - i) - mean[r]) * weight[r];
+    store_part<A>(out + i, acc, d - i);
+  }
 }
 
 template <class A>
@@ -364,9 +374,36 @@ void prepare_backward(const RewardHeadBackward<A>& h) {
   for (int64_t k = 0; k < h.K; ++k) h.workspace[h.K * d + k] = row_sum<A>(h.workspace + k * d, d);
 }
 
-// A chunk's rows in order: the gradient of each, and the chunk's own partial sum of V.
+// What the gradient of one row needs beside the row: toward = Σ_k g_k a_k is kept by the caller.
+template <class A>
+struct RowGradient {
+  A scale, along, shift, mean;
+};
+
+template <class A, class T>
+RowGradient<A> row_gradient(const RewardHeadBackward<A>& h, const T* x, const A* toward, A by, A toward_sum) {
+  RowGradient<A> out = {1, 0, 0, 0};
+  if (h.norm == kNone) return out;
+  const int64_t d = h.rows.d;
+  A projection;
+  Moments<A> moments;
+  if (h.norm == kLayer) {
+    const A shift = shift_of<A>(x, d);
+    row_dots<A, T, 1, 4, true>(x, shift, toward, d, &projection, &moments);
+    out.mean = center(shift, d, &toward_sum, 1, &projection, &moments);
+  } else {
+    row_dots<A, T, 1, 4, false>(x, A(0), toward, d, &projection, &moments);
+  }
+  out.scale = A(1) / A(__builtin_sqrt(moments.square / A(d) + A(h.eps)));
+  out.along = by * projection * out.scale * out.scale * out.scale / A(d);
+  if (h.norm == kLayer) out.shift = by * toward_sum * out.scale / A(d);
+  return out;
+}
+
+// A chunk's rows in order, four at a time: the gradient of each, and the chunk's own partial sum of V.
 template <class A, class T>
 void backward_rows(const RewardHeadBackward<A>& h, int64_t first_chunk, int64_t last_chunk) {
+  constexpr int R = 4;
   const int64_t d = h.rows.d, K = h.K;
   const A *gains = h.workspace, *gain_sums = h.workspace + K * d;
   Scratch<A> direction(d);
@@ -374,40 +411,44 @@ void backward_rows(const RewardHeadBackward<A>& h, int64_t first_chunk, int64_t 
     A* partial = h.partial ? h.partial + chunk * K * d : nullptr;
     if (partial) memset(partial, 0, sizeof(A) * K * d);
     const int64_t last = (chunk + 1) * h.chunk < h.rows.count ? (chunk + 1) * h.chunk : h.rows.count;
-    for (int64_t n = chunk * h.chunk; n < last; ++n) {
-      const T* x = row_pointer<T>(h.rows, n);
-      const A* g = h.grad + n * K;
-      A mean = h.norm == kLayer ? shift_of<A>(x, d) : A(0);
-      // The direction Σ_k g_k a_k; one head needs no copy of it.
-      const A* toward = gains;
-      A by = g[0], sum_of_gains = g[0] * gain_sums[0];
-      if (K > 1) {
-        by = 1;
-        sum_of_gains = 0;
-        memset(direction.data, 0, sizeof(A) * d);
-        for (int64_t k = 0; k < K; ++k) {
-          add_scaled<A>(gains + k * d, A(0), g[k], d, direction.data);
-          sum_of_gains += g[k] * gain_sums[k];
+    for (int64_t n = chunk * h.chunk; n < last; n += R) {
+      const int64_t count = last - n < R ? last - n : R;
+      const T* x[R];
+      A mean[R], scale[R];
+      for (int64_t r = 0; r < count; ++r) {
+        x[r] = row_pointer<T>(h.rows, n + r);
+        const A* g = h.grad + (n + r) * K;
+        // One head needs no copy of its direction: g_0 is put beside it.
+        const A* toward = gains;
+        A by = g[0], toward_sum = gain_sums[0];
+        if (K > 1) {
+          by = 1;
+          toward_sum = 0;
+          memset(direction.data, 0, sizeof(A) * d);
+          const A zero = 0;
+          for (int64_t k = 0; k < K; ++k) {
+            const A* gain = gains + k * d;
+            add_scaled<A, A, 1>(&gain, &zero, g + k, d, direction.data);
+            toward_sum += g[k] * gain_sums[k];
+          }
+          toward = direction.data;
         }
-        toward = direction.data;
+        const RowGradient<A> row = row_gradient(h, x[r], toward, by, toward_sum);
+        mean[r] = row.mean;
+        scale[r] = row.scale;
+        if (h.grad_rows)
+          write_gradient(x[r], toward, by * row.scale, row.along, row.shift, row.mean, d,
+                         static_cast<T*>(h.grad_rows) + (n + r) * d);
       }
-      A scale = 1, along = 0, shift = 0;
-      if (h.norm != kNone) {
-        A projection;
-        Moments<A> moments;
-        auto dots = h.norm == kLayer ? row_dots<A, T, 1, 4, true> : row_dots<A, T, 1, 4, false>;
-        dots(x, mean, toward, d, &projection, &moments);
-        if (h.norm == kLayer) {
-          const A toward_sum = K > 1 ? sum_of_gains : gain_sums[0];
-          mean = center(mean, d, &toward_sum, 1, &projection, &moments);
-        }
-        scale = A(1) / A(__builtin_sqrt(moments.square / A(d) + A(h.eps)));
-        along = by * projection * scale * scale * scale / A(d);
-        if (h.norm == kLayer) shift = sum_of_gains * scale / A(d);
+      if (!partial) continue;
+      for (int64_t k = 0; k < K; ++k) {
+        A weight[R];
+        for (int64_t r = 0; r < count; ++r) weight[r] = h.grad[(n + r) * K + k] * scale[r];
+        if (count == R)
+          add_scaled<A, T, R>(x, mean, weight, d, partial + k * d);
+        else
+          for (int64_t r = 0; r < count; ++r) add_scaled<A, T, 1>(x + r, mean + r, weight + r, d, partial + k * d);
       }
-      if (h.grad_rows) write_gradient(x, toward, by * scale, along, shift, mean, d, static_cast<T*>(h.grad_rows) + n * d);
-      if (partial)
-        for (int64_t k = 0; k < K; ++k) add_scaled(x, mean, g[k] * scale, d, partial + k * d);
     }
   }
 }
