@@ -186,9 +186,10 @@ void few_dots(const T* x, A shift, const A* y, int64_t n, int64_t d, A* out, Mom
   if (n) row_dots<A, T, 1, 4, Center>(x, shift, y, d, out, moments);
 }
 
-// The same through the GEMM; x is converted 256 columns at a time.
+// The same through the GEMM; x is converted 256 columns at a time. The next 256 are fetched meanwhile: 32 short pieces
+// of rows are no pattern that the hardware sees, and without it their misses take a fifth of the time.
 template <class A, class T>
-void many_dots(const T* const* x, int64_t count, const A* shift, const Plan<A>& p, A* copy, A* out, int64_t ld,
+void many_dots(const T* const* x, const T* const* next, int64_t count, const A* shift, const Plan<A>& p, A* copy, A* out, int64_t ld,
                Moments<A>* moments) {
   memset(out, 0, sizeof(A) * count * ld);
   V<A> sq[kBlock] = {}, total[kBlock] = {};
@@ -212,6 +213,11 @@ void many_dots(const T* const* x, int64_t count, const A* shift, const Plan<A>& 
       }
       sq[r] = acc;
       total[r] = plain;
+      const T* ahead = i0 + kDepth < p.d ? x[r] + i0 + kDepth : next[r];
+      const int64_t bytes = (p.d < kDepth ? p.d : kDepth) * sizeof(T);
+      if (ahead)
+        for (int64_t line = 0; line < bytes; line += 64)
+          __builtin_prefetch(reinterpret_cast<const char*>(ahead) + line, 0, 2);
     }
     gemm_packed(copy, kDepth, count, depth, p.packed + i0 * kTileCols<A>, p.d, p.dots_n, out, ld);
   }
@@ -269,10 +275,14 @@ void intervene(const RewardHead<A>& h, const Plan<A>& p, Buffers<A>& b, const T*
     for (int64_t i = 0; i < axis; ++i) {
       const int64_t at = which(r, i);
       A* c = b.c.data + (r * axis + i) * J;
-      for (int64_t j = 0; j < J; ++j) {
-        const A z = b.dots.data[r * b.ld + j] + b.mean.data[r] * p.sums[j];
-        c[j] = at < 0 ? A(0) : h.strengths[at * J + j] * (h.targets ? z - h.targets[at * J + j] : z);
-      }
+      const A *z = b.dots.data + r * b.ld, mean = b.mean.data[r];
+      const A *alpha = h.strengths + at * J, *target = h.targets ? h.targets + at * J : nullptr;
+      if (at < 0)
+        memset(c, 0, sizeof(A) * J);
+      else if (target)
+        for (int64_t j = 0; j < J; ++j) c[j] = alpha[j] * (z[j] + mean * p.sums[j] - target[j]);
+      else
+        for (int64_t j = 0; j < J; ++j) c[j] = alpha[j] * (z[j] + mean * p.sums[j]);
     }
   memset(b.effect.data, 0, sizeof(A) * count * axis * b.ld);
   gemm_packed(b.c.data, J, count * axis, J, p.effect, J, p.dots_n, b.effect.data, b.ld);
@@ -307,16 +317,18 @@ template <class A, class T>
 void forward_rows(const RewardHead<A>& h, int64_t first_block, int64_t last_block) {
   const Plan<A> p(h);
   Buffers<A> b(h, p);
-  const T* x[kBlock];
+  const T *x[kBlock], *next[kBlock];
   for (int64_t block = first_block; block < last_block; ++block) {
     const int64_t first = block * kBlock;
     const int64_t count = h.rows.count - first < kBlock ? h.rows.count - first : kBlock;
     for (int64_t r = 0; r < count; ++r) {
       x[r] = row_pointer<T>(h.rows, first + r);
+      const int64_t ahead = first + r + kBlock;
+      next[r] = block + 1 < last_block && ahead < h.rows.count ? row_pointer<T>(h.rows, ahead) : nullptr;
       b.mean.data[r] = h.norm == kLayer ? shift_of<A>(x[r], p.d) : A(0);
     }
     if (!p.few) {
-      many_dots(x, count, b.mean.data, p, b.copy.data, b.dots.data, b.ld, b.moments.data);
+      many_dots(x, next, count, b.mean.data, p, b.copy.data, b.dots.data, b.ld, b.moments.data);
     } else {
       auto dots = h.norm == kLayer ? few_dots<A, T, true> : few_dots<A, T, false>;
       for (int64_t r = 0; r < count; ++r)
