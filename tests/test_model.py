@@ -185,6 +185,29 @@ def test_threads_may_share_a_model():
         M.assert_rewards(got, want, M.reward_scale(model))
 
 
+def test_the_norm_is_left_out_for_the_scoring_thread_only():
+    model = M.decoder("llama")
+    reward_model = RewardModel(model)
+    x, seen = torch.randn(3, 48), []
+    want = model.model.norm(x)
+
+    def during(module, args):  # while the body runs without its norm
+        seen.append(model.model.norm(x))
+        thread = threading.Thread(target=lambda: seen.append(model.model.norm(x)))
+        thread.start()
+        thread.join()
+
+    model.model.layers[0].register_forward_pre_hook(during)
+    reward_model.score(IDS[:1])
+    assert torch.equal(seen[0], x) and torch.equal(seen[1], want)
+
+
+def test_a_norm_that_serves_several_places_stays_in():
+    model = M.decoder("llama")
+    model.model.layers[1].input_layernorm = model.model.norm
+    M.assert_rewards(RewardModel(model).score(IDS), own_scores(model), 1.0)
+
+
 @pytest.mark.parametrize("family", ["llama", "gemma2"])
 @pytest.mark.parametrize("task", ["SequenceClassification", "TokenClassification"])
 @pytest.mark.parametrize("labels", [1, 3])
@@ -262,6 +285,34 @@ def test_a_model_that_reads_at_a_token_needs_that_pooling():
 def test_a_head_with_rules_of_its_own_is_refused():
     with pytest.raises(ValueError, match=r"Body: decoder_stack; final norm: decoder_stack.norm; head: regression"):
         RewardModel(own_model(read="scaled"))
+
+
+class OwnEncoder(transformers.BertPreTrainedModel):
+    """An encoder that takes the mean over its tokens."""
+
+    def __init__(self, config, tell_padding):
+        super().__init__(config)
+        self.bert = transformers.BertModel(config, add_pooling_layer=False)
+        self.out = nn.Linear(config.hidden_size, 1)
+        self.tell_padding = tell_padding
+
+    def forward(self, input_ids, attention_mask=None):
+        states = self.bert(input_ids, attention_mask=attention_mask).last_hidden_state
+        real = (input_ids != self.config.pad_token_id if self.tell_padding else torch.ones_like(input_ids))[..., None]
+        return self.out(torch.tanh((states * real).sum(1) / real.sum(1)))
+
+
+def test_an_encoder_with_a_pooling_of_its_own():
+    model = M.randomised(OwnEncoder(M.encoder("Bert").config, tell_padding=True))
+    with torch.no_grad():
+        want = torch.cat([model(torch.tensor([ids]))[0] for ids in IDS])
+    torch.testing.assert_close(RewardModel(model).score(IDS), want, rtol=1e-5, atol=1e-5)
+
+
+def test_an_encoder_whose_pooling_sees_padding_is_refused():
+    model = M.randomised(OwnEncoder(M.encoder("Bert").config, tell_padding=False))
+    with pytest.raises(ValueError, match="The head of OwnEncoder"):
+        RewardModel(model)
 
 
 def test_a_language_model_is_refused():

@@ -13,6 +13,7 @@ import transformers
 import rmfast
 from rmfast import RewardModel
 from rmfast.inputs import InputError
+from rmfast.scoring import _plan
 
 # Long and short mixed, on both sides of every length at which a model's rules change (16: sliding windows, 24: rotary).
 LENGTHS = [5, 60, 3, 17, 24, 1, 25, 2, 23, 41, 16, 90]
@@ -93,6 +94,13 @@ def test_batches_keep_to_the_budget():
     reward_model.score(TEXTS, batch_tokens=100)
     assert all(b * t <= 100 for b, t in sizes)
     assert len(sizes) <= 6
+
+
+def test_padding_never_costs_more_than_another_batch():
+    lengths = [120, 100, 90, 20, 19, 18, 17, 1]
+    batches = list(_plan(lengths, 4096, 64, lambda length: ()))
+    assert batches == [[0, 1, 2], [3, 4, 5, 6, 7]]
+    assert list(_plan(lengths, 4096, 10**6, lambda length: ())) == [list(range(8))]
 
 
 def test_dynamic_rope_is_left_as_it_was_found():
