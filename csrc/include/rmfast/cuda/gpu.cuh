@@ -76,7 +76,7 @@ __device__ __forceinline__ float inverse_root(float x) {
   const float y = rsqrtf(x), error = __fmaf_rn(-__fmul_rn(x, y), y, 1.f);
   return error - error == 0 ? __fmaf_rn(__fmul_rn(0.5f, y), error, y) : y;  // not for x = 0, inf or NaN
 }
-__device__ __forceinline__ double inverse_root(double x) { return 1.0 / sqrt(x); }
+__device__ __forceinline__ double inverse_root(double x) { return rsqrt(x); }
 
 template <typename A>
 __device__ __forceinline__ A shuffle_xor(A x, int mask) {

@@ -24,17 +24,18 @@ template <typename T, int kDots>
 cudaError_t run_few(const Few<T>& q, const Plan& plan, int processors, cudaStream_t stream) {
   // fp64 sums take twice the registers.
   constexpr int kRows = sizeof(T) == 8 ? 2 : 4;
-  const int64_t resident = int64_t{8} * processors;  // blocks of 256 threads that can be resident, at most
+  constexpr int kThreadsFew = kFewWarps * kWarp;
+  const int64_t resident = int64_t{16} * processors;  // the most blocks of 128 threads that can be resident
   const auto blocks = [&](int rows) {
-    const int64_t wanted = ceil_div(q.M, int64_t{kWarps} * rows);
+    const int64_t wanted = ceil_div(q.M, int64_t{kFewWarps} * rows);
     return dim3(static_cast<unsigned>(wanted < resident ? wanted : resident), static_cast<unsigned>(plan.dot_tiles));
   };
-  // Rows share loads of the dot vectors only where two blocks per multiprocessor have rows enough.
-  if (plan.aligned && q.M >= int64_t{2} * processors * kWarps * kRows) {
-    return launch(few_kernel<T, kDots, kRows, kDots == 8 ? 1 : 2, true>, blocks(kRows), kThreads, 0, stream, q);
+  // Rows share loads of the dot vectors only where there are enough for every warp.
+  if (plan.aligned && q.M >= int64_t{few_blocks(kDots)} * processors * kFewWarps * kRows) {
+    return launch(few_kernel<T, kDots, kRows, kDots == 8 ? 1 : 2, true>, blocks(kRows), kThreadsFew, 0, stream, q);
   }
-  if (plan.aligned) return launch(few_kernel<T, kDots, 1, kDots >= 4 ? 4 : 8, true>, blocks(1), kThreads, 0, stream, q);
-  return launch(few_kernel<T, kDots, 1, 2, false>, blocks(1), kThreads, 0, stream, q);
+  if (plan.aligned) return launch(few_kernel<T, kDots, 1, 16 / kDots < 8 ? 16 / kDots : 8, true>, blocks(1), kThreadsFew, 0, stream, q);
+  return launch(few_kernel<T, kDots, 1, 2, false>, blocks(1), kThreadsFew, 0, stream, q);
 }
 
 template <typename T>
@@ -97,8 +98,9 @@ Status reward_head(const Problem<T>& p, const Plan& plan, void* workspace, int p
   int* counters = p.J ? reinterpret_cast<int*>(base + plan.counters) : nullptr;
   A* cross = p.J ? at(plan.cross) : nullptr;
 
+  const double inverse_d = 1.0 / double(p.d);
   const Prepare<T> prepare{p,           table,     base + plan.vectors, cross,          counters,
-                           plan.chunks, plan.dots, plan.tiles,          plan.block_dots};
+                           plan.chunks, plan.dots, plan.tiles,          plan.block_dots, inverse_d};
   const dim3 per_dot(static_cast<unsigned>(plan.dot_tiles * plan.block_dots));
   constexpr size_t kReduce = kWarps * sizeof(double);
   cudaError_t error = cudaSuccess;
@@ -117,7 +119,6 @@ Status reward_head(const Problem<T>& p, const Plan& plan, void* workspace, int p
   }
 
   Rows<T> rows{p.hidden, p.rows, p.batches * p.tokens, p.tokens, p.stride_b, p.stride_t, 1.0 / double(p.tokens)};
-  const double inverse_d = 1.0 / double(p.d);
   // Nothing to read: every row is out of range, and what the kernels read in its place are the dot vectors.
   if (rows.count == 0) rows.hidden = reinterpret_cast<const T*>(base + plan.vectors);
 
@@ -165,8 +166,8 @@ Status reward_head(const Problem<T>& p, const Plan& plan, void* workspace, int p
                                  reinterpret_cast<int64_t*>(base + plan.fix_list),
                                  reinterpret_cast<double*>(base + plan.fix_scratch),
                                  inverse_d};
-    // 8 pairs to a warp (4 in fp64, for the registers) while their c fits 32 KiB of shared memory.
-    constexpr int kPairs = sizeof(T) == 8 ? 4 : 8;
+    // 8 pairs to a warp (2 in fp64, for the registers) while their c fits 32 KiB of shared memory.
+    constexpr int kPairs = sizeof(T) == 8 ? 2 : 8;
     const bool wide = p.J * kPairs * static_cast<int64_t>(sizeof(A)) <= 32 * 1024;
     error = wide ? detail::run_intervene<T, kPairs>(intervene, processors, stream)
                  : detail::run_intervene<T, 1>(intervene, processors, stream);

@@ -5,6 +5,11 @@
 
 namespace rmfast::cuda {
 
+constexpr int kFewWarps = 4;  // per block
+
+// Blocks that a multiprocessor should hold: 16 warps of 128 registers, or 12 of 168 where the sums of 8 dots need them.
+constexpr int few_blocks(int dots) { return dots == 8 ? 3 : 4; }
+
 template <typename T>
 struct Few {
   using A = acc_t<T>;
@@ -28,20 +33,21 @@ __device__ __forceinline__ void add_vector(const Vec16 (&h)[kRows], const acc_t<
                                            acc_t<T> (&sum)[kRows], acc_t<T> (&square)[kRows]) {
   using A = acc_t<T>;
   constexpr int kVec = 16 / sizeof(T), kQuad = 16 / sizeof(A);
-  A x[kRows][kVec];
-#pragma unroll
-  for (int r = 0; r < kRows; ++r) {
-    unpack<T>(h[r], x[r]);
-#pragma unroll
-    for (int i = 0; i < kVec; ++i) {
-      x[r][i] -= pivot[r];
-      if (kTail && i >= left) x[r][i] = 0;
-      sum[r] += x[r][i];
-      square[r] = fma_(x[r][i], x[r][i], square[r]);
-    }
-  }
 #pragma unroll
   for (int part = 0; part < kVec / kQuad; ++part) {
+    A x[kRows][kQuad];
+#pragma unroll
+    for (int r = 0; r < kRows; ++r) {
+      A all[kVec];
+      unpack<T>(h[r], all);
+#pragma unroll
+      for (int i = 0; i < kQuad; ++i) {
+        x[r][i] = all[part * kQuad + i] - pivot[r];
+        if (kTail && part * kQuad + i >= left) x[r][i] = 0;
+        sum[r] += x[r][i];
+        square[r] = fma_(x[r][i], x[r][i], square[r]);
+      }
+    }
 #pragma unroll
     for (int n = 0; n < kDots; ++n) {
       A a[kQuad];
@@ -49,7 +55,7 @@ __device__ __forceinline__ void add_vector(const Vec16 (&h)[kRows], const acc_t<
 #pragma unroll
       for (int r = 0; r < kRows; ++r) {
 #pragma unroll
-        for (int i = 0; i < kQuad; ++i) dot[r][n] = fma_(x[r][part * kQuad + i], a[i], dot[r][n]);
+        for (int i = 0; i < kQuad; ++i) dot[r][n] = fma_(x[r][i], a[i], dot[r][n]);
       }
     }
   }
@@ -58,32 +64,32 @@ __device__ __forceinline__ void add_vector(const Vec16 (&h)[kRows], const acc_t<
 // kRows rows share each load of the dot vectors; kUnroll vectors of each are in flight at once. Neither changes the
 // order of a row's additions, so the launcher may choose them by the number of rows.
 template <typename T, int kDots, int kRows, int kUnroll, bool kAligned>
-__global__ __launch_bounds__(kThreads, 2) void few_kernel(const Few<T> q) {
+__global__ __launch_bounds__(kFewWarps* kWarp, few_blocks(kDots)) void few_kernel(const Few<T> q) {
   using A = acc_t<T>;
   constexpr int kVec = 16 / sizeof(T), kChunk = few_chunk<T>();
   const int lane = threadIdx.x % kWarp;
   const int d = q.d, full = d / kChunk;
   const int64_t n0 = int64_t{blockIdx.y} * kDots;
   const A* vectors = q.vectors + n0 * q.chunks * kChunk + lane * (16 / sizeof(A));
-  const int64_t warps = int64_t{gridDim.x} * kWarps;
+  const int64_t warps = int64_t{gridDim.x} * kFewWarps;
   const auto load = [&](const T* row, int v) {
     const int e = v * kChunk + lane * kVec;
     return kAligned ? load_streaming(row + e) : load_any(row, e, d);
   };
 
-  for (int64_t m0 = (int64_t{blockIdx.x} * kWarps + threadIdx.x / kWarp) * kRows; m0 < q.M; m0 += warps * kRows) {
-    Row<T> row[kRows];
+  for (int64_t m0 = (int64_t{blockIdx.x} * kFewWarps + threadIdx.x / kWarp) * kRows; m0 < q.M; m0 += warps * kRows) {
+    const T* row[kRows];
     A dot[kRows][kDots] = {}, sum[kRows] = {}, square[kRows] = {}, pivot[kRows] = {};
 #pragma unroll
     for (int r = 0; r < kRows; ++r) {
       // Past the last row: the last again, not stored.
-      row[r] = q.rows.at(q.first_row + (m0 + r < q.M ? m0 + r : q.M - 1));
+      row[r] = q.rows.at(q.first_row + (m0 + r < q.M ? m0 + r : q.M - 1)).data;
       if (q.norm == kLayer) {
         // The mean of the row's first vectors: n of d elements are off the row's mean by at most sqrt(d / n) of its
         // deviation, so shifted by it the variance loses a factor of 1 + d / n at worst.
         const int e = lane * kVec;
         A x[kVec], first = 0;
-        unpack<T>(load_any(row[r].data, e, d), x);
+        unpack<T>(load_any(row[r], e, d), x);
 #pragma unroll
         for (int i = 0; i < kVec; ++i) first += x[i];
         pivot[r] = warp_sum(first) * (d < kChunk ? q.inverse_d : A(1) / kChunk);
@@ -95,7 +101,7 @@ __global__ __launch_bounds__(kThreads, 2) void few_kernel(const Few<T> q) {
 #pragma unroll
       for (int u = 0; u < kUnroll; ++u) {
 #pragma unroll
-        for (int r = 0; r < kRows; ++r) h[u][r] = load(row[r].data, v + u);
+        for (int r = 0; r < kRows; ++r) h[u][r] = load(row[r], v + u);
       }
 #pragma unroll
       for (int u = 0; u < kUnroll; ++u) {
@@ -106,7 +112,7 @@ __global__ __launch_bounds__(kThreads, 2) void few_kernel(const Few<T> q) {
       Vec16 h[kRows];
       const int e = v * kChunk + lane * kVec;
 #pragma unroll
-      for (int r = 0; r < kRows; ++r) h[r] = load_any(row[r].data, e, d);
+      for (int r = 0; r < kRows; ++r) h[r] = load_any(row[r], e, d);
       add_vector<T, kDots, kRows, true>(h, vectors + int64_t{v} * (kDots * kChunk), d - e, pivot, dot, sum, square);
     }
 
@@ -126,7 +132,7 @@ __global__ __launch_bounds__(kThreads, 2) void few_kernel(const Few<T> q) {
         total = fma_(-off * static_cast<A>(d), off, total);
         if (lane < kDots) mine = fma_(-q.residual[n], off, mine);
       }
-      if (!row[r].ok) mine = static_cast<A>(NAN);
+      if (!q.rows.at(q.first_row + m).ok) mine = static_cast<A>(NAN);
       if (q.values) {
         A* values = q.values + m * q.values_stride;
         if (lane < kDots && n < q.dots) values[n] = mine;

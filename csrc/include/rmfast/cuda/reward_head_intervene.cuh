@@ -37,7 +37,7 @@ __device__ __forceinline__ acc_t<T>* rewards_of(const Intervene<T>& q, int64_t p
 // A warp takes kPairs pairs through the matrix [G; U], which costs J (J + K) of the GPU's FMAs a pair; each of its
 // elements is loaded once for all of them. No order of additions depends on kPairs.
 template <typename T, int kPairs>
-__global__ __launch_bounds__(kThreads) void intervene_kernel(const Intervene<T> q, int warps) {
+__global__ __launch_bounds__(kThreads, 1) void intervene_kernel(const Intervene<T> q, int warps) {
   using A = acc_t<T>;
   const Problem<T>& p = q.p;
   const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
@@ -117,7 +117,7 @@ __global__ __launch_bounds__(kThreads) void intervene_kernel(const Intervene<T> 
 // A block per listed pair, all in fp64: z, then h' itself, its mean and norm, and the heads on it. The list's order is
 // that of arrival, each of its entries stands alone.
 template <typename T>
-__global__ __launch_bounds__(kThreads) void recompute_kernel(const Intervene<T> q) {
+__global__ __launch_bounds__(kThreads, 1) void recompute_kernel(const Intervene<T> q) {
   const Problem<T>& p = q.p;
   const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
   double* c = q.scratch + blockIdx.x * (p.J + p.d);  // [J]

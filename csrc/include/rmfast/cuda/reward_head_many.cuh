@@ -77,15 +77,13 @@ __global__ __launch_bounds__(2 * kBlockRows, min_blocks<T>(kBlockRows)) void man
   const unsigned char* vectors = q.vectors + dot_tile * q.tiles * Shape::kVectors;
 
   // Thread t copies chunk t % 8 of rows t / 8 + i · kBlockRows / 4.
-  const T* source[4];
-  bool ok[4];
+  const T* source[4];  // null: zeros
 #pragma unroll
   for (int i = 0; i < 4; ++i) {
     const int64_t m = m0 + thread / 8 + i * (kBlockRows / 4);
     Row<T> row{q.rows.hidden, false};
     if (m < q.M) row = q.rows.at(q.first_row + m);
-    source[i] = row.data;
-    ok[i] = row.ok;
+    source[i] = row.ok ? row.data : nullptr;
   }
   const auto fetch = [&](int tile) {
     unsigned char* stage = shared + tile % kManyStages * Shape::kStage;
@@ -93,9 +91,9 @@ __global__ __launch_bounds__(2 * kBlockRows, min_blocks<T>(kBlockRows)) void man
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
       unsigned char* to = stage + tile_offset(thread / 8 + i * (kBlockRows / 4), thread % 8);
-      const int count = !ok[i] || left <= 0 ? 0 : left < kVec ? left : kVec;
+      const int count = !source[i] || left <= 0 ? 0 : left < kVec ? left : kVec;
       if (q.aligned) {
-        async_copy16(to, count ? source[i] + e : source[i], count * static_cast<int>(sizeof(T)));
+        async_copy16(to, count ? source[i] + e : q.rows.hidden, count * static_cast<int>(sizeof(T)));
       } else {
         *reinterpret_cast<Vec16*>(to) = count ? load_any(source[i], e, q.d) : Vec16{};
       }

@@ -15,6 +15,7 @@ struct Prepare {
   int* counters;
   int64_t chunks, dots, tiles;
   int block_dots;
+  double inverse_d;
 };
 
 // Element e of dot vector n: a_k = γ⊙w_k (Gemma: (1 + γ)⊙w_k), then the directions, then zeros.
@@ -26,6 +27,18 @@ __device__ __forceinline__ double dot_element(const Problem<T>& p, int64_t n, in
   if (p.norm == kNone || !p.norm_weight) return w;
   const double gain = p.norm_weight[e];
   return w * (p.norm == kGemmaRms ? 1 + gain : gain);
+}
+
+__device__ __forceinline__ uint32_t float_bits(float x) {
+  uint32_t bits;
+  __builtin_memcpy(&bits, &x, 4);
+  return bits;
+}
+
+__device__ __forceinline__ float bits_float(uint32_t bits) {
+  float x;
+  __builtin_memcpy(&x, &bits, 4);
+  return x;
 }
 
 // The sum (or maximum) over a block's threads, the same bits in each.
@@ -49,7 +62,7 @@ __device__ __forceinline__ double block_reduce(double x) {
 // One block per dot vector. For a layer norm the vector is centred: a·(h − μ) = (a − ā)·h, which turns the layer
 // norm into an RMS norm of the centred row, interventions included.
 template <typename T, bool kMany>
-__global__ __launch_bounds__(kThreads) void prepare_kernel(const Prepare<T> q) {
+__global__ __launch_bounds__(kThreads, 1) void prepare_kernel(const Prepare<T> q) {
   using A = acc_t<T>;
   const Problem<T>& p = q.p;
   const int64_t n = blockIdx.x;
@@ -64,11 +77,11 @@ __global__ __launch_bounds__(kThreads) void prepare_kernel(const Prepare<T> q) {
     }
     sum = block_reduce(sum);
     offset = block_reduce(offset);
-    mean = sum / double(p.d);
+    mean = sum * q.inverse_d;
   }
   // fp16 has 5 bits of exponent: a power of two brings the largest element to [2^12, 2^13), and the low part of all
   // that matter beside it stays a normal number.
-  double scale = 1;
+  double scale = 1, unscale = 1;
   if constexpr (kMany && std::is_same_v<T, f16>) {
     double most = 0;
     for (int64_t e = threadIdx.x; real && e < p.d; e += kThreads) {
@@ -77,12 +90,17 @@ __global__ __launch_bounds__(kThreads) void prepare_kernel(const Prepare<T> q) {
     }
     most = block_reduce<true>(most);
     // Beyond these the power of two or its inverse leaves fp32.
-    if (most > 1e-30 && most < 1e30) scale = exp2(12.0 - floor(log2(most)));
+    if (most > 1e-30 && most < 1e30) {
+      // By the exponent's bits: exp2 and log2 in fp64 are calls.
+      const uint32_t exponent = float_bits(static_cast<float>(most)) >> 23;
+      scale = bits_float((127 + 12 + 127 - exponent) << 23);
+      unscale = bits_float((exponent - 12) << 23);
+    }
   }
 
   double residual = 0;
-  const int64_t width = q.tiles * (kMany ? Many<T>::kDepth : few_chunk<T>());
-  for (int64_t e = threadIdx.x; e < width; e += kThreads) {
+  const int width = static_cast<int>(q.tiles) * (kMany ? Many<T>::kDepth : few_chunk<T>());
+  for (int e = static_cast<int>(threadIdx.x); e < width; e += kThreads) {
     const double x = real && e < p.d ? (dot_element(p, n, e) - mean) * scale : 0;
     double stored = 0;
     if constexpr (kMany) {
@@ -93,14 +111,14 @@ __global__ __launch_bounds__(kThreads) void prepare_kernel(const Prepare<T> q) {
         const uint32_t word = pack2<E>(rest, 0.f);
         float value, unused;
         unpack2<E>(word, value, unused);
-        static_cast<uint16_t*>(q.vectors)[many_offset<T>(n, e, i, q.block_dots, q.tiles)] =
+        static_cast<uint16_t*>(q.vectors)[many_offset<T>(blockIdx.x, e, i, q.block_dots, q.tiles)] =
             static_cast<uint16_t>(word);
         stored += value;
         rest -= value;
       }
     } else {
       const A value = static_cast<A>(x);
-      static_cast<A*>(q.vectors)[few_offset<T>(n, e, q.block_dots, q.tiles)] = value;
+      static_cast<A*>(q.vectors)[few_offset<T>(blockIdx.x, e, q.block_dots, q.tiles)] = value;
       stored = value;
     }
     residual += stored;
@@ -109,8 +127,8 @@ __global__ __launch_bounds__(kThreads) void prepare_kernel(const Prepare<T> q) {
   if (threadIdx.x == 0) {
     q.table.mean[n] = mean;
     q.table.row_sum[n] = static_cast<A>(sum);
-    q.table.residual[n] = p.norm == kLayer ? static_cast<A>(residual / scale) : A(0);
-    q.table.unscale[n] = static_cast<A>(1 / scale);
+    q.table.residual[n] = p.norm == kLayer ? static_cast<A>(residual * unscale) : A(0);
+    q.table.unscale[n] = static_cast<A>(unscale);
     q.table.offset[n] = static_cast<A>(offset + (head && p.bias ? double(p.bias[n]) : 0));
   }
 }
@@ -119,7 +137,7 @@ constexpr int kCrossTile = 4;
 
 // G and U: block (x, y) gives a 4 x 4 tile of the products of direction 4x.. with direction or head 4y..
 template <typename T>
-__global__ __launch_bounds__(kThreads) void cross_kernel(const Prepare<T> q) {
+__global__ __launch_bounds__(kThreads, 1) void cross_kernel(const Prepare<T> q) {
   const Problem<T>& p = q.p;
   const int64_t j0 = int64_t{blockIdx.x} * kCrossTile, n0 = int64_t{blockIdx.y} * kCrossTile;
   int64_t left[kCrossTile], right[kCrossTile];

@@ -100,10 +100,10 @@ __host__ __device__ constexpr int few_chunk() {  // elements that a warp takes w
 // Where the few-dots kernel finds element e of dot n: chunk by chunk, and in a chunk so that each lane's 16-byte
 // loads of a warp are consecutive.
 template <typename T>
-__host__ __device__ constexpr int64_t few_offset(int64_t n, int64_t e, int dots, int64_t chunks) {
+__host__ __device__ constexpr int64_t few_offset(uint32_t n, int e, uint32_t dots, int64_t chunks) {
   constexpr int kChunk = few_chunk<T>(), kVec = 16 / sizeof(T), kQuad = 16 / sizeof(acc_t<T>);
   const int64_t tile = n / dots, chunk = e / kChunk;
-  const int x = static_cast<int>(e % kChunk), lane = x / kVec, i = x % kVec;
+  const int x = e % kChunk, lane = x / kVec, i = x % kVec;
   return ((tile * chunks + chunk) * dots + n % dots) * kChunk + (i / kQuad) * (kWarp * kQuad) + lane * kQuad +
          i % kQuad;
 }
@@ -111,10 +111,10 @@ __host__ __device__ constexpr int64_t few_offset(int64_t n, int64_t e, int dots,
 // Where the tensor-core kernel finds part p of element e of dot n: in the order of mma's B fragments, so that a lane
 // reads the fragments of 16 dots with one 16-byte load and a stage is one contiguous block.
 template <typename T>
-__host__ __device__ constexpr int64_t many_offset(int64_t n, int64_t e, int p, int block_dots, int64_t tiles) {
+__host__ __device__ constexpr int64_t many_offset(uint32_t n, int e, int p, uint32_t block_dots, int64_t tiles) {
   constexpr int kDepth = Many<T>::kDepth, kParts = Many<T>::kParts;
   const int64_t dot_tile = n / block_dots, tile = e / kDepth;
-  const int x = static_cast<int>(n % block_dots), y = static_cast<int>(e % kDepth), k = y % 16;
+  const int x = static_cast<int>(n % block_dots), y = e % kDepth, k = y % 16;
   const int lane = (x % 8) * 4 + (k % 8) / 2, word = (x % 16) / 8 * 2 + k / 8;
   const int64_t stage = (dot_tile * tiles + tile) * kParts + p;
   return (((stage * (kDepth / 16) + y / 16) * (block_dots / 16) + x / 16) * kWarp + lane) * 8 + word * 2 + k % 2;
