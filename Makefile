@@ -22,10 +22,11 @@ test-interpreter: build
 	TRITON_INTERPRET=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal -q \
 		tests/test_triton_reward_head.py
 
-# The oldest transformers that is supported, laid over the pinned one.
+# The oldest transformers that is supported, with the hub client it needs, laid over the pinned one.
 OLD = build/transformers-5.17.0
 test-models: build
-	test -d $(OLD) || $(BIN)/pip install -q --no-deps --target $(OLD) transformers==5.17.0
+	test -d $(OLD) || $(BIN)/pip install -q --no-deps --target $(OLD) \
+		transformers==5.17.0 huggingface_hub==1.31.0 httpx==0.28.1 httpcore==1.0.9
 	PYTHONPATH=$(OLD) OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -q tests/test_model.py tests/test_inputs.py tests/test_scoring.py
 
 bench: build
