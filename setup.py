@@ -178,7 +178,14 @@ def version():
 setup(
     version=version(),
     # `kernels` at the top level would be Hugging Face's package: installed as rmfast.kernels, always listed by name.
-    packages=["rmfast", "rmfast.ops", "rmfast.kernels", "rmfast.kernels.reward_head", "rmfast.kernels.suffix_attention"],
+    packages=[
+        "rmfast",
+        "rmfast.ops",
+        "rmfast.kernels",
+        "rmfast.kernels.reward_head",
+        "rmfast.kernels.suffix_attention",
+        "rmfast.kernels.token_wise",
+    ],
     package_dir={"rmfast": "rmfast", "rmfast.kernels": "kernels"},
     package_data={"rmfast": ["py.typed"]},
     ext_modules=extensions(),

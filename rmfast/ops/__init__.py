@@ -2,5 +2,6 @@
 
 from rmfast.ops._reward_head import reward_head
 from rmfast.ops._suffix_attention import suffix_attention
+from rmfast.ops._token_wise import gated_activation, rms_norm, rotary
 
-__all__ = ["reward_head", "suffix_attention"]
+__all__ = ["gated_activation", "reward_head", "rms_norm", "rotary", "suffix_attention"]

@@ -46,6 +46,38 @@ inline V<double> exp2(V<double> x) {
   return x;
 }
 
+// For x <= 88; below -87.3 the result is 0 (no subnormals), exactly 1 at 0.
+inline V<float> exp(V<float> x) {
+#if defined(__AVX512F__)
+  const V<float> n = (V<float>)_mm512_roundscale_ps((__m512)(x * 1.4426950408889634f), 0);
+#else
+  constexpr float kRound = 12582912.0f;
+  const V<float> safe = x < -87.3f ? splat(-87.3f) : x, shifted = safe * 1.4426950408889634f + kRound;
+  const V<float> n = shifted - kRound;
+#endif
+  // ln 2 in two parts, the first so short that its product with n is exact.
+  const V<float> r = x - n * 0.693359375f + n * 2.12194440e-4f;
+  V<float> p = splat(1.9875691500e-4f);
+  p = p * r + 1.3981999507e-3f;
+  p = p * r + 8.3334519073e-3f;
+  p = p * r + 4.1665795894e-2f;
+  p = p * r + 1.6666665459e-1f;
+  p = p * r + 5.0000001201e-1f;
+  p = p * (r * r) + r + 1.0f;
+#if defined(__AVX512F__)
+  const __mmask16 normal = _mm512_cmp_ps_mask((__m512)x, _mm512_set1_ps(-87.3f), _CMP_NLT_UQ);
+  return (V<float>)_mm512_maskz_scalef_ps(normal, (__m512)p, (__m512)n);
+#else
+  const V<float> scaled = (V<float>)((I32)p + ((I32)shifted << 23));
+  return x >= -87.3f ? scaled : (x < -87.3f ? V<float>{} : x);
+#endif
+}
+
+inline V<double> exp(V<double> x) {
+  for (int i = 0; i < W<double>; ++i) x[i] = __builtin_exp(x[i]);
+  return x;
+}
+
 inline V<float> tanh(V<float> x) {
   const V<float> size = (V<float>)((I32)x & 0x7fffffff), z = x * x;
   V<float> p = splat(-5.70498872745e-3f);
