@@ -46,7 +46,6 @@ struct Copy {
 struct Fiber {
   ucontext_t context;
   std::jmp_buf place;  // swapcontext would make a system call at each switch
-  std::vector<unsigned char> stack;
   bool started = false, done = false;
   int turns = 0;  // warp-wide instructions so far
   int waits = -1;  // -1: runs; else the number of the barrier group it waits for
@@ -129,8 +128,9 @@ inline cudaError_t launch(dim3 grid, int threads, size_t shared, const std::func
   gridDim = grid;
   blockDim = dim3(threads);
   std::vector<Fiber> all(threads);
-  for (Fiber& f : all) f.stack.resize(256 * 1024);
   fibers = &all;
+  constexpr size_t kStack = 64 * 1024;
+  static std::unique_ptr<unsigned char[]> stacks(new unsigned char[1024 * kStack]);
   for (unsigned b = 0; b < grid.x * grid.y; ++b) {
     blockIdx = dim3(b % grid.x, b / grid.x);
     std::vector<Barrier> all_barriers(threads / 32 + 1);
@@ -148,8 +148,8 @@ inline cudaError_t launch(dim3 grid, int threads, size_t shared, const std::func
       f.groups.clear();
       f.open.clear();
       getcontext(&f.context);
-      f.context.uc_stack.ss_sp = f.stack.data();
-      f.context.uc_stack.ss_size = f.stack.size();
+      f.context.uc_stack.ss_sp = stacks.get() + (&f - all.data()) * kStack;
+      f.context.uc_stack.ss_size = kStack;
       f.context.uc_link = nullptr;
       makecontext(&f.context, reinterpret_cast<void (*)()>(trampoline), 0);
     }

@@ -32,7 +32,7 @@ cudaError_t run_few(const Few<T>& q, const Plan& plan, int processors, cudaStrea
   };
   // Rows share loads of the dot vectors only where there are enough for every warp.
   if (plan.aligned && q.M >= int64_t{few_blocks(kDots)} * processors * kFewWarps * kRows) {
-    return launch(few_kernel<T, kDots, kRows, kDots == 8 ? 1 : 2, true>, blocks(kRows), kThreadsFew, 0, stream, q);
+    return launch(few_kernel<T, kDots, kRows, 2, true>, blocks(kRows), kThreadsFew, 0, stream, q);
   }
   if (plan.aligned) return launch(few_kernel<T, kDots, 1, 16 / kDots < 8 ? 16 / kDots : 8, true>, blocks(1), kThreadsFew, 0, stream, q);
   return launch(few_kernel<T, kDots, 1, 2, false>, blocks(1), kThreadsFew, 0, stream, q);

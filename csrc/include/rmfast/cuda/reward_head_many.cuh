@@ -51,14 +51,14 @@ __device__ __forceinline__ void split3(float x, float y, uint32_t& high, uint32_
   low = pack2<bf16>(x - a, y - b);
 }
 
-// fp32 holds three parts of h: 128 registers are too few.
+// Two blocks of 256 threads to a multiprocessor, or eight of 64: 128 registers. Three parts of h by 64 dots need 170.
 template <typename T>
-constexpr int min_blocks(int rows) {
-  return (rows == 128 ? 2 : 8) / (sizeof(T) == 4 ? 2 : 1);
+constexpr int min_blocks(int rows, int dots) {
+  return (rows == 128 ? 2 : 8) / (sizeof(T) == 4 && dots == 64 ? 2 : 1);
 }
 
 template <typename T, int kBlockRows, int kBlockDots>
-__global__ __launch_bounds__(2 * kBlockRows, min_blocks<T>(kBlockRows)) void many_kernel(const ManyArgs<T> q) {
+__global__ __launch_bounds__(2 * kBlockRows, min_blocks<T>(kBlockRows, kBlockDots)) void many_kernel(const ManyArgs<T> q) {
   using Shape = ManyShape<T, kBlockRows, kBlockDots>;
   constexpr int kVec = 16 / sizeof(T), kDepth = Many<T>::kDepth, kSteps = kDepth / 16;
   constexpr int kParts = Many<T>::kParts, kHiddenParts = sizeof(T) == 4 ? 3 : 1;
@@ -221,6 +221,15 @@ __global__ __launch_bounds__(2 * kBlockRows, min_blocks<T>(kBlockRows)) void man
   }
   __syncthreads();
 
+  float scale[2][2], shift[2][2];
+#pragma unroll
+  for (int half = 0; half < 2; ++half) {
+#pragma unroll
+    for (int j = 0; j < 2; ++j) {
+      scale[half][j] = row_scale[warp_row + half * 16 + lane / 4 + j * 8];
+      shift[half][j] = row_mean[warp_row + half * 16 + lane / 4 + j * 8];
+    }
+  }
   float* out = q.values ? q.values : q.out + q.first_row * q.K;
   const int64_t stride = q.values ? q.values_stride : q.K, count = q.values ? q.dots : q.K;
 #pragma unroll
@@ -238,8 +247,8 @@ __global__ __launch_bounds__(2 * kBlockRows, min_blocks<T>(kBlockRows)) void man
           const int r = warp_row + half * 16 + lane / 4 + j * 8;
           if (m0 + r >= q.M) continue;
           float dot = total[half][n][j * 2 + i] * unscale;
-          if (q.norm == kLayer) dot = fma_(-residual, row_mean[r], dot);
-          out[(m0 + r) * stride + column] = fma_(dot, row_scale[r], offset);
+          if (q.norm == kLayer) dot = fma_(-residual, shift[half][j], dot);
+          out[(m0 + r) * stride + column] = fma_(dot, scale[half][j], offset);
         }
       }
     }
