@@ -1,4 +1,4 @@
-"""The CUDA C++ kernels compiled by nvcc for GPUs that need not be here: registers, spills, shared memory, instructions."""
+"""The CUDA C++ kernels compiled by nvcc for GPUs that need not be here: registers, spills, instructions."""
 
 from __future__ import annotations
 
