@@ -85,9 +85,14 @@ inline V<double> load(const double* p) {
   return out;
 }
 inline V<float> load(const bf16* p) {
+#if defined(__AVX512F__)
+  // GCC 12 widens the two halves apart.
+  return (V<float>)_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)p)), 16);
+#else
   U16 bits;
   memcpy(&bits, p, sizeof bits);
   return (V<float>)(__builtin_convertvector(bits, U32) << 16);
+#endif
 }
 inline V<float> load(const f16* p) {
 #if defined(__AVX512F__)
