@@ -260,10 +260,13 @@ inline V<float> reciprocal<float>(V<float> x) {
 }
 #endif
 
+inline V<float> minus_size(V<float> x) { return (V<float>)((I32)x | INT32_MIN); }
+inline V<double> minus_size(V<double> x) { return x < 0.0 ? x : -x; }
+
 // 1 / (1 + e^{-x}) by the e^{-|x|} that cannot overflow.
 template <class A>
 inline V<A> sigmoid(V<A> x) {
-  const V<A> e = exp(x < A(0) ? x : -x);
+  const V<A> e = exp(minus_size(x));
   return (x < A(0) ? e : splat(A(1))) * reciprocal<A>(A(1) + e);
 }
 
