@@ -24,7 +24,7 @@ SHARED = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}  # bytes a program ma
 BIN = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 POINTERS = {
     torch.float64: "*fp64", torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.float16: "*fp16",
-    torch.int64: "*i64",
+    torch.int32: "*i32", torch.int64: "*i64",
 }  # fmt: skip
 KERNELS = ("_prepare", "_few", "_many", "_finish", "_backward_fused", "_backward_rows", "_backward_dots")
 

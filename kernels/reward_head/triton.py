@@ -80,20 +80,50 @@ def _gain(p_gain, o_d, m_d, NORM: tl.constexpr):
 
 
 @triton.jit
-def _matmul(b_x, b_y, b_acc):
-    """b_acc [M, N] + b_x [M, D] @ b_y [D, N] with the accuracy of the accumulation dtype.
+def _tf32(b_x):
+    """fp32 rounded to the 10 bits of a tf32, which the tensor cores then take as it is."""
+    b_round = ((b_x.to(tl.int32, bitcast=True) + 0x1000) & -0x2000).to(tl.float32, bitcast=True)
+    return tl.where(b_x == b_x, b_round, b_x)  # rounding a NaN's bits may give a zero
 
-    tf32x3 splits both fp32 operands in two, 22 bits, and drops only low times low.
-    """
-    if b_x.dtype == tl.float64:
-        return b_acc + tl.sum(b_x[:, :, None] * b_y[None, :, :], 1)
-    elif b_x.dtype == tl.float32:
-        return tl.dot(b_x, b_y, b_acc, input_precision="tf32x3")
-    elif INTERPRETED:
+
+@triton.jit
+def _high_low(b_x, dtype: tl.constexpr):
+    """fp32 as the sum of two numbers that the tensor cores take: two tf32, bf16 or fp16."""
+    if dtype == tl.float32:
+        b_high = _tf32(b_x)
+        return b_high, _tf32(b_x - b_high)
+    else:
+        b_high = b_x
+        if dtype == tl.float16:
+            b_high = tl.minimum(tl.maximum(b_high, -65504.0), 65504.0)
+        b_high = b_high.to(dtype)
+        return b_high, (b_x - b_high.to(tl.float32)).to(dtype)
+
+
+@triton.jit
+def _dot(b_x, b_y, b_acc):
+    if INTERPRETED:
         # The interpreter multiplies the bit patterns of bf16.
         return tl.dot(b_x.to(tl.float32), b_y.to(tl.float32), b_acc)
     else:
-        return tl.dot(b_x, b_y, b_acc)
+        return tl.dot(b_x, b_y, b_acc, input_precision="tf32")
+
+
+@triton.jit
+def _matmul(b_x, b_y, b_acc):
+    """b_acc [M, N] + b_x [M, D] @ b_y [D, N] with the accuracy of the accumulation dtype.
+
+    fp32: both operands in two tf32 parts, without low times low; see `many_config`. The sum with b_acc is made outside
+    of the tensor cores, whose additions truncate.
+    """
+    if b_x.dtype == tl.float64:
+        return b_acc + tl.sum(b_x[:, :, None] * b_y[None, :, :], 1)
+    else:
+        b_x_high, b_x_low = _high_low(b_x, tl.float32)
+        b_y_high, b_y_low = _high_low(b_y, tl.float32)
+        b_part = _dot(b_x_low, b_y_high, tl.zeros(b_acc.shape, tl.float32))
+        b_part = _dot(b_x_high, b_y_low, b_part)
+        return b_acc + _dot(b_x_high, b_y_high, b_part)
 
 
 # A thread holds VEC = 16 bytes of neighbouring columns of a row as tiles [BM, G, VEC], G = BD / VEC, in parts of
@@ -246,14 +276,14 @@ def _few(
 @triton.jit
 def _prepare(
     p_weight, p_bias, p_gain, p_norm_bias, p_directions, p_packed, p_scale, p_offset, p_moments,
-    d: tl.constexpr, K: tl.constexpr, J: tl.constexpr, NORM: tl.constexpr, SPLIT: tl.constexpr, DP: tl.constexpr,
+    d: tl.constexpr, K: tl.constexpr, J: tl.constexpr, NORM: tl.constexpr, TERMS: tl.constexpr, DP: tl.constexpr,
     BJ: tl.constexpr, BD: tl.constexpr,
 ):  # fmt: skip
     """What depends on the heads and directions alone; program (n, i) takes dot n and directions i BJ and on.
 
-    packed (terms, K + J, DP): the dots, centred for a layer norm, in hidden's dtype as a sum of terms (SPLIT: scaled
-    by a power of 2 so that the low term of fp16 doesn't underflow, `scale` (K + J,) takes it back); offset (K,);
-    moments (K + J, J + 1): the dots' products with the directions, and their sums.
+    packed (TERMS, K + J, DP): the dots, centred for a layer norm, in hidden's dtype (tf32 for fp32) as a sum of terms,
+    for 16 bits scaled by a power of 2 so that fp16's low term doesn't underflow; scale (K + J,) takes that back; offset
+    (K,); moments (K + J, J + 1): the dots' products with the directions, and their sums.
     """
     acc = p_weight.dtype.element_ty
     i_n = tl.program_id(0).to(tl.int64)
@@ -297,7 +327,7 @@ def _prepare(
             if NORM == LAYER:
                 b_mean = b_total / d
             b_scale = 1.0
-            if SPLIT:
+            if p_scale is not None:
                 # 2^s with s + the exponent of max|a| = 13: even centred, a stays below fp16's 65504.
                 b_s = 13 - ((tl.max(b_top).to(tl.int32, bitcast=True) >> 23) - 127)
                 b_s = tl.minimum(tl.maximum(b_s, -126), 126)
@@ -313,8 +343,10 @@ def _prepare(
                     b_a += tl.load(p_directions + (i_n - K) * d + o_d, mask=m_d & (i_n >= K), other=0.0)
                 b_a = tl.where(m_d, b_a - b_mean, 0.0) * b_scale
                 o_p = i_n * DP + o_d
-                for _ in tl.static_range(SPLIT if SPLIT else 1):
+                for _ in tl.static_range(TERMS):
                     b_term = b_a.to(p_packed.dtype.element_ty)
+                    if b_term.dtype == tl.float32:
+                        b_term = _tf32(b_a)
                     tl.store(p_packed + o_p, b_term, mask=o_d < DP)
                     b_a = b_a - b_term.to(acc)
                     o_p += (K + J) * DP
@@ -329,6 +361,7 @@ def _many(
 ):  # fmt: skip
     """Rewards (M, DOTS); with stats the dots of the centred rows, and stats (M, 2): squared norm and mean."""
     acc = p_offset.dtype.element_ty
+    dtype = p_hidden.dtype.element_ty
     # Tiles of dots of the same rows are neighbours in the launch, so the rows come from L2 but once.
     i_m = tl.program_id(0).to(tl.int64) // tl.cdiv(DOTS, BN)
     i_n = tl.program_id(0) % tl.cdiv(DOTS, BN)
@@ -340,36 +373,46 @@ def _many(
     p_a = p_packed + o_n[None, :].to(tl.int64) * DP + o_b[:, None]
     b_shift = tl.zeros([BM], acc)
     if NORM == LAYER:
-        # As in _few, with the mean of up to four blocks. 16-bit rows go to the dots as they are: those are
-        # centred, and the error left, eps |mean| / std, is below what the rows' own rounding leaves of them.
+        # As in _few, with the mean of up to four blocks; rounded, and 0 where it is small beside the row, so that h minus
+        # it has few bits and two terms hold them.
+        b_first_n2 = tl.zeros([BM], acc)
         for i_d in range(0, min(d, 4 * BD), BD):
             b_h = tl.load(p_h + i_d, mask=m_h[:, None] & (i_d + o_b < d)[None, :], other=0.0)
             b_shift += tl.sum(b_h.to(acc), 1)
-        b_shift = b_shift / min(d, 4 * BD)
+            b_first_n2 += tl.sum(b_h.to(acc) * b_h.to(acc), 1)
+        b_shift = (b_shift / min(d, 4 * BD)).to(dtype).to(acc)
+        b_shift = tl.where(64.0 * b_shift * b_shift * min(d, 4 * BD) < b_first_n2, 0.0, b_shift)
     b_n2 = tl.zeros([BM], acc)
     b_sum = tl.zeros([BM], acc)
     b_dots = tl.zeros([BM, BN], acc)
     for i_d in range(0, d, BD):
         m_d = m_h[:, None] & (i_d + o_b < d)[None, :]
         b_h = tl.load(p_h + i_d, mask=m_d, other=0.0)  # [BM, BD]
+        b_x = b_h.to(acc)
+        if NORM == LAYER:
+            b_x = tl.where(m_d, b_x - b_shift[:, None], 0.0)
+            b_sum += tl.sum(b_x, 1)
         if NORM != NONE or p_stats is not None:
-            b_x = b_h.to(acc)
-            if NORM == LAYER:
-                b_x = tl.where(m_d, b_x - b_shift[:, None], 0.0)
-                b_sum += tl.sum(b_x, 1)
             b_n2 += tl.sum(b_x * b_x, 1)
-            if TERMS == 1:
-                b_h = b_x
-        # Low terms first. A block's sum is added to the total outside of the tensor cores, whose own additions
-        # truncate: 4 in a row do so here instead of d / 16.
+        # Low terms first. A block's sum is added to the total outside of the tensor cores.
         b_block = tl.zeros([BM, BN], acc)
+        # A 16-bit row is a term of its own, unless a mean was taken from it.
+        TWO: tl.constexpr = dtype == tl.float32 or (dtype != tl.float64 and NORM == LAYER)
+        if TWO:
+            b_h, b_low = _high_low(b_x, dtype)
         for i_t in tl.static_range(TERMS):
             b_a = tl.load(
                 p_a + (TERMS - 1 - i_t) * DOTS * DP + i_d,
                 mask=(o_n < DOTS)[None, :] & (i_d + o_b < DP)[:, None],
                 other=0.0,
             )  # [BD, BN]
-            b_block = _matmul(b_h, b_a, b_block)
+            if dtype == tl.float64:
+                b_block = _matmul(b_x, b_a, b_block)
+            else:
+                # Low times the lowest term is below the last bit of an fp32, unless high is fp16's largest number.
+                if TWO and (i_t > 0 or dtype == tl.float16):
+                    b_block = _dot(b_low, b_a, b_block)
+                b_block = _dot(b_h, b_a, b_block)
         b_dots += b_block
 
     if p_scale is not None:
@@ -388,7 +431,8 @@ def _many(
         if NORM != NONE:
             b_dots = b_dots * _inverse_norm(b_n2, d, eps)[:, None]
         b_dots += tl.load(p_offset + o_n, mask=o_n < DOTS, other=0.0)[None, :]
-    tl.store(p_out + o_m[:, None] * DOTS + o_n[None, :], b_dots, mask=m_m[:, None] & (o_n < DOTS)[None, :])
+    p_tile = p_out + i_m * BM * DOTS + tl.arange(0, BM)[:, None] * DOTS + o_n[None, :]
+    tl.store(p_tile, b_dots, mask=m_m[:, None] & (o_n < DOTS)[None, :])
 
 
 # ------------------------------------------------------------------------------------------ forward, interventions
@@ -777,27 +821,32 @@ def _part_width(vec: int, dtype: torch.dtype) -> int:
 
 
 def many_config(dots: int, dtype: torch.dtype) -> dict[str, int]:
-    """Tiles of the skinny GEMM.
+    """Tiles of the skinny GEMM, and the terms a dot is split into.
 
-    16-bit rows: the dots are read again for every BM rows, so BM = 128 keeps that below the rows' own bytes up to
-    about 64 dots; three bf16 terms (two fp16) hold an fp32's 24 bits. fp32 rows: tf32x3. fp64: FMAs.
+    The dots are read again for every BM rows: 128 rows keep that below the rows' own bytes up to about 64 dots.
+    Error at d = 2048 as a share of the reward scale, from a bit-true model of the tensor cores on normal numbers:
+    bf16 rows with three terms 1.4e-7 (two: 2.4e-6; three, but one chain of truncating additions: 2.4e-6), fp32 rows in
+    two tf32 parts 2.0e-7 (one chain: 6.3e-6), fp32 FMAs in order 3.7e-7. Two terms of fp16 hold an fp32's bits.
     """
     block = min(max(triton.next_power_of_2(dots), 16), 64)
     if dtype == torch.float64:
         return {"BM": 16, "BN": 16, "BD": 16, "TERMS": 1, "num_warps": 4, "num_stages": 2}
     if dtype == torch.float32:
-        return {"BM": 64, "BN": block, "BD": 32, "TERMS": 1, "num_warps": 4, "num_stages": 2}
+        return {"BM": 64, "BN": block, "BD": 32, "TERMS": 2, "num_warps": 4, "num_stages": 3}
     terms = 3 if dtype == torch.bfloat16 else 2
     return {"BM": 128, "BN": block, "BD": 64, "TERMS": terms, "num_warps": 8, "num_stages": 3}
 
 
 def finish_config(heads: int, directions: int, acc: torch.dtype) -> dict[str, int]:
-    """Tiles of the interventions' algebra; the fp64 tile of an explicit row holds 2048 elements where J allows."""
+    """Tiles of the interventions' algebra; the fp64 tile of an explicit row holds 2048 elements where J allows.
+
+    A cap on registers well above the need keeps ptxas from spilling for the sake of one more program per SM.
+    """
     widest = 16 if acc == torch.float64 else 32
     padded = triton.next_power_of_2(directions)
     return {
         "BM": 16, "BJ": min(max(padded, 16), widest), "BK": min(max(triton.next_power_of_2(heads), 16), widest),
-        "JP": padded, "BD": max(1, 2048 // max(padded, 32)), "num_warps": 4,
+        "JP": padded, "BD": max(1, 2048 // max(padded, 32)), "num_warps": 4, "maxnreg": 168,
     }  # fmt: skip
 
 
@@ -816,9 +865,9 @@ def fused_backward_config(d: int, heads: int, dtype: torch.dtype) -> dict[str, i
 
 def split_backward_config(heads: int, dtype: torch.dtype) -> dict[str, int]:
     if dtype == torch.float64:
-        return {"BM": 16, "BK": 16, "BD": 16, "num_warps": 4, "num_stages": 2}
+        return {"BM": 16, "BK": 16, "BD": 16, "num_warps": 4, "num_stages": 2, "maxnreg": 255}
     block = min(max(triton.next_power_of_2(heads), 16), 32)
-    return {"BM": 32, "BK": block, "BD": 64, "num_warps": 4, "num_stages": 2}
+    return {"BM": 32, "BK": block, "BD": 64, "num_warps": 4, "num_stages": 2, "maxnreg": 255}
 
 
 class _Rows:
@@ -903,15 +952,14 @@ def forward(
         many = many_config(dots, hidden.dtype)
         padded = triton.cdiv(d, 16) * 16
         if not few or directions is not None:
-            split = many["TERMS"] if hidden.dtype.itemsize == 2 else 0
             if not few:
                 packed = hidden.new_empty(many["TERMS"], dots, padded)
-                scale = weight.new_empty(dots) if split else None
+                scale = weight.new_empty(dots) if hidden.dtype.itemsize == 2 else None
             offset = weight.new_empty(heads)
             moments = None if directions is None else weight.new_empty(dots, count + 1)
             _prepare[(dots, max(1, triton.cdiv(count, 16)))](
                 weight, bias, norm_weight, norm_bias, directions, packed, scale, offset, moments,
-                d=d, K=heads, J=count, NORM=norm, SPLIT=split, DP=padded, BJ=16, BD=256, num_warps=4,
+                d=d, K=heads, J=count, NORM=norm, TERMS=many["TERMS"], DP=padded, BJ=16, BD=256, num_warps=4,
                 enable_fp_fusion=False,
             )  # fmt: skip
         if few:
