@@ -52,14 +52,14 @@ def rms_norm(
 ) -> Tensor | tuple[Tensor, Tensor]:
     """RMSNorm of each row, alone or of its sum with the residual stream.
 
-    With `residual`, sum = x + residual, or residual + norm(x; post_weight) (the norms after the blocks of Gemma 2 and 3),
-    and y = norm(sum; weight): the end of one block and the start of the next from one read of each.
+    With `residual`, sum = x + residual, or residual + norm(x; post_weight) (the norms after the blocks of Gemma 2 and
+    3), and y = norm(sum; weight): the end of one block and the start of the next from one read of each.
 
     Values are rounded where transformers rounds them, so that a layer's scores are those of the model's own code: sum
     to x's dtype; norm(x; w) is round(round(x · rsqrt(mean x² + eps)) · w), or with `gemma`
-    round(x · rsqrt(mean x² + eps) · (1 + w)), the square's mean and the factors in float32 (float64 for float64 x, where
-    transformers' modules fall back to float32). In 16 bits they equal transformers' but for rare last bits, since the mean
-    is summed in another order. The result has x's dtype, also for a weight of another one.
+    round(x · rsqrt(mean x² + eps) · (1 + w)); in float32 before rounding (float64 for float64 x, where transformers'
+    modules fall back to float32). In 16 bits they equal transformers' but for rare last bits, since the mean is summed
+    in another order. The result has x's dtype, also for a weight of another one.
 
     Args:
         x: (..., d); float64, float32, bfloat16 or float16, any strides whose last dimension is contiguous.
@@ -70,8 +70,8 @@ def rms_norm(
         gemma: the gain is 1 + weight, and the normed row is rounded once, after it.
 
     Returns:
-        y, or (y, sum) with `residual`; x's shape and dtype, contiguous. In the C++ and Triton kernels a row's bits do not
-        depend on the other rows, on where it lies in memory or on the number of threads.
+        y, or (y, sum) with `residual`; x's shape and dtype, contiguous. In the C++ and Triton kernels a row's bits do
+        not depend on the other rows, on where it lies in memory or on the number of threads.
 
     Raises:
         ValueError: a shape, stride, device or eps that does not fit; post_weight without residual; an input that
@@ -110,8 +110,8 @@ def rotary(
     """Rotary embedding of queries and keys, after a norm of each head where the model has one (Qwen3, Gemma 3).
 
     Dimension i < R / 2 of a head turns with dimension i + R / 2, as in Llama's `rotate_half`; those from R on pass
-    through (the partial rotary embedding of Phi-3). All of it is computed in float32 (float64 for float64 q) and rounded
-    once, to q's dtype: closer to the truth than transformers, which in 16 bits rounds the normed head, both
+    through (the partial rotary embedding of Phi-3). All of it is computed in float32 (float64 for float64 q) and
+    rounded once, to q's dtype: closer to the truth than transformers, which in 16 bits rounds the normed head, both
     products and their sum.
 
     Args:
@@ -130,8 +130,8 @@ def rotary(
         The turned q (N, Hq, D) and k (N, Hkv, D), contiguous, in q's dtype; bits as for `rms_norm`.
 
     Raises:
-        ValueError: a shape, stride, device or eps that does not fit; an input that requires grad while gradients are on:
-            the op has none.
+        ValueError: a shape, stride, device or eps that does not fit; an input that requires grad while gradients are
+            on: the op has none.
         TypeError: a dtype that is not supported, or an argument that is no tensor.
         rmfast.BackendError: a backend asked for by name cannot run.
     """
@@ -173,8 +173,8 @@ def gated_activation(gate: Tensor, up: Tensor, *, kind: str) -> Tensor:
         gate's shape and dtype, contiguous; bits as for `rms_norm`.
 
     Raises:
-        ValueError: a shape, stride, device or kind that does not fit; an input that requires grad while gradients are on:
-            the op has none.
+        ValueError: a shape, stride, device or kind that does not fit; an input that requires grad while gradients are
+            on: the op has none.
         TypeError: a dtype that is not supported, or an argument that is no tensor.
         rmfast.BackendError: a backend asked for by name cannot run.
     """
