@@ -35,6 +35,8 @@ def main(argv: list[str] | None = None) -> int:
             print(f"{b.name:<40} {targets:<44} {', '.join(b.contenders())}")
         return 0
 
+    if args.device == "cuda" and not torch.cuda.is_available():
+        parser.error(f"--device cuda: torch {torch.__version__} sees no CUDA device")
     about = machine.describe(torch.device(args.device))
     print(", ".join(f"{k} {' '.join(v) if isinstance(v, list) else v}" for k, v in about.items() if v is not None))
     print(", ".join(f"{k} {v}" for k, v in machine.commit().items()))

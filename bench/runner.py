@@ -218,21 +218,27 @@ def _limits(probes: dict[str, Contender]) -> dict[str, float]:
     return best | rates
 
 
+def _ms(value: float) -> str:
+    return f"{value:.0f}" if value >= 1000 else f"{value:.1f}" if value >= 100 else f"{value:.3f}"
+
+
 def text(row: dict[str, Any]) -> str:
     """A row for reading: a line per contender, then the machine's limits and the check."""
     shape = ", ".join(f"{k} {v}" for k, v in row["shape"].items())
-    chosen = ", ".join(f"{op} {name}" for op, name in row["backends"].items())
+    work = row["benchmark"].split("/")[0]
+    own = {op: name for op, name in row["backends"].items() if op.startswith(work)} or row["backends"]
+    chosen = ", ".join(f"{op} {name}" for op, name in own.items())
     lines = [f"\n{row['benchmark']}  ({shape}) on {row['device']}: {chosen}"]
-    lines.append(f"  {'contender':<28}{'median ms':>11}{'quartiles':>19}{'error':>10}{'vs ours':>9}")
+    lines.append(f"  {'contender':<28}{'median ms':>11}{'quartiles':>20}{'error':>10}{'vs ours':>9}")
     ours = row["contenders"]["ours"].get("ms")
     for label, c in row["contenders"].items():
         if "ms" not in c:
             lines.append(f"  {label:<28}  did not run: {c['failure']}")
             continue
-        quartiles = "{:.3g} .. {:.3g}".format(*c["quartiles_ms"])
+        quartiles = " .. ".join(map(_ms, c["quartiles_ms"]))
         ratio = f"{c['ms'] / ours:.2f}x" if ours else ""
         note = f"  not counted: {c['failure']}" if "failure" in c else ""
-        lines.append(f"  {label:<28}{c['ms']:>11.4g}{quartiles:>19}{float(c['error']):>10.1e}{ratio:>9}{note}")
+        lines.append(f"  {label:<28}{_ms(c['ms']):>11}{quartiles:>20}{float(c['error']):>10.1e}{ratio:>9}{note}")
     for name, rate in row["limits"].items():
         if ":" in name or name == "copy":
             unit = "GFLOP/s" if name.startswith("gemm") else "GB/s"

@@ -14,6 +14,7 @@ from bench import __main__ as cli
 from bench import machine, reward_head, runner
 from bench.registry import ROTATE, benchmarks
 
+DEVICES = ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
 CPU_ROWS = [row for row in benchmarks() if "cpu" in row.devices]
 ROW = next(row for row in CPU_ROWS if row.name == "reward_head/rms-fp32")
 
@@ -31,9 +32,10 @@ def broken(p):
     raise RuntimeError("no compiler at /some/path")
 
 
+@pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("row", CPU_ROWS, ids=lambda row: row.name)
-def test_every_row_runs_and_its_contenders_agree_with_the_truth(row):
-    result = quick(row)
+def test_every_row_runs_and_its_contenders_agree_with_the_truth(row, device):
+    result = runner.run(row, device, quick=True, without="compile")
     assert result["check"] == "passed"
     for label, contender in result["contenders"].items():
         assert contender["ms"] > 0, label
