@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from typing import Any, Literal
 
 import numpy as np
@@ -11,9 +12,12 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
+from rmfast import backends as _backends
 from rmfast import inputs as _inputs
 from rmfast import model as _model
+from rmfast.engine import Engine, Unsupported
 from rmfast.inputs import Encoded, Format, InputError, Truncation
+from rmfast.planner import plan
 
 __all__ = ["Encoded", "InputError", "RewardModel", "load"]
 
@@ -26,6 +30,9 @@ _BATCH_TOKENS_ACCELERATOR = 16384
 # long as 27 tokens) and on a GPU a few hundred kernels are launched (30 ms, as long as 750 tokens of an 8B model).
 _BATCH_COST = {"cpu": 64}
 _BATCH_COST_ACCELERATOR = 1024
+
+# A budget that is halved each time memory runs out stops here.
+_LEAST_BATCH_TOKENS = 64
 
 
 class RewardModel:
@@ -63,6 +70,7 @@ class RewardModel:
             name = type(self.binding.root).__name__
             raise ValueError(f'{name} pools by itself: expected pooling to be "auto", got {pooling!r}')
         self._warned = False
+        self._engine: tuple[tuple, Engine | str] | None = None
 
     def __repr__(self) -> str:
         bound = self.binding
@@ -82,6 +90,7 @@ class RewardModel:
         progress: bool = False,
         format: Format | None = None,
         positions: Sequence[int] | None = None,
+        engine: Literal["packed", "padded"] | None = None,
     ) -> Tensor:
         """One reward (or K) for each input: the head's raw output.
 
@@ -122,7 +131,7 @@ class RewardModel:
             read = []
             for i, item in enumerate(encoded):
                 read.append(np.array([self._position(item.ids, i, None if positions is None else positions[i])]))
-        values = self._run(encoded, read, batch_tokens, progress)
+        values = self._run(encoded, read, batch_tokens, progress, engine)
         out = torch.cat(values) if values else torch.empty(0, self.num_labels)
         if scale is not None:
             out = (out - scale[0].to(out)) / scale[1].to(out)
@@ -138,6 +147,7 @@ class RewardModel:
         normalize: tuple[Any, Any] | None = None,
         progress: bool = False,
         format: Format | None = None,
+        engine: Literal["packed", "padded"] | None = None,
     ) -> list[Tensor]:
         """The reward read at every token of every input, from one pass of the body.
 
@@ -157,7 +167,7 @@ class RewardModel:
             )
         scale = None if normalize is None else _normalize(normalize, self.num_labels)
         encoded = self.encode(inputs, max_length=max_length, truncation=truncation, format=format)
-        values = self._run(encoded, [np.arange(len(item)) for item in encoded], batch_tokens, progress)
+        values = self._run(encoded, [np.arange(len(item)) for item in encoded], batch_tokens, progress, engine)
         if scale is not None:
             values = [(v - scale[0].to(v)) / scale[1].to(v) for v in values]
         return [v[:, 0] if self.num_labels == 1 else v for v in values]
@@ -226,34 +236,111 @@ class RewardModel:
         )
 
     def _run(
-        self, encoded: list[Encoded], read: list[np.ndarray], batch_tokens: int | None, progress: bool
+        self,
+        encoded: list[Encoded],
+        read: list[np.ndarray],
+        batch_tokens: int | None,
+        progress: bool,
+        engine: str | None,
     ) -> list[Tensor]:
         """Rewards (len(read[i]), K) of each input at its tokens read[i], on the CPU."""
-        kind = self.binding.device.type
-        if batch_tokens is None:
-            batch_tokens = _BATCH_TOKENS.get(kind, _BATCH_TOKENS_ACCELERATOR)
-        if isinstance(batch_tokens, bool) or not isinstance(batch_tokens, int) or batch_tokens < 1:
+        if engine not in (None, "packed", "padded"):
+            raise ValueError(f'Expected engine to be "packed", "padded" or None, got {engine!r}')
+        if batch_tokens is not None and (
+            isinstance(batch_tokens, bool) or not isinstance(batch_tokens, int) or batch_tokens < 1
+        ):
             raise ValueError(f"Expected batch_tokens to be a positive int, got {batch_tokens!r}")
-        results: list[Any] = [None] * len(encoded)
+        packed = self._packed_engine() if engine != "padded" and encoded else None
+        if isinstance(packed, str):
+            if engine == "packed":
+                raise ValueError(f'Expected engine to be "padded": this model cannot run packed, since {packed}')
+            packed = None
+        if batch_tokens is None:
+            batch_tokens = _BATCH_TOKENS.get(self.binding.device.type, _BATCH_TOKENS_ACCELERATOR)
+            if packed is not None:
+                batch_tokens = min(batch_tokens, packed.affordable_tokens())
         with self.binding.session(), tqdm(total=len(encoded), unit="text", disable=not progress) as bar:
-            cost = _BATCH_COST.get(kind, _BATCH_COST_ACCELERATOR)
-            pending = list(_plan([len(item) for item in encoded], batch_tokens, cost, self.binding.length_group))[::-1]
-            while pending:
-                batch = pending.pop()
-                try:
-                    values = self._batch([encoded[i] for i in batch], [read[i] for i in batch])
-                except torch.OutOfMemoryError:
-                    if len(batch) == 1:
-                        raise
-                    pending += [batch[len(batch) // 2 :], batch[: len(batch) // 2]]
-                    continue
-                # Results stay on their device until the end: a copy to the host would wait for each batch.
-                for i, value in zip(batch, values.split([len(read[i]) for i in batch])):
-                    results[i] = value
-                bar.update(len(batch))
+            run = self._run_padded if packed is None else partial(self._run_packed, packed)
+            results: list[Tensor] = run(encoded, read, batch_tokens, bar)
             flat = torch.cat(results).cpu() if results else torch.empty(0, self.num_labels)
         # A clone made outside of inference mode is an ordinary tensor, which autograd may save.
         return list(flat.clone().split([len(r) for r in read]))
+
+    def _run_padded(self, encoded: list[Encoded], read: list[np.ndarray], batch_tokens: int, bar: tqdm) -> list[Tensor]:
+        results: list[Any] = [None] * len(encoded)
+        cost = _BATCH_COST.get(self.binding.device.type, _BATCH_COST_ACCELERATOR)
+        pending = list(_plan([len(item) for item in encoded], batch_tokens, cost, self.binding.length_group))[::-1]
+        while pending:
+            batch = pending.pop()
+            try:
+                values = self._batch([encoded[i] for i in batch], [read[i] for i in batch])
+            except torch.OutOfMemoryError:
+                if len(batch) == 1:
+                    raise
+                pending += [batch[len(batch) // 2 :], batch[: len(batch) // 2]]
+                continue
+            # Results stay on their device until the end: a copy to the host would wait for each batch.
+            for i, value in zip(batch, values.split([len(read[i]) for i in batch])):
+                results[i] = value
+            bar.update(len(batch))
+        return results
+
+    def _run_packed(
+        self, engine: Engine, encoded: list[Encoded], read: list[np.ndarray], batch_tokens: int, bar: tqdm
+    ) -> list[Tensor]:
+        results: list[Any] = [None] * len(encoded)
+        groups: dict[tuple, list[int]] = {}
+        for i, item in enumerate(encoded):
+            groups.setdefault(self.binding.length_group(len(item)), []).append(i)
+        for key, todo in groups.items():
+            # Rotary frequencies of this group go by its longest text; of one key above 0 all are as long as it needs.
+            longest = max(len(encoded[i]) for i in todo) if any(key) else 0
+            while todo:
+                ids = np.concatenate([encoded[i].ids for i in todo])
+                cu = np.cumsum([0, *(len(encoded[i]) for i in todo)])
+                one = all(len(read[i]) == 1 for i in todo)
+                positions = np.array([read[i][0] for i in todo]) if one else "all"
+                planned = plan(ids, cu, batch_tokens=batch_tokens, read=positions)  # type: ignore[arg-type]
+                values: list[Tensor] = []
+                try:
+                    for chunk, hidden in engine.run(ids, planned, longest):
+                        rows = torch.arange(hidden.size(0), device=hidden.device)
+                        values.append(self.binding.rewards(hidden[None], rows))
+                        bar.update(len(chunk.inputs))
+                except torch.OutOfMemoryError:
+                    if batch_tokens <= _LEAST_BATCH_TOKENS:
+                        raise
+                    batch_tokens = max(_LEAST_BATCH_TOKENS, batch_tokens // 2)
+                done = planned.cu_inputs[len(values)]
+                finished = planned.order[:done]
+                spans = [(i, i + 1) if one else (cu[i], cu[i + 1]) for i in finished]
+                at = np.concatenate([planned.read_index[a:b] for a, b in spans]) if spans else np.zeros(0, np.int64)
+                if len(at):
+                    out = torch.cat(values)
+                    out = out[torch.from_numpy(at).to(out.device)]
+                    for i, value in zip(finished, out.split([b - a for a, b in spans])):
+                        results[todo[i]] = value
+                todo = [todo[i] for i in np.sort(planned.order[done:])]
+        return results
+
+    def _packed_engine(self) -> Engine | str:
+        """The packed engine of the model as it is now, or why there is none."""
+        kinds = tuple((type(module), _model._hooked(module)) for module in self.binding.body.modules())
+        if self._engine is None or self._engine[0] != kinds:  # new, or changed since (adapters put in, hooks)
+            try:
+                self._engine = kinds, Engine(self.binding)
+            except Unsupported as reason:
+                self._engine = kinds, str(reason)
+        return self._engine[1]
+
+    def explain(self) -> str:
+        """Which engine scores this model and why, and which backend runs each op on its device."""
+        packed = self._packed_engine()
+        if isinstance(packed, str):
+            engine = f"padded (not packed: {packed})"
+        else:
+            engine = f"packed, {packed.mode} layers" + (f" ({packed.why})" if packed.why else "")
+        return f"engine: {engine}\n{_backends.explain(device=self.binding.device.type)}"
 
     def _batch(self, items: list[Encoded], read: list[np.ndarray]) -> Tensor:
         """Rewards (sum of len(read), K) of one right-padded batch."""

@@ -135,6 +135,7 @@ def forward(
         if directions is None:
             out.append(_head(x, gain, offset, norm, eps))
             continue
+        assert strengths is not None
         alpha, target = strengths, targets
         if intervention_index is not None:
             index = intervention_index[start : start + step]

@@ -147,7 +147,7 @@ def reward_head(
         return None if value is None else value.to(acc).contiguous()
 
     interventions = None if strengths is None or intervention_index is not None else strengths.size(0)
-    if directions is not None and (directions.size(0) == 0 or strengths.size(0) == 0):
+    if directions is not None and strengths is not None and 0 in (directions.size(0), strengths.size(0)):
         # Nothing is removed: the plain op, with the axis of interventions put back below.
         directions = strengths = targets = intervention_index = None
     args = (

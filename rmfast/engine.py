@@ -1,0 +1,534 @@
+"""The suffix engine: a causal body run on ragged suffixes over shared prefixes, without padding.
+
+All rows of a chunk (rmfast.planner) lie flat, (1, n, d), with their own position ids. Every part of a layer but
+attention is token-wise, so the model's own modules run on them unchanged; attention is the op `suffix_attention`, put
+in through transformers' AttentionInterface. Where a layer has the shape of Llama, Qwen, Mistral, Gemma or Phi, its
+token-wise parts are fused ops as well, and the last layer computes queries, output and MLP only for rows that are read.
+Both ways are tried on a few tokens against the padded run before they are used. Nothing stays changed in the model.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass, field
+from functools import cache
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from transformers import AttentionInterface
+
+from rmfast import model as _model
+from rmfast.ops import gated_activation, rms_norm, rotary, suffix_attention
+from rmfast.planner import Chunk, plan
+
+__all__ = ["Engine", "Unsupported"]
+
+_NAME = "rmfast"
+
+
+class Unsupported(Exception):
+    """The model cannot run packed; the message says why."""
+
+
+@dataclass
+class _Run:
+    """What attention needs to know of the chunk that runs."""
+
+    cu_seqlens: Tensor
+    prefix_start: Tensor
+    prefix_len: Tensor
+    positions: Tensor
+    pool_rows: Tensor | slice
+    keep_rows: Tensor | slice
+    read_rows: Tensor | None  # None: all rows are read
+    kept: dict[nn.Module, tuple[Tensor, Tensor]]
+    keep: dict[nn.Module, tuple[Tensor, Tensor]] = field(default_factory=dict)
+    options: dict[nn.Module, dict[str, Any]] = field(default_factory=dict)  # what each module gave its attention
+    delta: Tensor | None = None  # what the layer before has yet to add to the stream
+
+
+_current: ContextVar[_Run | None] = ContextVar("rmfast_run", default=None)
+
+
+def _rows(index: np.ndarray, device: torch.device) -> Tensor | slice:
+    """Row indices; a slice where they are one stretch (the prompt of best-of-N), which then is not copied."""
+    if len(index) and index[-1] - index[0] == len(index) - 1 and (np.diff(index) == 1).all():
+        return slice(int(index[0]), int(index[-1]) + 1)
+    return torch.from_numpy(index).to(device)
+
+
+def _attend(run: _Run, key: nn.Module, q: Tensor, k: Tensor, v: Tensor, **options: Any) -> Tensor:
+    """Attention of one layer, (n, Hq, D); keeps the K/V rows that the next chunk needs. k and v cover all n rows.
+
+    q may be of the read rows alone: each is then a suffix of one row, after its whole text as prefix.
+    """
+    size = q.size(-1)
+    if size % 8:  # the op reads 16 bytes at a time; zeros change no dot
+        q, k, v = (nn.functional.pad(t, (0, -size % 8)) for t in (q, k, v))
+    have_k, have_v = k, v
+    if key in run.kept:
+        have_k, have_v = (torch.cat(pair) for pair in zip(run.kept[key], (k, v)))
+    if not isinstance(run.keep_rows, Tensor) or run.keep_rows.numel():
+        run.keep[key] = (have_k[run.keep_rows].clone(), have_v[run.keep_rows].clone())
+    if q.size(0) == k.size(0):
+        out, _ = suffix_attention(
+            q, k, v, run.cu_seqlens, have_k[run.pool_rows], have_v[run.pool_rows], run.prefix_start, run.prefix_len,
+            **options,
+        )  # fmt: skip
+        return out[..., :size]
+    assert run.read_rows is not None
+    before, start, length, cu = _before_reads(run, k.size(0), have_k.size(0) - k.size(0))
+    out, _ = suffix_attention(
+        q, k[run.read_rows], v[run.read_rows], cu, have_k[before], have_v[before], start, length, **options
+    )
+    return out[..., :size]
+
+
+def _before_reads(run: _Run, n: int, kept: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Pool rows (indices into kept + own rows) of the whole text before each read row, and their ranges.
+
+    A segment with several read rows holds its text once, up to the last of them.
+    """
+    device = run.cu_seqlens.device
+    read = run.read_rows
+    assert read is not None
+    pool = run.pool_rows
+    pool_rows = (torch.arange(pool.start, pool.stop) if isinstance(pool, slice) else pool).cpu().numpy()
+    rows, cu = read.cpu().numpy(), run.cu_seqlens.cpu().numpy()
+    starts, lengths = run.prefix_start.cpu().numpy(), run.prefix_len.cpu().numpy()
+    segment = np.searchsorted(cu, rows, side="right") - 1
+    parts: list[np.ndarray] = []
+    start = np.zeros(len(rows), np.int32)
+    length = (lengths[segment] + rows - cu[segment]).astype(np.int32)
+    total, last = 0, -1
+    for i in range(len(rows) - 1, -1, -1):  # from the last read of a segment, whose text holds the others'
+        s = segment[i]
+        if s != last:
+            parts += [pool_rows[starts[s] : starts[s] + lengths[s]], np.arange(kept + cu[s], kept + rows[i])]
+            at, total, last = total, total + int(length[i]), s
+        start[i] = at
+    before = np.concatenate(parts) if parts else np.zeros(0, np.int64)
+    return (
+        torch.from_numpy(before).to(device),
+        torch.from_numpy(start).to(device),
+        torch.from_numpy(length).to(device),
+        torch.arange(len(rows) + 1, dtype=torch.int32, device=device),
+    )
+
+
+def attention(
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any = None,
+    scaling: float | None = None, dropout: float = 0.0, sliding_window: int | None = None,
+    softcap: float | None = None, **kwargs: Any,
+) -> tuple[Tensor, None]:  # fmt: skip
+    """transformers' attention interface over the chunk that runs: (1, H, n, D) -> (1, n, Hq, D)."""
+    run = _current.get()
+    if run is None:
+        raise RuntimeError('attn_implementation "rmfast" only works inside rmfast\'s engine: padding would be ignored')
+    if attention_mask is not None or not getattr(module, "is_causal", True):
+        raise Unsupported(f"{type(module).__name__} asks for a mask of its own")
+    for name in ("s_aux", "position_bias", "alibi"):
+        if kwargs.get(name) is not None:
+            raise Unsupported(f"{type(module).__name__} gives its attention {name}")
+    q, k, v = (t[0].transpose(0, 1) for t in (query, key, value))
+    run.options[module] = {"scale": scaling, "softcap": softcap, "window": sliding_window}
+    return _attend(run, module, q, k, v, **run.options[module])[None], None
+
+
+AttentionInterface.register(_NAME, attention)
+
+
+# Layers with fused token-wise parts -----------------------------------------------------------------------------------
+
+_LAYER_PARTS = {"self_attn", "mlp", "input_layernorm", "post_attention_layernorm", "pre_feedforward_layernorm",
+                "post_feedforward_layernorm", "resid_attn_dropout", "resid_mlp_dropout"}  # fmt: skip
+_ATTENTION_PARTS = {"q_proj", "k_proj", "v_proj", "qkv_proj", "o_proj", "q_norm", "k_norm", "rotary_emb"}
+_ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "silu": nn.functional.silu,
+    "gelu": nn.functional.gelu,
+    "gelu_tanh": lambda x: nn.functional.gelu(x, approximate="tanh"),
+}
+
+
+@dataclass
+class _Norm:
+    module: nn.Module
+    kind: str
+
+    def __call__(self, x: Tensor, residual: Tensor | None = None) -> Any:
+        """norm(x); with a residual (norm(x + residual), x + residual)."""
+        norm: Any = self.module
+        return rms_norm(x, norm.weight, residual=residual, eps=_model._eps(norm), gemma=self.kind == "gemma_rms")
+
+
+@dataclass
+class _Layer:
+    """One decoder layer, by structure; calling it is its forward on (1, n, d)."""
+
+    attn: Any
+    mlp: Any
+    norms: list[_Norm]  # before attention, (after it), before the MLP, (after it)
+    head_norm: str | None  # kind of the norms of q and k heads
+    activation: str | None  # None: the MLP runs as the module that it is
+    last: bool
+    options: dict[str, Any] = field(default_factory=dict)  # scale, softcap and window, as the module itself gives them
+
+    @property
+    def sandwich(self) -> bool:
+        return len(self.norms) == 4
+
+    def __call__(self, hidden_states: Tensor, *args: Any, position_embeddings: Any = None, **kwargs: Any) -> Tensor:
+        run = _current.get()
+        assert run is not None
+        x = hidden_states[0]
+        if run.delta is None:
+            y = self.norms[0](x)
+        else:
+            y, x = self.norms[0](run.delta, x)
+        cos, sin = (t[0] for t in position_embeddings)
+        rows = run.read_rows if self.last else None
+        attended, x = self._attention(run, y, x, cos, sin, rows)
+        if self.sandwich:
+            attended = self.norms[1](attended)
+        y, x = self.norms[-2 if self.sandwich else 1](attended, x)
+        delta = self._mlp(y)
+        if self.sandwich:
+            delta = self.norms[3](delta)
+        run.delta = None if self.last else delta
+        return (x + delta if self.last else x)[None]
+
+    def _attention(
+        self, run: _Run, y: Tensor, x: Tensor, cos: Tensor, sin: Tensor, rows: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        attn, d = self.attn, self.attn.head_dim
+        if hasattr(attn, "qkv_proj"):
+            split = attn.config.num_attention_heads * d
+            qkv = attn.qkv_proj(y)
+            kv = (qkv.size(-1) - split) // 2
+            q, k, v = qkv.split([split, kv, kv], dim=-1)
+            q = q if rows is None else q[rows]
+        else:
+            q, k, v = attn.q_proj(y if rows is None else y[rows]), attn.k_proj(y), attn.v_proj(y)
+        q, k, v = (t.unflatten(-1, (-1, d)) for t in (q, k, v))
+        norms: dict[str, Any] = {}
+        if self.head_norm is not None:
+            norms = {"q_norm": attn.q_norm.weight, "k_norm": attn.k_norm.weight, "eps": _model._eps(attn.q_norm),
+                     "gemma": self.head_norm == "gemma_rms"}  # fmt: skip
+        if rows is None:
+            q, k = rotary(q, k, cos, sin, **norms)
+        else:
+            # The op turns q and k of the same rows: k twice, of which one head is thrown away, beside a layer's GEMMs.
+            q, _ = rotary(q, k[rows, :1], cos[rows], sin[rows], **norms)
+            _, k = rotary(k[:, :1], k, cos, sin, **norms)
+            x = x[rows]
+        return attn.o_proj(_attend(run, attn, q, k, v, **self.options).flatten(1)), x
+
+    def _mlp(self, y: Tensor) -> Tensor:
+        mlp = self.mlp
+        if self.activation is None:
+            out = mlp(y[None])
+            return (out[0] if isinstance(out, tuple) else out)[0]
+        if hasattr(mlp, "gate_up_proj"):
+            gate, up = mlp.gate_up_proj(y).chunk(2, dim=-1)
+        else:
+            gate, up = mlp.gate_proj(y), mlp.up_proj(y)
+        return mlp.down_proj(gated_activation(gate, up, kind=self.activation))
+
+
+def _plain(module: nn.Module) -> bool:
+    """Whether nobody put anything around its forward: hooks, or one set on the instance (accelerate, kernels)."""
+    return not _model._hooked(module) and "forward" not in module.__dict__
+
+
+def _norm(module: Any, size: int) -> _Norm | None:
+    weight = getattr(module, "weight", None)
+    if not isinstance(weight, Tensor) or tuple(weight.shape) != (size,) or not _plain(module):
+        return None
+    if not _model._readable(module):
+        return None
+    probe = torch.linspace(-2, 3, 4 * size, dtype=torch.float32).reshape(1, 4, size).to(weight.device, weight.dtype)
+    kind = _model._norm_kind(_model.Call("", module, probe, None))
+    return _Norm(module, kind) if kind in ("rms", "gemma_rms") else None
+
+
+def _activation(mlp: Any) -> str | None:
+    parts = {name for name, _ in mlp.named_children()}
+    act = getattr(mlp, "act_fn", None) or getattr(mlp, "activation_fn", None)
+    if not callable(act) or not _plain(mlp):
+        return None
+    if not ({"gate_proj", "up_proj", "down_proj"} <= parts or {"gate_up_proj", "down_proj"} <= parts):
+        return None
+    if parts - {"gate_proj", "up_proj", "gate_up_proj", "down_proj", "act_fn", "activation_fn"}:
+        return None
+    x = torch.linspace(-4, 4, 33)
+    matches = [kind for kind, formula in _ACTIVATIONS.items() if torch.allclose(act(x), formula(x), atol=1e-6)]
+    return matches[0] if matches else None
+
+
+def _structure(body: nn.Module) -> list[tuple[nn.Module, _Layer]] | str:
+    """Every decoder layer by structure, or the reason why they are run as the modules that they are."""
+    layers = getattr(body, "layers", None)
+    if not isinstance(layers, nn.ModuleList) or not len(layers):
+        return "the body has no list of layers named layers"
+    found = []
+    for index, layer in enumerate(layers):
+        where = f"layer {index} ({type(layer).__name__})"
+        parts = {name for name, _ in layer.named_children()}
+        if extra := parts - _LAYER_PARTS:
+            return f"{where} has parts of its own: {', '.join(sorted(extra))}"
+        attn, mlp = getattr(layer, "self_attn", None), getattr(layer, "mlp", None)
+        if attn is None or mlp is None:
+            return f"{where} lacks self_attn or mlp"
+        inside = {name for name, _ in attn.named_children()}
+        if inside - _ATTENTION_PARTS or not ({"q_proj", "k_proj", "v_proj"} <= inside or "qkv_proj" in inside):
+            return f"{where}: its attention has other parts than q, k, v and o projections"
+        if not (_plain(layer) and _plain(attn)) or not isinstance(getattr(attn, "head_dim", None), int):
+            return f"{where} carries hooks, or its attention names no head_dim"
+        names = ["input_layernorm", "post_attention_layernorm"]
+        if "pre_feedforward_layernorm" in parts:
+            names += ["pre_feedforward_layernorm", "post_feedforward_layernorm"]
+        size = getattr(layer.input_layernorm, "weight", torch.empty(0)).numel() if "input_layernorm" in parts else 0
+        norms = [_norm(getattr(layer, name, None), size) for name in names]
+        if None in norms:
+            return f"{where}: not all of {', '.join(names)} are RMS norms"
+        head_norm = None
+        if "q_norm" in inside:
+            pair = [_norm(attn.q_norm, attn.head_dim), _norm(getattr(attn, "k_norm", None), attn.head_dim)]
+            if pair[0] is None or pair[1] is None or pair[0].kind != pair[1].kind:
+                return f"{where}: its q_norm and k_norm are not RMS norms over a head"
+            head_norm = pair[0].kind
+        last = index == len(layers) - 1
+        found.append((layer, _Layer(attn, mlp, norms, head_norm, _activation(mlp), last)))  # type: ignore[arg-type]
+    return found
+
+
+# Running --------------------------------------------------------------------------------------------------------------
+
+
+class Engine:
+    """Packed runs of one bound model.
+
+    Attributes:
+        mode: "fused" (layers by structure) or "modules" (the model's own layers around suffix_attention).
+        why: why the mode is not "fused", or None.
+
+    Raises:
+        Unsupported: the model can't run packed.
+    """
+
+    def __init__(self, binding: _model.Binding):
+        if not binding.causal:
+            raise Unsupported("its attention sees later tokens too")
+        if not binding.head:
+            raise Unsupported("it pools by itself")
+        hooked = [name or "the body" for name, module in binding.body.named_modules() if _model._hooked(module)]
+        if hooked:
+            raise Unsupported(f"hooks (on {hooked[0]}) expect padded batches")
+        if not _configs(binding.body):
+            raise Unsupported("its attention does not use transformers' AttentionInterface")
+        self.binding = binding
+        self.why: str | None = None
+        self.layers: list[tuple[nn.Module, _Layer]] = []
+        self._options: dict[nn.Module, dict[str, Any]] = {}
+        with binding.session():
+            if (problem := self._probe()) is not None:
+                raise Unsupported(problem)
+            layers = _structure(binding.body)
+            if isinstance(layers, str):
+                self.why = layers
+                return
+            for _, fused in layers:
+                fused.options = self._options[fused.attn]
+            self.layers = layers
+            if (problem := self._probe()) is not None:
+                self.layers, self.why = [], f"fused layers: {problem}"
+
+    @property
+    def mode(self) -> str:
+        return "fused" if self.layers else "modules"
+
+    def affordable_tokens(self) -> int:
+        """Rows of a chunk that fit into half of the free memory, K/V rows kept for the next chunk included."""
+        config, body = self.binding.config, self.binding.body
+        weight = next(body.parameters())
+        d, heads = config.hidden_size, config.num_attention_heads
+        kv = (getattr(config, "num_key_value_heads", None) or heads) * (getattr(config, "head_dim", None) or d // heads)
+        # A row at its widest: stream, norm, q, k, v, output, gate, up and their product; a pool may hold 8 rows of K/V
+        # for each; and K/V kept in every layer.
+        row = (
+            6 * d + 3 * (getattr(config, "intermediate_size", None) or 4 * d) + 2 * kv * (9 + config.num_hidden_layers)
+        )
+        return max(256, _free_memory(self.binding.device) // 2 // (row * weight.element_size()))
+
+    def _probe(self) -> str | None:
+        """What is wrong with packed hidden states, if they differ from padded ones by more than rounding."""
+        try:
+            error = self._probe_error()
+        except (RuntimeError, ValueError, TypeError, AttributeError, KeyError, Unsupported) as failure:
+            return f"packed rows failed: {failure}"
+        # fp32 differs by 1e-6, a wrong formula by a percent or more. bf16 itself is off by up to 2%.
+        precise = next(self.binding.body.parameters()).dtype in (torch.float32, torch.float64)
+        if error <= (1e-4 if precise else 0.1):
+            return None
+        return f"packed and padded hidden states differ by {error:.1e}"
+
+    def _probe_error(self) -> float:
+        """Relative error on three texts that share a beginning, cut so that one chunk leaves K/V to the next."""
+        binding = self.binding
+        ids = _model._probe_ids(binding.root, binding.vocab_size, None, ())[0].numpy()
+        texts = [ids, np.concatenate([ids[:4], ids[::-1]]), ids[2:5]]
+        flat, cu = np.concatenate(texts), np.cumsum([0, *map(len, texts)])
+        got = []
+        for read in ("all", np.array([len(t) - 1 for t in texts])):
+            planned = plan(flat, cu, batch_tokens=8, min_shared=2, read=read)  # type: ignore[arg-type]
+            out = torch.cat([rows for _, rows in self.run(flat, planned, 0)])
+            got.append(out[torch.from_numpy(planned.read_index).to(out.device)])
+        want = []
+        for text in texts:
+            one = torch.from_numpy(text)[None].to(binding.device)
+            want.append(binding.hidden(one, torch.ones_like(one))[0])
+        got.append(torch.cat(want))
+        every, last, wanted = (t.double() for t in got)
+        wanted_last = wanted[torch.from_numpy(cu[1:] - 1).to(wanted.device)]
+        return max(
+            float((every - wanted).norm() / wanted.norm()), float((last - wanted_last).norm() / wanted_last.norm())
+        )
+
+    def run(self, ids: np.ndarray, planned: Any, longest: int) -> Iterator[tuple[Chunk, Tensor]]:
+        """Runs a plan's chunks in order, inside `binding.session()`.
+
+        Args:
+            ids: flat token ids, as given to the planner.
+            planned: a `rmfast.planner.Plan`, or some of its chunks from one with kept == 0 on.
+            longest: tokens of the longest text, by which length-dependent rotary embeddings go; 0 for none.
+
+        Yields:
+            Each chunk and its hidden states (M, d) at chunk.read_rows, before the final norm where
+            `binding.leaves_norm_out`.
+        """
+        kept: dict[nn.Module, tuple[Tensor, Tensor]] = {}
+        for chunk in planned:
+            hidden, kept = self._chunk(ids, chunk, kept, longest)
+            yield chunk, hidden
+
+    def _chunk(
+        self, ids: np.ndarray, chunk: Chunk, kept: dict[nn.Module, tuple[Tensor, Tensor]], longest: int
+    ) -> tuple[Tensor, dict[nn.Module, tuple[Tensor, Tensor]]]:
+        binding, device = self.binding, self.binding.device
+
+        def move(array: np.ndarray) -> Tensor:
+            return torch.from_numpy(np.ascontiguousarray(array)).to(device)
+
+        all_read = len(chunk.read_rows) == chunk.rows
+        run = _Run(
+            cu_seqlens=move(chunk.cu_seqlens),
+            prefix_start=move(chunk.prefix_start),
+            prefix_len=move(chunk.prefix_len),
+            positions=move(chunk.positions),
+            pool_rows=_rows(chunk.pool_rows, device),
+            keep_rows=_rows(chunk.keep_rows, device),
+            read_rows=None if all_read else move(chunk.read_rows),
+            kept=kept if chunk.kept else {},
+        )
+        tokens = move(ids[chunk.tokens].astype(np.int64))[None]
+        _model._fresh_rope(binding._rope)
+        with ExitStack() as stack:
+            stack.enter_context(_attention_of(binding.body))
+            if longest:
+                stack.enter_context(_longest_text(binding.body, longest))
+            if binding.leaves_norm_out:
+                stack.enter_context(_model._identity(binding.norm))
+            for layer, fused in self.layers:
+                stack.enter_context(_forward(layer, fused))
+            token = _current.set(run)
+            try:
+                out = binding.body(input_ids=tokens, position_ids=run.positions[None], use_cache=False)
+            finally:
+                _current.reset(token)
+        hidden = _model._hidden_state(out)[0]
+        self._options.update(run.options)
+        if run.read_rows is not None and not self.layers:
+            hidden = hidden[run.read_rows]
+        return hidden, run.keep
+
+
+def _free_memory(device: torch.device) -> int:
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    try:
+        with open("/proc/meminfo") as lines:
+            found = dict(line.split(":") for line in lines)
+        return int(found["MemAvailable"].split()[0]) * 1024
+    except (OSError, KeyError):
+        return 4 << 30
+
+
+def _configs(body: nn.Module) -> list[Any]:
+    """The distinct configurations that the body's attention modules ask for their implementation."""
+    found: dict[int, Any] = {}
+    for module in body.modules():
+        config = getattr(module, "config", None)
+        if config is not None and hasattr(config, "_attn_implementation"):
+            found[id(config)] = config
+    return list(found.values())
+
+
+@contextmanager
+def _attention_of(body: nn.Module) -> Iterator[None]:
+    """Makes the body's attention ours, for the thread that has a run; put back at the end.
+
+    The configuration gets a subclass of its own class, so that another thread's forward still sees its own choice.
+    """
+    saved = [(config, type(config)) for config in _configs(body)]
+    try:
+        for config, kind in saved:
+            object.__setattr__(config, "__class__", _with_our_attention(kind))  # type: ignore[arg-type]
+        yield
+    finally:
+        for config, kind in saved:
+            object.__setattr__(config, "__class__", kind)
+
+
+@cache
+def _with_our_attention(kind: Any) -> type:
+    def implementation(self: Any) -> Any:
+        return self._attn_implementation_internal if _current.get() is None else _NAME
+
+    return type(kind.__name__, (kind,), {"_attn_implementation": property(implementation)})
+
+
+@contextmanager
+def _forward(module: nn.Module, forward: Callable) -> Iterator[None]:
+    """Gives a module another forward for this thread."""
+    original, thread = module.forward, threading.get_ident()
+
+    def call(*args: Any, **kwargs: Any) -> Any:
+        return (forward if threading.get_ident() == thread else original)(*args, **kwargs)
+
+    module.forward = call  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        del module.forward
+
+
+@contextmanager
+def _longest_text(body: nn.Module, longest: int) -> Iterator[None]:
+    """Rotary embeddings as they are beside a text of `longest` tokens: one more position, taken off again."""
+    with ExitStack() as stack:
+        for module in body.modules():
+            if not hasattr(module, "original_inv_freq") and not hasattr(module, "rope_type"):
+                continue
+            original = module.forward
+
+            def longer(x: Tensor, position_ids: Tensor, *args: Any, original: Any = original, **kw: Any) -> Any:
+                more = torch.cat([position_ids, position_ids.new_full((position_ids.size(0), 1), longest - 1)], dim=1)
+                return tuple(t[:, :-1] for t in original(x, more, *args, **kw))
+
+            stack.enter_context(_forward(module, longer))
+        yield

@@ -1,0 +1,242 @@
+"""The packed engine: the same score alone and in any batch, order, neighbourhood and sharing, on every family."""
+
+from __future__ import annotations
+
+import copy
+import random
+
+import models as M
+import numpy as np
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+import rmfast
+from rmfast import engine as E
+from rmfast.scoring import RewardModel
+
+FAMILIES = [*M.DECODERS, "gpt2"]
+
+
+def texts(seed: int = 0) -> list[list[int]]:
+    """Nested sharing: a system prompt, prompts, answers; texts that begin others; duplicates; short ones; lone ones."""
+    rng = random.Random(seed)
+    system, alone = M.token_ids([11], seed)[0], M.token_ids([40, 1, 3], seed + 1)
+    out = []
+    for i in range(3):
+        prompt = system + M.token_ids([9], seed + 10 + i)[0]
+        out += [prompt + M.token_ids([rng.randrange(1, 12)], seed + 20 + 3 * i + j)[0] for j in range(3)]
+    out += [*alone, system, out[0], out[1] + [7]]
+    rng.shuffle(out)
+    return out
+
+
+def truths(model, inputs) -> torch.Tensor:
+    # A copy for each: dynamic rotary embeddings remember the longest text they have seen.
+    return torch.stack([M.alone(copy.deepcopy(model), ids) for ids in inputs])
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_packed_scores_are_those_of_each_text_alone(family):
+    model = M.decoder(family, labels=3)
+    rm, inputs = RewardModel(model), texts()
+    want = truths(model, inputs)
+    for budget in (None, 16, 40):
+        M.assert_rewards(
+            rm.score(inputs, batch_tokens=budget, max_length=128, engine="packed"), want, M.reward_scale(model)
+        )
+
+
+@pytest.mark.parametrize("family", [f for f in FAMILIES if f != "gemma3"])  # which has no token classification
+def test_packed_token_values_are_those_of_each_text_alone(family):
+    model = M.decoder(family, task="TokenClassification")
+    rm, inputs = RewardModel(model), texts(3)
+    for budget in (None, 24):
+        got = rm.token_values(inputs, batch_tokens=budget, max_length=128, engine="packed")
+        for ids, values in zip(inputs, got):
+            want = M.alone(copy.deepcopy(model), ids)[:, 0]
+            M.assert_rewards(values, want, M.reward_scale(model))
+
+
+@pytest.mark.parametrize("family", M.DECODERS)
+def test_the_layers_of_every_family_are_fused(family):
+    rm = RewardModel(M.decoder(family))
+    packed = rm._packed_engine()
+    assert isinstance(packed, E.Engine) and (packed.mode, packed.why) == ("fused", None)
+    assert "engine: packed, fused layers" in rm.explain()
+
+
+def test_layers_of_another_shape_run_as_they_are():
+    packed = RewardModel(M.decoder("gpt2"))._packed_engine()
+    assert isinstance(packed, E.Engine) and packed.mode == "modules"
+    assert packed.why == "the body has no list of layers named layers"
+
+
+MODEL = M.decoder("gemma3")  # windows, two rotary embeddings, norms of heads and after the blocks
+
+
+@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@given(st.data())
+def test_a_score_depends_on_nothing_but_its_text(data):
+    rng = random.Random(data.draw(st.integers(0, 2**31)))
+    pool = [M.token_ids([n], rng.randrange(1000))[0] for n in (3, 9, 17, 30)]
+    inputs = []
+    for _ in range(data.draw(st.integers(1, 9))):
+        ids = list(rng.choice(pool)) if rng.random() < 0.7 else []
+        for _ in range(rng.randrange(3)):
+            ids += rng.choice(pool)[: rng.randrange(1, 20)]
+        inputs.append(ids or [5])
+    budget = data.draw(st.sampled_from([None, 8, 20, 64]))
+    got = RewardModel(MODEL).score(inputs, batch_tokens=budget, engine="packed")
+    M.assert_rewards(got, truths(MODEL, inputs)[:, 0], M.reward_scale(MODEL))
+
+
+def test_a_text_scores_the_same_to_rounding_in_bf16_as_eager_does_between_batch_sizes():
+    model = M.decoder("llama").to(torch.bfloat16)
+    inputs = M.token_ids([20, 31, 33, 8, 40, 25, 36, 12] * 2, 5)
+    for i, ids in enumerate(inputs):
+        ids[0] = i
+    rm = RewardModel(model)
+    truth = truths(copy.deepcopy(model).double(), inputs)[:, 0].double()
+    alone = torch.stack([M.alone(model, ids) for ids in inputs])[:, 0].double()
+    padded = rm.score(inputs, engine="padded").double()
+    packed = rm.score(inputs, engine="packed").double()
+    spread = torch.maximum((alone - padded).abs().max(), (alone - truth).abs().max())
+    assert (packed - truth).abs().max() <= 2 * spread + 1e-3 * M.reward_scale(model)
+
+
+def test_positions_and_pooling_read_inside_shared_prefixes():
+    model = M.decoder("qwen2")
+    rm, inputs = RewardModel(model), texts(7)
+    at = [len(ids) // 2 for ids in inputs]
+    want = truths(model, [ids[: p + 1] for ids, p in zip(inputs, at)])[:, 0]
+    M.assert_rewards(rm.score(inputs, positions=at, engine="packed"), want, M.reward_scale(model))
+
+
+def test_hooks_get_the_padded_batches_they_expect():
+    model = M.decoder("llama")
+    rm = RewardModel(model)
+    handle = model.model.layers[0].register_forward_hook(lambda module, args, out: None)
+    assert "hooks (on layers.0) expect padded batches" in rm.explain()
+    with pytest.raises(ValueError, match="cannot run packed, since hooks"):
+        rm.score([[1, 2]], engine="packed")
+    handle.remove()
+    assert "engine: packed" in rm.explain()
+
+
+def test_an_encoder_runs_padded_and_says_why():
+    rm = RewardModel(M.encoder("Bert"))
+    assert "engine: padded (not packed: its attention sees later tokens too)" in rm.explain()
+    with pytest.raises(ValueError, match='Expected engine to be "padded"'):
+        rm.score([[1, 2, 3]], engine="packed")
+
+
+def test_an_unknown_engine_is_refused():
+    with pytest.raises(ValueError, match='Expected engine to be "packed", "padded" or None, got \'fast\''):
+        RewardModel(M.decoder("llama")).score([[1]], engine="fast")
+
+
+def test_out_of_memory_halves_the_budget_and_loses_nothing(monkeypatch):
+    model = M.decoder("llama")
+    rm, inputs = RewardModel(model), texts(9)
+    want = rm.score(inputs, engine="padded")
+    sizes = []
+    original = E.Engine._chunk
+
+    def scarce(self, ids, chunk, *rest):
+        sizes.append(chunk.rows)
+        if chunk.rows > 70 or len(sizes) == 2:
+            raise torch.OutOfMemoryError("no memory")
+        return original(self, ids, chunk, *rest)
+
+    rm.explain()  # the engine is made and tried before memory gets scarce
+    monkeypatch.setattr(E.Engine, "_chunk", scarce)
+    M.assert_rewards(rm.score(inputs, engine="packed"), want, M.reward_scale(model))
+    assert sizes[0] > 70 > sizes[-1]
+    monkeypatch.setattr(E.Engine, "_chunk", lambda *args: (_ for _ in ()).throw(torch.OutOfMemoryError("none")))
+    with pytest.raises(torch.OutOfMemoryError):
+        rm.score(inputs, engine="packed")
+
+
+def test_nothing_stays_changed_in_the_model():
+    model = M.decoder("gemma2").train()
+    before = {name: dict(module.__dict__) for name, module in model.named_modules()}
+    kind, implementation = type(model.config), model.config._attn_implementation
+    RewardModel(model).score(texts(1), engine="packed")
+    assert type(model.config) is kind and model.config._attn_implementation == implementation
+    for name, module in model.named_modules():
+        assert "forward" not in module.__dict__
+        assert module.__dict__.keys() == before[name].keys() and module.training
+
+
+def test_the_attention_function_refuses_to_run_outside_of_the_engine():
+    model = M.decoder("llama")
+    model.config._attn_implementation_internal = "rmfast"
+    with pytest.raises(RuntimeError, match="only works inside rmfast's engine"):
+        model(input_ids=torch.tensor([[1, 2, 3]]))
+
+
+def test_a_model_whose_layers_look_right_but_are_not_is_found_out():
+    model = M.decoder("llama")
+    for layer in model.model.layers:
+        layer.mlp.register_buffer("twice", torch.tensor(2.0))
+        plain = type(layer.mlp).forward
+
+        class Odd(type(layer.mlp)):
+            def forward(self, x, plain=plain):
+                return self.twice * plain(self, x)
+
+        layer.mlp.__class__ = Odd
+    rm, inputs = RewardModel(model), texts(2)
+    packed = rm._packed_engine()
+    assert isinstance(packed, E.Engine) and packed.mode == "modules" and "differ by" in packed.why
+    M.assert_rewards(rm.score(inputs), truths(model, inputs)[:, 0], M.reward_scale(model))
+
+
+def test_the_last_layer_runs_its_mlp_for_the_read_rows_alone(monkeypatch):
+    rm = RewardModel(M.decoder("llama"))
+    rm.explain()
+    rows = []
+    original = E.gated_activation
+    monkeypatch.setattr(
+        E, "gated_activation", lambda gate, up, **kw: rows.append(len(gate)) or original(gate, up, **kw)
+    )
+    rm.score(M.token_ids([10, 20, 30]), engine="packed")
+    assert rows == [60, 3]
+
+
+@pytest.mark.parametrize("backend", ["eager", "cpp"])
+def test_every_backend_gives_the_same_scores(backend):
+    model = M.decoder("qwen3")
+    inputs = texts(4)
+    with rmfast.backend(backend):
+        got = RewardModel(model).score(inputs, engine="packed")
+    M.assert_rewards(got, truths(model, inputs)[:, 0], M.reward_scale(model))
+
+
+def test_lora_in_the_body_is_run():
+    peft = pytest.importorskip("peft")
+    model = M.decoder("llama")
+    config = peft.LoraConfig(r=4, target_modules=["q_proj", "v_proj", "down_proj"], task_type="SEQ_CLS")
+    adapted = peft.get_peft_model(model, config)
+    with torch.no_grad():
+        for name, p in adapted.named_parameters():
+            if "lora_B" in name:
+                p.normal_(std=0.1)
+    inputs = texts(6)
+    adapted.eval()
+    want = torch.stack([M.alone(adapted, ids) for ids in inputs])[:, 0]
+    got = RewardModel(adapted).score(inputs, engine="packed")
+    assert (got - want).abs().max() <= 1e-5 * max(1.0, float(want.abs().max()))
+
+
+def test_ids_are_planned_in_chunks_of_the_budget():
+    rm = RewardModel(M.decoder("llama"))
+    packed = rm._packed_engine()
+    assert packed.affordable_tokens() >= 256
+    sizes = []
+    original = packed._chunk
+    packed._chunk = lambda ids, chunk, *rest: sizes.append(chunk.rows) or original(ids, chunk, *rest)
+    rm.score(M.token_ids([30] * 20), batch_tokens=64, engine="packed")
+    assert max(sizes) <= 64 and np.sum(sizes) >= 600
