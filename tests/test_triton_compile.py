@@ -156,15 +156,17 @@ def test_kernels_compile_fit_and_do_not_spill(case, capability, monkeypatch, tmp
         assert got.spills == 0, got
 
 
-
-
 @pytest.mark.parametrize("capability", SHARED)
-@pytest.mark.parametrize("dtype,heads,directions", [(torch.bfloat16, 1, 0), (torch.bfloat16, 4, 4), (torch.float32, 8, 0)])
+@pytest.mark.parametrize(
+    "dtype,heads,directions", [(torch.bfloat16, 1, 0), (torch.bfloat16, 4, 4), (torch.float32, 8, 0)]
+)
 def test_few_dots_load_16_bytes_a_thread_and_share_only_row_sums(
     dtype, heads, directions, capability, monkeypatch, tmp_path
 ):
     call = forward(dtype, 4096, heads, directions, bias=False)
-    got = [build(launch, capability, tmp_path) for launch in launches(monkeypatch, call) if launch[0].__name__ == "_few"]
+    got = [
+        build(launch, capability, tmp_path) for launch in launches(monkeypatch, call) if launch[0].__name__ == "_few"
+    ]
     assert set(re.findall(r"ld\.global\S*", got[0].ptx)) == {"ld.global.v4.b32"}
     assert got[0].shared <= 4 * 4 * 4  # a number for each of 4 warps and 4 rows
 
@@ -175,3 +177,14 @@ def test_many_dots_run_on_the_tensor_cores(dtype, capability, instruction, monke
     call = forward(dtype, 2048, 16, 32)
     many = [launch for launch in launches(monkeypatch, call) if launch[0].__name__ == "_many"]
     assert re.search(rf"\b{instruction}\b", build(many[0], capability, tmp_path).sass)
+
+
+@pytest.mark.parametrize("case", ["K=1", "K=2 J=2", "K=16 J=32", "K=1 fp32"])
+def test_launches_do_not_depend_on_the_number_of_rows(case, monkeypatch):
+    dtype = torch.float32 if "fp32" in case else torch.bfloat16
+    heads, directions = {"K=1": (1, 0), "K=2 J=2": (2, 2), "K=16 J=32": (16, 32), "K=1 fp32": (1, 0)}[case]
+    seen = []
+    for tokens in (1, 2, 48, 50_000):
+        calls = launches(monkeypatch, forward(dtype, 64, heads, directions, tokens=tokens))
+        seen.append([(kernel.__name__, keywords) for kernel, _args, keywords in calls])
+    assert all(other == seen[0] for other in seen)

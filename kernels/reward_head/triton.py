@@ -15,6 +15,7 @@ order of a reduction, follow that width, so rows that are not aligned to it are 
 from __future__ import annotations
 
 import contextlib
+from typing import Any
 
 import torch
 import triton
@@ -35,9 +36,6 @@ FEW = 8
 
 # Fixed, so that the order of the backward's sum over rows does not depend on the GPU; some four for each SM of an H100.
 _BACKWARD_PROGRAMS = 512
-
-
-# ---------------------------------------------------------------------------------------------- shared device code
 
 
 @triton.jit
@@ -174,13 +172,10 @@ def _replace(b_all, INDEX: tl.constexpr, b_new):
     b_out = ()
     for i in tl.static_range(len(b_all)):
         if i == INDEX:
-            b_out = b_out + (b_new,)
+            b_out = b_out + (b_new,)  # type: ignore[assignment]  # noqa: RUF005
         else:
-            b_out = b_out + (b_all[i],)
+            b_out = b_out + (b_all[i],)  # type: ignore[assignment]  # noqa: RUF005
     return b_out
-
-
-# --------------------------------------------------------------------------------------------- forward, few dots
 
 
 @triton.jit(do_not_specialize=["M", "T", "N", "stride_b", "stride_t"])
@@ -268,9 +263,6 @@ def _few(
             if p_bias is not None:
                 b_s = b_s + tl.load(p_bias + n)
         tl.store(p_out + o_m * (K + J) + n, b_s, mask=m_m)
-
-
-# -------------------------------------------------------------------------------------------- forward, many dots
 
 
 @triton.jit
@@ -373,8 +365,8 @@ def _many(
     p_a = p_packed + o_n[None, :].to(tl.int64) * DP + o_b[:, None]
     b_shift = tl.zeros([BM], acc)
     if NORM == LAYER:
-        # As in _few, with the mean of up to four blocks; rounded, and 0 where it is small beside the row, so that h minus
-        # it has few bits and two terms hold them.
+        # As in _few, with the mean of up to four blocks; rounded, and 0 where it is small beside the row, so that h
+        # minus it has few bits and two terms hold them.
         b_first_n2 = tl.zeros([BM], acc)
         for i_d in range(0, min(d, 4 * BD), BD):
             b_h = tl.load(p_h + i_d, mask=m_h[:, None] & (i_d + o_b < d)[None, :], other=0.0)
@@ -433,9 +425,6 @@ def _many(
         b_dots += tl.load(p_offset + o_n, mask=o_n < DOTS, other=0.0)[None, :]
     p_tile = p_out + i_m * BM * DOTS + tl.arange(0, BM)[:, None] * DOTS + o_n[None, :]
     tl.store(p_tile, b_dots, mask=m_m[:, None] & (o_n < DOTS)[None, :])
-
-
-# ------------------------------------------------------------------------------------------ forward, interventions
 
 
 @triton.jit
@@ -504,7 +493,9 @@ def _explicit(
             b_x = tl.where(m_d, _changed(p_h, p_p, b_c, i_d, m_j, d, BD) - b_mean, 0.0)
             b_square += b_x * b_x
             b_a = tl.load(
-                p_weight + o_k[:, None].to(tl.int64) * d + (i_d + o_d)[None, :], mask=m_k[:, None] & m_d[None, :], other=0.0
+                p_weight + o_k[:, None].to(tl.int64) * d + (i_d + o_d)[None, :],
+                mask=m_k[:, None] & m_d[None, :],
+                other=0.0,
             )  # [BK, BD]
             if p_gain is not None:
                 b_a = b_a * _gain(p_gain, i_d + o_d, m_d, NORM)[None, :]
@@ -519,13 +510,21 @@ def _explicit(
 def _finish(
     p_hidden, p_rows, p_weight, p_gain, p_directions, p_dots, p_stats, p_moments, p_offset, p_strengths, p_targets,
     p_index, p_out,
-    M, T, N, stride_b, stride_t, I,
+    M, T, N, stride_b, stride_t, I,  # noqa: E741
     d: tl.constexpr, K: tl.constexpr, J: tl.constexpr, eps: tl.constexpr, NORM: tl.constexpr, FLAT: tl.constexpr,
     BM: tl.constexpr, BJ: tl.constexpr, BK: tl.constexpr, JP: tl.constexpr, BD: tl.constexpr,
 ):  # fmt: skip
-    """Rewards after intervention from the dots (M, K + J) and stats of `_few` or `_many`; program (i_m, i)."""
+    """Rewards after intervention from the dots (M, K + J) and stats of `_few` or `_many`.
+
+    A program takes one tile of rows and, without an index, one intervention: those of a tile follow each other.
+    """
     acc = p_weight.dtype.element_ty
-    o_m = tl.program_id(0).to(tl.int64) * BM + tl.arange(0, BM)
+    i_m = tl.program_id(0).to(tl.int64)
+    i_i = i_m * 0
+    if p_index is None:
+        i_i = i_m % I
+        i_m = i_m // I
+    o_m = i_m * BM + tl.arange(0, BM)
     m_m = o_m < M
     if p_index is not None:
         o_i = tl.load(p_index + o_m, mask=m_m, other=-1)
@@ -533,9 +532,9 @@ def _finish(
         o_i = tl.where(m_i, o_i, 0)
         o_out = o_m * K
     else:
-        o_i = tl.zeros([BM], tl.int64) + tl.program_id(1)
+        o_i = tl.zeros([BM], tl.int64) + i_i
         m_i = m_m
-        o_out = (o_m * I + tl.program_id(1)) * K
+        o_out = (o_m * I + i_i) * K
     b_n2 = tl.load(p_stats + o_m * 2, mask=m_m, other=0.0)
     b_mean = tl.zeros([BM], acc)
     if NORM == LAYER:
@@ -614,15 +613,13 @@ def _finish(
                 )  # fmt: skip
 
 
-# ------------------------------------------------------------------------------------------------------- backward
-
-
 @triton.jit(do_not_specialize=["M", "T", "N", "stride_b", "stride_t"])
 def _backward_fused(
     p_grad, p_hidden, p_rows, p_weight, p_gain, p_grad_rows, p_partial,
     M, T, N, stride_b, stride_t,
     d: tl.constexpr, K: tl.constexpr, eps: tl.constexpr, NORM: tl.constexpr, FLAT: tl.constexpr,
-    NEED_ROWS: tl.constexpr, NEED_DOTS: tl.constexpr, BM: tl.constexpr, DP: tl.constexpr, VEC: tl.constexpr, VA: tl.constexpr,
+    NEED_ROWS: tl.constexpr, NEED_DOTS: tl.constexpr,
+    BM: tl.constexpr, DP: tl.constexpr, VEC: tl.constexpr, VA: tl.constexpr,
 ):  # fmt: skip
     """Gradient of the rows (M, d), and for each program its rows' part of V, partial (programs, K, d)."""
     acc = p_weight.dtype.element_ty
@@ -798,9 +795,6 @@ def _backward_dots(
     )  # fmt: skip
 
 
-# ------------------------------------------------------------------------------------------------------ launchers
-
-
 def vector_width(d: int, dtype: torch.dtype) -> int:
     """Elements in a thread's load of a row: 16 bytes where d is a multiple of that, else 1."""
     width = 16 // dtype.itemsize
@@ -818,6 +812,12 @@ def few_config(d: int, dtype: torch.dtype) -> dict[str, int]:
 
 def _part_width(vec: int, dtype: torch.dtype) -> int:
     return min(vec, 2 if dtype == torch.float64 else 4)
+
+
+def prepare_config(directions: int, acc: torch.dtype) -> dict[str, int]:
+    """32 numbers a thread; few passes over d, for the launch before the one that reads the rows is all latency."""
+    block = min(triton.next_power_of_2(max(directions, 1)), 16)
+    return {"BJ": block, "BD": min(32 * 1024 // acc.itemsize // block, 2048), "num_warps": 8}
 
 
 def many_config(dots: int, dtype: torch.dtype) -> dict[str, int]:
@@ -885,7 +885,7 @@ class _Rows:
                 rows = torch.where(inside, torch.arange(rows.size(0), device=rows.device), -1)
         batch, tokens, self.d = hidden.shape
         stride_b, stride_t = self._strides(hidden)
-        self.hidden, self.rows = hidden, None if rows is None else _aligned(rows)
+        self.hidden, self.rows = hidden, _aligned(rows)
         self.count = batch * tokens if rows is None else rows.size(0)
         # Without it a row's place costs a 64-bit division.
         self.flat = batch == 1 or stride_b == tokens * stride_t
@@ -906,9 +906,9 @@ class _Rows:
         return hidden.data_ptr() % 16 == 0 and all(stride % vec == 0 for stride in cls._strides(hidden))
 
 
-def _aligned(value: Tensor) -> Tensor:
+def _aligned(value: Any) -> Any:
     """A copy where a view starts off 16 bytes: the width of loads, and with it the order of sums, must not vary."""
-    return value if value.data_ptr() % 16 == 0 else value.clone()
+    return value if value is None or value.data_ptr() % 16 == 0 else value.clone()
 
 
 def _device(hidden: Tensor) -> contextlib.AbstractContextManager:
@@ -935,7 +935,7 @@ def forward(
     A row or intervention index out of range gives NaN for its row. Nothing synchronises with the host.
     """
     weight, bias, norm_weight, norm_bias, directions, strengths, targets, intervention_index = (
-        None if value is None else _aligned(value)
+        _aligned(value)
         for value in (weight, bias, norm_weight, norm_bias, directions, strengths, targets, intervention_index)
     )
     with _device(hidden):
@@ -957,10 +957,10 @@ def forward(
                 scale = weight.new_empty(dots) if hidden.dtype.itemsize == 2 else None
             offset = weight.new_empty(heads)
             moments = None if directions is None else weight.new_empty(dots, count + 1)
-            _prepare[(dots, max(1, triton.cdiv(count, 16)))](
+            prepare = prepare_config(count, weight.dtype)
+            _prepare[(dots, max(1, triton.cdiv(count, prepare["BJ"])))](
                 weight, bias, norm_weight, norm_bias, directions, packed, scale, offset, moments,
-                d=d, K=heads, J=count, NORM=norm, TERMS=many["TERMS"], DP=padded, BJ=16, BD=256, num_warps=4,
-                enable_fp_fusion=False,
+                d=d, K=heads, J=count, NORM=norm, TERMS=many["TERMS"], DP=padded, enable_fp_fusion=False, **prepare,
             )  # fmt: skip
         if few:
             config = few_config(d, hidden.dtype)
@@ -981,7 +981,7 @@ def forward(
         shape = (read.count, interventions, heads) if intervention_index is None else (read.count, heads)
         rewards = weight.new_empty(shape)
         config = finish_config(heads, count, weight.dtype)
-        _finish[(triton.cdiv(read.count, config["BM"]), interventions if intervention_index is None else 1)](
+        _finish[(triton.cdiv(read.count, config["BM"]) * (interventions if intervention_index is None else 1),)](
             read.hidden, read.rows, weight, norm_weight, directions, out, stats, moments, offset, strengths, targets,
             intervention_index, rewards, *read.shape, interventions, K=heads, J=count, **common, **config,
         )  # fmt: skip
@@ -1003,8 +1003,7 @@ def backward(
 
     V is summed in parts of rows, and the parts in order: no atomics, the same bits every time.
     """
-    grad, weight = _aligned(grad), _aligned(weight)
-    norm_weight = None if norm_weight is None else _aligned(norm_weight)
+    grad, weight, norm_weight = _aligned(grad), _aligned(weight), _aligned(norm_weight)
     with _device(hidden):
         read = _Rows(hidden, rows)
         heads, d = weight.shape
