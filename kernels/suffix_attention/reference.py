@@ -1,7 +1,7 @@
 """Suffix attention in eager PyTorch.
 
-Every backend of the op takes the arguments of `forward` below, already checked by `rmfast.ops`: tensors as the public op
-describes them, `softcap` 0 and `window` 0 for none. Rows come back contiguous.
+Every backend of the op takes the arguments of `forward` below, already checked by `rmfast.ops`: tensors as the public
+op describes them, `softcap` 0 and `window` 0 for none. Rows come back contiguous.
 """
 
 from __future__ import annotations

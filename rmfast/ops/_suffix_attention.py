@@ -53,15 +53,15 @@ def suffix_attention(
     """Attention of S ragged suffixes, laid end to end, each over a stretch of a shared prefix pool and its own rows.
 
     The keys of suffix s are `prefix_k[prefix_start[s] : prefix_start[s] + prefix_len[s]]`, at positions 0, 1, ..., then
-    its own rows `k[cu_seqlens[s] : cu_seqlens[s + 1]]`, so its query row i sits at position prefix_len[s] + i. Prefixes are
-    read where they lie; suffixes with one prefix_start share them, and longer prefixes may contain shorter ones.
+    its own rows `k[cu_seqlens[s] : cu_seqlens[s + 1]]`, so its query row i sits at position prefix_len[s] + i. Prefixes
+    are read where they lie; suffixes with one prefix_start share them, and longer prefixes may contain shorter ones.
 
     Args:
         q: (N, Hq, D), after rotary embedding; float64, float32, bfloat16 or float16. D is a multiple of 8, at most
             256. Like k and v it may be a strided view (a slice of a fused projection) with a contiguous last dimension.
         k: (N, Hkv, D) with Hq a multiple of Hkv, q's dtype; head h of q reads head h // (Hq // Hkv).
         v: (N, Hkv, D).
-        cu_seqlens: (S + 1,), int32 or int64: 0, then the ends of the suffixes, the last of them N. Suffixes may be empty.
+        cu_seqlens: (S + 1,), int32 or int64: 0, then the suffixes' ends, the last of them N. Suffixes may be empty.
         prefix_k: (P, Hkv, D), after rotary embedding, or None with the three below for suffixes without prefixes.
         prefix_v: (P, Hkv, D).
         prefix_start: (S,), int32 or int64, rows of the pool; ignored where prefix_len is 0.
@@ -76,9 +76,9 @@ def suffix_attention(
         out: (N, Hq, D) contiguous, in q's dtype.
         lse: (N, Hq), the log-sum-exp of the row's logits in float32 (float64 for float64 q).
 
-        Sums are in float32 (float64 for float64 q). In the C++ and Triton kernels a row's bits depend only on its suffix
-        and its prefix, not on what else is in the batch, where it lies in memory or how many threads run. The same
-        row computed with some of its keys as prefix or all as own rows is equal to rounding, not to the bit.
+        Sums are in float32 (float64 for float64 q). In the C++ and Triton kernels a row's bits depend only on its
+        suffix and its prefix, not on what else is in the batch, where it lies in memory or how many threads run. The
+        same row computed with some of its keys as prefix or all as own rows is equal to rounding, not to the bit.
         Non-finite values stay within the suffixes that have them among their keys.
 
     Raises:
@@ -94,6 +94,7 @@ def suffix_attention(
     expect(q.dim() == 3, "q", "of shape (N, Hq, D)", tuple(q.shape))
     rows, heads, d = q.shape
     expect(d % 8 == 0 and 8 <= d <= MAX_HEAD_DIM, "q.size(2), the head size,", "a multiple of 8 up to 256", d)
+    expect(rows == 0 or q.stride(-1) == 1, "q.stride(-1)", "1", q.stride(-1))
     _floats(k, "k", (rows, None, d), q)
     kv_heads = k.size(1)
     expect(
@@ -104,12 +105,10 @@ def suffix_attention(
     _integers(cu_seqlens, "cu_seqlens", None, q)
     expect(cu_seqlens.numel() >= 1, "cu_seqlens", "of shape (S + 1,)", tuple(cu_seqlens.shape))
     pool = {"prefix_k": prefix_k, "prefix_v": prefix_v, "prefix_start": prefix_start, "prefix_len": prefix_len}
-    if all(value is None for value in pool.values()):
-        pass
-    else:
+    if any(value is not None for value in pool.values()):
         for name, value in pool.items():
-            if value is None:
-                raise ValueError(f"Expected {name} to be a tensor, as the other prefix arguments are, got None")
+            expect(value is not None, name, "a tensor, as the other prefix arguments are", None)
+        assert prefix_k is not None
         _floats(prefix_k, "prefix_k", (None, kv_heads, d), q)
         _floats(prefix_v, "prefix_v", (prefix_k.size(0), kv_heads, d), q)
         _integers(prefix_start, "prefix_start", cu_seqlens.numel() - 1, q)
@@ -127,15 +126,12 @@ def suffix_attention(
                     f"torch.no_grad() or detach {name}"
                 )
     args = (
-        q, k, v, cu_seqlens.contiguous(), prefix_k, prefix_v,
-        None if prefix_start is None else prefix_start.contiguous(),
-        None if prefix_len is None else prefix_len.contiguous(),
-        scale, bool(causal), softcap, window or 0,
+        q, k, v, cu_seqlens, prefix_k, prefix_v, prefix_start, prefix_len, scale, bool(causal), softcap, window or 0,
     )  # fmt: skip
     return _suffix_attention(*args) if direct(args) else torch.ops.rmfast.suffix_attention(*args)
 
 
-def _floats(value: Tensor, name: str, shape: tuple[int | None, ...], q: Tensor) -> None:
+def _floats(value: Tensor | None, name: str, shape: tuple[int | None, ...], q: Tensor) -> None:
     if value is None:
         raise TypeError(f"Expected {name} to be a torch.Tensor, got None")
     checked(value, name, shape, q)
@@ -143,14 +139,12 @@ def _floats(value: Tensor, name: str, shape: tuple[int | None, ...], q: Tensor) 
     expect(value.numel() == 0 or value.stride(-1) == 1, f"{name}.stride(-1)", "1", value.stride(-1))
 
 
-def _integers(value: Tensor, name: str, size: int | None, q: Tensor) -> None:
+def _integers(value: Tensor | None, name: str, size: int | None, q: Tensor) -> None:
     if not isinstance(value, Tensor):
         raise TypeError(f"Expected {name} to be a torch.Tensor, got {type(value).__name__}")
     expect_dtype(value.dtype in (torch.int32, torch.int64), name, "int32 or int64", value.dtype)
     wanted = "(S + 1,)" if size is None else f"({size},)"
-    expect(
-        value.dim() == 1 and (size is None or value.numel() == size), name, f"of shape {wanted}", tuple(value.shape)
-    )
+    expect(value.dim() == 1 and (size is None or value.numel() == size), name, f"of shape {wanted}", tuple(value.shape))
     expect(value.device == q.device, f"{name}.device", f"that of the first argument, {q.device}", value.device)
 
 
@@ -161,7 +155,7 @@ def _number(value: float, name: str) -> float:
     return float(value)
 
 
-def _check_values(rows: int, cu_seqlens: Tensor, pool: Tensor | None, start: Tensor | None, length: Tensor | None):
+def _check_values(rows, cu_seqlens, pool, start, length) -> None:
     """Checks that read tensors: always on the CPU, on CUDA (where they synchronise) only with RMFAST_CHECK=1."""
     if cu_seqlens.device.type != "cpu" and os.environ.get("RMFAST_CHECK") != "1":
         return
@@ -186,15 +180,18 @@ def _check_values(rows: int, cu_seqlens: Tensor, pool: Tensor | None, start: Ten
         )
 
 
-def _suffix_attention(*args):
-    q, k, cu_seqlens, prefix_k, start, length = (args[i] for i in (0, 1, 3, 4, 6, 7))
+def _suffix_attention(q, k, v, cu_seqlens, prefix_k, prefix_v, prefix_start, prefix_len, *options):
+    cu_seqlens, start, length = (
+        None if index is None else index.contiguous() for index in (cu_seqlens, prefix_start, prefix_len)
+    )
     _check_values(q.size(0), cu_seqlens, prefix_k, start, length)
+    if q.numel() == 0:
+        return _suffix_attention_fake(q)
     run = _backends.choose("suffix_attention", q.device.type)
-    return _suffix_attention_fake(*args) if q.numel() == 0 else run(*args)
+    return run(q, k, v, cu_seqlens, prefix_k, prefix_v, start, length, *options)
 
 
-def _suffix_attention_fake(*args):
-    q = args[0]
+def _suffix_attention_fake(q, *args):
     return q.new_empty(q.shape), q.new_empty(q.shape[:2], dtype=_reference.accumulator(q.dtype))
 
 
