@@ -294,6 +294,21 @@ def test_a_non_finite_row_changes_no_other(backend, call, use_backend):
         assert torch.equal(got[others], before[others]) and got[4].isnan().any()
 
 
+@pytest.mark.parametrize("dtype", DTYPES[1:], ids=str)
+@every_backend
+def test_a_nan_of_any_payload_stays_one(backend, dtype, use_backend):
+    device = use_backend(backend)
+    x, bits = draw(3, 40, dtype=dtype, device=device), -1 if dtype == torch.float32 else 0x7FFF
+    x[1, 7] = torch.tensor(bits, dtype=torch.int32 if dtype == torch.float32 else torch.int16).view(dtype)
+    nan = torch.full((3, 40), -1, dtype=torch.int32, device=device).view(torch.float32)
+    gated = gated_activation(x, x, kind="gelu").isnan()
+    assert gated.sum() == 1 and gated[1, 7]
+    for gemma in (False, True):
+        assert rms_norm(x, nan[0], eps=1e-6, gemma=gemma).isnan().all()
+        assert rms_norm(x, None, eps=1e-6, gemma=gemma).isnan().all(1).tolist() == [False, True, False]
+    assert rotary(x[:, None], x[:, None], nan, nan)[0].isnan().all()
+
+
 @every_call
 @every_backend
 def test_empty_batches(backend, call, use_backend):

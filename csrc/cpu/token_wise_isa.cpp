@@ -26,12 +26,29 @@ inline V<A> get(const T* p, int64_t n) {
   return n == W<A> ? load(p) : load_part<A>(p, n);
 }
 
+// The nearest bf16, ties to even, in the upper half of each lane. No lane is tested for a NaN, whose payload could carry
+// into its exponent: those that come here were read from 16 bits or replaced by `convert`, so that their lower half is 0.
+inline U32 rounded_bits(V<float> v) {
+  const U32 bits = (U32)v;
+  return bits + 0x7fff + ((bits >> 16) & 1);
+}
+
+template <class A, class T>
+inline void put_vector(T* p, V<A> v) {
+  store(p, v);
+}
+template <>
+inline void put_vector<float, bf16>(bf16* p, V<float> v) {
+  const U16 out = __builtin_convertvector(rounded_bits(v) >> 16, U16);
+  memcpy(p, &out, sizeof out);
+}
+
 template <class A, class T>
 inline void put(T* p, V<A> v, int64_t n) {
-  if (n == W<A>)
-    store(p, v);
-  else
-    store_part<A>(p, v, n);
+  if (n == W<A>) return put_vector<A>(p, v);
+  T part[W<A>];
+  put_vector<A>(part, v);
+  memcpy(p, part, n * sizeof(T));
 }
 
 // v as it would be read back after a store to T.
@@ -54,25 +71,23 @@ struct Rounded<double> {
 };
 template <>
 struct Rounded<bf16> {
-  static V<float> of(V<float> v) {
-    const U32 bits = (U32)v;
-    const U32 rounded = bits + 0x7fff + ((bits >> 16) & 1);
-    return (V<float>)(((v == v) ? rounded : (bits | 0x400000)) & 0xffff0000);
-  }
+  static V<float> of(V<float> v) { return (V<float>)(rounded_bits(v) & 0xffff0000); }
 };
+
+template <class A>
+inline A widened(bf16 x) { return A(to_float(x)); }
+template <class A>
+inline A widened(f16 x) { return A(to_float(x)); }
+template <class A, class T>
+inline A widened(T x) { return A(x); }
 
 template <class A, class T>
 void convert(const void* from, int64_t n, A* to) {
   const T* p = static_cast<const T*>(from);
-  for (int64_t i = 0; i < n; ++i) to[i] = A(to_acc<A>(p[i]));
-}
-template <>
-void convert<float, double>(const void* from, int64_t n, float* to) {
-  for (int64_t i = 0; i < n; ++i) to[i] = float(static_cast<const double*>(from)[i]);
-}
-template <>
-void convert<double, float>(const void* from, int64_t n, double* to) {
-  for (int64_t i = 0; i < n; ++i) to[i] = static_cast<const float*>(from)[i];
+  for (int64_t i = 0; i < n; ++i) {
+    const A x = widened<A>(p[i]);
+    to[i] = x == x ? x : A(__builtin_nan(""));
+  }
 }
 
 template <class A>
