@@ -322,6 +322,27 @@ def _row(line: int) -> Any:
     return Row(line, {}, "bad")
 
 
+def test_an_interrupted_run_exits_130_and_scores_nothing_twice(folder, tmp_path, monkeypatch):
+    scored: list[int] = []
+    score = rmfast.RewardModel.score
+
+    def counting(self: Any, inputs: Any, **kw: Any) -> Any:
+        if sum(scored) == 8 and not (tmp_path / "interrupted").exists():
+            (tmp_path / "interrupted").touch()
+            raise KeyboardInterrupt
+        scored.append(len(inputs))
+        return score(self, inputs, **kw)
+
+    monkeypatch.setattr(rmfast.RewardModel, "score", counting)
+    args = [*files(folder, tmp_path, [{"id": i, "text": f"t{i}"} for i in range(20)]), "--window", 4]
+    done = run("score", *args)
+    assert done.exit_code == 130
+    assert "the same command goes on" in done.stderr
+    assert run("score", *args).exit_code == 0
+    assert [row["id"] for row in read(tmp_path / "out.jsonl")] == list(range(20))
+    assert scored == [4] * 5
+
+
 def test_a_finished_run_loads_no_model_again(folder, tmp_path, monkeypatch):
     args = files(folder, tmp_path, [{"chosen": "good", "rejected": "bad"}])
     first = run("score", *args, "--stats")
