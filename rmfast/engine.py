@@ -160,10 +160,12 @@ class _Norm:
     module: nn.Module
     kind: str
 
-    def __call__(self, x: Tensor, residual: Tensor | None = None) -> Any:
-        """norm(x); with a residual (norm(x + residual), x + residual)."""
+    def __call__(self, x: Tensor, residual: Tensor | None = None, post: _Norm | None = None) -> Any:
+        """norm(x); with a residual (norm(sum), sum) for sum = x + residual, or post(x) + residual."""
         norm: Any = self.module
-        return rms_norm(x, norm.weight, residual=residual, eps=_model._eps(norm), gemma=self.kind == "gemma_rms")
+        post_weight: Any = None if post is None else post.module.weight
+        eps, gemma = _model._eps(norm), self.kind == "gemma_rms"
+        return rms_norm(x, norm.weight, residual=residual, post_weight=post_weight, eps=eps, gemma=gemma)
 
 
 @dataclass
@@ -194,8 +196,9 @@ class _Layer:
         rows = run.read_rows if self.last else None
         attended, x = self._attention(run, y, x, cos, sin, rows)
         if self.sandwich:
-            attended = self.norms[1](attended)
-        y, x = self.norms[-2 if self.sandwich else 1](attended, x)
+            y, x = self.norms[2](attended, x, post=self.norms[1])
+        else:
+            y, x = self.norms[1](attended, x)
         delta = self._mlp(y)
         if self.sandwich:
             delta = self.norms[3](delta)
@@ -222,9 +225,10 @@ class _Layer:
         if rows is None:
             q, k = rotary(q, k, cos, sin, **norms)
         else:
-            # The op turns q and k of the same rows: k twice, of which one head is thrown away, beside a layer's GEMMs.
-            q, _ = rotary(q, k[rows, :1], cos[rows], sin[rows], **norms)
-            _, k = rotary(k[:, :1], k, cos, sin, **norms)
+            q, _ = rotary(q, q[:, :0], cos[rows], sin[rows], **norms)
+            if norms:
+                norms["q_norm"] = norms["k_norm"]
+            k, _ = rotary(k, k[:, :0], cos, sin, **norms)
             x = x[rows]
         return attn.o_proj(_attend(run, attn, q, k, v, **self.options).flatten(1)), x
 
@@ -293,9 +297,9 @@ def _structure(body: nn.Module) -> list[tuple[nn.Module, _Layer]] | str:
         if "pre_feedforward_layernorm" in parts:
             names += ["pre_feedforward_layernorm", "post_feedforward_layernorm"]
         size = getattr(layer.input_layernorm, "weight", torch.empty(0)).numel() if "input_layernorm" in parts else 0
-        norms = [_norm(getattr(layer, name, None), size) for name in names]
-        if None in norms:
-            return f"{where}: not all of {', '.join(names)} are RMS norms"
+        norms = [norm for name in names if (norm := _norm(getattr(layer, name, None), size)) is not None]
+        if len(norms) < len(names) or len({(norm.kind, _model._eps(norm.module)) for norm in norms}) > 1:
+            return f"{where}: not all of {', '.join(names)} are RMS norms of one kind and eps"
         head_norm = None
         if "q_norm" in inside:
             pair = [_norm(attn.q_norm, attn.head_dim), _norm(getattr(attn, "k_norm", None), attn.head_dim)]
@@ -303,7 +307,7 @@ def _structure(body: nn.Module) -> list[tuple[nn.Module, _Layer]] | str:
                 return f"{where}: its q_norm and k_norm are not RMS norms over a head"
             head_norm = pair[0].kind
         last = index == len(layers) - 1
-        found.append((layer, _Layer(attn, mlp, norms, head_norm, _activation(mlp), last)))  # type: ignore[arg-type]
+        found.append((layer, _Layer(attn, mlp, norms, head_norm, _activation(mlp), last)))
     return found
 
 

@@ -25,7 +25,9 @@ export TORCH_CUDA_ARCH_LIST=${TORCH_CUDA_ARCH_LIST:-$arch}
 step "build" 180 env RMFAST_BUILD_EXT=1 RMFAST_BUILD_CUDA=1 "$PY" setup.py -q build_ext --inplace
 step "explain" 60 "$PY" -c 'import rmfast; print(rmfast.explain())'
 step "tests of the ops on the GPU" 240 "$PY" -m pytest -q -x --maxfail=20 -p no:cacheprovider -k cuda \
-  tests/test_reward_head.py tests/test_triton_reward_head.py tests/test_cuda_reward_head.py
+  tests/test_reward_head.py tests/test_triton_reward_head.py tests/test_cuda_reward_head.py \
+  tests/test_suffix_attention.py tests/test_triton_suffix_attention.py \
+  tests/test_token_wise.py tests/test_triton_token_wise.py
 sanitizer=$(command -v compute-sanitizer || echo /usr/local/cuda/bin/compute-sanitizer)
 if [ -x "$sanitizer" ]; then
   for tool in memcheck racecheck; do
