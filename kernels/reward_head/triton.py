@@ -191,8 +191,8 @@ def _few(
     WHOLE: tl.constexpr = d % BD == 0
     o_m = tl.program_id(0).to(tl.int64) * BM + tl.arange(0, BM)
     o_h, m_h = _row_offsets(p_rows, o_m, M, T, N, stride_b, stride_t, VEC, FLAT)
-    p_h = p_hidden + o_h[:, None, None] + (tl.arange(0, G)[:, None] * VEC + tl.arange(0, VEC)[None, :])[None]
-    o_v = tl.arange(0, VEC)[None, None, :]
+    o_b = tl.arange(0, BD)[None, :]
+    p_h = p_hidden + o_h[:, None] + o_b
     o_g = tl.arange(0, G)[None, :, None] * VEC
     o_a = tl.arange(0, VA)[None, None, :]
 
@@ -202,18 +202,19 @@ def _few(
     if NORM == LAYER:
         # Sums are taken of h minus its mean over the first block, which differs from the row's mean by at most
         # sqrt(d / BD) standard deviations: the variance then loses a factor of at most d / BD to cancellation.
-        b_first = tl.load(p_h, mask=m_h[:, None, None] & (o_g + o_v < d), other=0.0).to(acc)
-        b_shift = tl.sum(tl.sum(b_first, 2), 1) / min(BD, d)  # [BM]
+        b_first = tl.load(p_h, mask=m_h[:, None] & (o_b < d), other=0.0).to(acc)
+        b_shift = tl.sum(b_first, 1) / min(BD, d)  # [BM]
         b_sum = b_zero
         b_gain_sums = (tl.zeros([1, G], acc),) * (K + J)
         b_offsets = (tl.zeros([1, G], acc),) * K
     for i_d in range(0, d, BD):
-        m_d = m_h[:, None, None]
+        m_d = m_h[:, None]
         if not WHOLE:
-            m_d = m_d & (i_d + o_g + o_v < d)
-        b_h = tl.load(p_h + i_d, mask=m_d, other=0.0).to(acc)  # [BM, G, VEC]
+            m_d = m_d & (i_d + o_b < d)
+        b_h = tl.load(p_h + i_d, mask=m_d, other=0.0).to(acc)  # [BM, BD]
         if NORM == LAYER:
-            b_h = tl.where(m_d, b_h - b_shift[:, None, None], 0.0)
+            b_h = tl.where(m_d, b_h - b_shift[:, None], 0.0)
+        b_h = tl.reshape(b_h, [BM, G, VEC])
         for i_v in tl.static_range(VEC // VA):
             b_x = _part(b_h, i_v, VA)  # [BM, G, VA]
             b_square = _fma_dot(b_x, b_x, b_square)
@@ -626,7 +627,7 @@ def _backward_fused(
     G: tl.constexpr = DP // VEC
     PARTS: tl.constexpr = VEC // VA
     o_a = (tl.arange(0, G)[:, None] * VEC + tl.arange(0, VA)[None, :])[None]  # [1, G, VA]
-    o_d = (tl.arange(0, G)[:, None] * VEC + tl.arange(0, VEC)[None, :])[None]  # [1, G, VEC]
+    o_d = tl.arange(0, DP)[None, :]
     m_d = o_d < d
     i_p = tl.program_id(0).to(tl.int64)
     b_v = (tl.zeros([1, G, VA], acc),) * (K * PARTS)
@@ -634,15 +635,16 @@ def _backward_fused(
         o_m = i_m + tl.arange(0, BM).to(tl.int64)
         m_m = o_m < M
         o_h, m_h = _row_offsets(p_rows, o_m, M, T, N, stride_b, stride_t, VEC, FLAT)
-        m_x = m_h[:, None, None] & m_d
-        b_x = tl.load(p_hidden + o_h[:, None, None] + o_d, mask=m_x, other=0.0).to(acc)  # [BM, G, VEC]
+        m_x = m_h[:, None] & m_d
+        b_x = tl.load(p_hidden + o_h[:, None] + o_d, mask=m_x, other=0.0).to(acc)  # [BM, DP]
         if p_rows is not None:
-            b_x = tl.where((m_m & (m_h == 0))[:, None, None], float("nan"), b_x)
+            b_x = tl.where((m_m & (m_h == 0))[:, None], float("nan"), b_x)
         if NORM == LAYER:
-            b_mean = tl.sum(tl.sum(b_x, 2), 1) / d
-            b_x = tl.where(m_x, b_x - b_mean[:, None, None], b_x * 0.0)
+            b_mean = tl.sum(b_x, 1) / d
+            b_x = tl.where(m_x, b_x - b_mean[:, None], b_x * 0.0)
         if NORM != NONE:
-            b_inv = _inverse_norm(tl.sum(tl.sum(b_x * b_x, 2), 1), d, eps)
+            b_inv = _inverse_norm(tl.sum(b_x * b_x, 1), d, eps)
+        b_x = tl.reshape(b_x, [BM, G, VEC])
         b_ys = (tl.zeros([BM, G, VA], acc),) * PARTS
         for k in tl.static_range(K):
             b_g = tl.load(p_grad + o_m * K + k, mask=m_m, other=0.0)
@@ -661,18 +663,17 @@ def _backward_fused(
                     b_y = tl.fma(tl.broadcast_to(b_g, b_y.shape), tl.broadcast_to(b_a, b_y.shape), b_y)
                     b_ys = _replace(b_ys, i_v, b_y)
         if NEED_ROWS:
-            b_y = _whole(b_ys)
+            b_y = tl.reshape(_whole(b_ys), [BM, DP])
+            b_x = tl.reshape(b_x, [BM, DP])
             if NORM == LAYER:
-                b_y_mean = tl.sum(tl.sum(b_y, 2), 1) / d
+                b_y_mean = tl.sum(b_y, 1) / d
             if NORM != NONE:
-                b_coef = tl.sum(tl.sum(b_y * b_x, 2), 1) * b_inv * b_inv / d
-                b_y = b_y - b_x * b_coef[:, None, None]
+                b_coef = tl.sum(b_y * b_x, 1) * b_inv * b_inv / d
+                b_y = b_y - b_x * b_coef[:, None]
             if NORM == LAYER:
-                b_y = b_y - b_y_mean[:, None, None]
+                b_y = b_y - b_y_mean[:, None]
             tl.store(
-                p_grad_rows + o_m[:, None, None] * d + o_d,
-                b_y.to(p_grad_rows.dtype.element_ty),
-                mask=m_m[:, None, None] & m_d,
+                p_grad_rows + o_m[:, None] * d + o_d, b_y.to(p_grad_rows.dtype.element_ty), mask=m_m[:, None] & m_d
             )
     if NEED_DOTS:
         for n in tl.static_range(K * PARTS):
