@@ -361,7 +361,7 @@ ERRORS = {
         "prefix_start", torch.tensor([-1, 0]), ValueError, "Expected prefix_start and prefix_len to stay",
     ),
     "negative length": (
-        "prefix_len", torch.tensor([1, -1]), ValueError, "Expected prefix_len to be at least 0, got -1",
+        "prefix_len", torch.tensor([1, -1]), ValueError, "Expected prefix_start and prefix_len to stay",
     ),
     "scale": ("scale", 0.0, ValueError, "Expected scale to be finite and above 0, got 0.0"),
     "scale of text": ("scale", "1", TypeError, "Expected scale to be a float, got str"),

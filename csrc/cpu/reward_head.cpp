@@ -10,10 +10,10 @@
 
 #include <cstdint>
 #include <cstdlib>
-#include <cstring>
 #include <optional>
 #include <tuple>
 
+#include "rmfast/isa.h"
 #include "rmfast/reward_head.h"
 
 namespace rmfast {
@@ -28,21 +28,17 @@ namespace {
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
-// Read at every call (50 ns), so that a test can compare the paths in one process.
-const Isa* choose_isa() {
+const Isa* found_isa() {
 #ifdef RMFAST_X86
   static const Isa* const all[] = {&avx512, &avx2, &portable};
 #else
   static const Isa* const all[] = {&portable};
 #endif
-  const char* asked = std::getenv("RMFAST_CPU_ISA");
-  for (const Isa* isa : all)
-    if ((!asked || !*asked || !std::strcmp(asked, isa->name)) && isa->supported()) return isa;
-  return nullptr;
+  return choose_isa(all);
 }
 
 const Isa& isa() {
-  const Isa* found = choose_isa();
+  const Isa* found = found_isa();
   STD_TORCH_CHECK(found, "RMFAST_CPU_ISA=", std::getenv("RMFAST_CPU_ISA"),
                   " is not an instruction set of this build and CPU; expected avx512, avx2 or portable");
   return *found;
@@ -181,7 +177,7 @@ std::tuple<Tensor, Tensor> reward_head_backward(const Tensor& grad, const Tensor
 
 // The instruction set that runs now, or null where RMFAST_CPU_ISA asks for one that cannot; read through ctypes.
 extern "C" __attribute__((visibility("default"))) const char* rmfast_cpu_isa() {
-  const rmfast::Isa* found = rmfast::choose_isa();
+  const rmfast::Isa* found = rmfast::found_isa();
   return found ? found->name : nullptr;
 }
 

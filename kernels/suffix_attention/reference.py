@@ -64,7 +64,7 @@ def forward(
             some = suffixes[i : i + step]
             own = torch.tensor([ends[s] for s in some], device=device)[:, None] + torch.arange(rows, device=device)
             keys, values = k[own], v[own]  # (B, rows, Hkv, D)
-            if prefix:
+            if prefix and prefix_k is not None and prefix_v is not None:
                 shared = torch.tensor([starts[s] for s in some], device=device)[:, None]
                 shared = shared + torch.arange(prefix, device=device)
                 keys, values = torch.cat([prefix_k[shared], keys], 1), torch.cat([prefix_v[shared], values], 1)

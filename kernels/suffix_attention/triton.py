@@ -208,10 +208,10 @@ def _config(dtype: torch.dtype, d: int) -> dict[str, int]:
         return {"BD": bd, "BM": 16, "BN": 16, "num_stages": 1, **parts}
     if dtype == torch.float32:
         # tf32x3 splits Q into two parts, each as large as it.
-        parts = {"DQ": bd, "num_warps": 4} if d <= 128 else {"DQ": 128, "num_warps": 8}
-        return {"BD": bd, "BM": 32 if d <= 64 else 16, "BN": 32, "num_stages": 2, **parts}
+        parts = {"BN": 32, "DQ": bd, "num_warps": 4} if d <= 128 else {"BN": 16, "DQ": 128, "num_warps": 8}
+        return {"BD": bd, "BM": 32 if d <= 64 else 16, "num_stages": 2, **parts}
     parts = {"num_warps": 4, "num_stages": 3} if d <= 64 else {"num_warps": 8, "num_stages": 2}
-    return {"BD": bd, "BM": 64, "BN": 32, "DQ": bd, **parts}
+    return {"BD": bd, "BM": 64, "BN": 32 if d <= 128 else 16, "DQ": bd, **parts}
 
 
 def forward(
