@@ -95,6 +95,12 @@ class NinjaBuild(build_ext):
             ext.optional = True
         raise CompileError(f"ninja could not build {ext.name}; its messages stand above")
 
+    def copy_extensions_to_source(self):
+        # Written anew rather than over the old file, which a running Python may have mapped.
+        for ext in self.extensions:
+            (ROOT / self.get_ext_filename(ext.name)).unlink(missing_ok=True)
+        super().copy_extensions_to_source()
+
     def get_ext_filename(self, fullname):
         if fullname.endswith("_planner"):
             return super().get_ext_filename(fullname)
