@@ -834,7 +834,7 @@ def many_config(dots: int, dtype: torch.dtype) -> dict[str, int]:
         return {"BM": 16, "BN": 16, "BD": 16, "TERMS": 1, "num_warps": 4, "num_stages": 2}
     if dtype == torch.float32:
         return {
-            "BM": 64, "BN": block, "BD": 32, "TERMS": 2, "num_warps": 4, "num_stages": 3, "maxnreg": 168,
+            "BM": 64, "BN": block, "BD": 32, "TERMS": 2, "num_warps": 4, "num_stages": 3, "maxnreg": 224,
         }  # fmt: skip
     terms = 3 if dtype == torch.bfloat16 else 2
     return {"BM": 128, "BN": block, "BD": 64, "TERMS": terms, "num_warps": 8, "num_stages": 3}
