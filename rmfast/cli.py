@@ -421,7 +421,7 @@ def _join(prompt: Any, response: Any) -> Any:
     if isinstance(response, str):
         return (prompt, response)
     if isinstance(prompt, list):
-        return [*prompt, *response]
+        return response if response[: len(prompt)] == prompt else [*prompt, *response]
     # Datasets with a text prompt often repeat it as the first turn of the conversation.
     return response if response[0]["role"] != "assistant" else [{"role": "user", "content": prompt}, *response]
 

@@ -102,6 +102,10 @@ BAD = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "bad"}
             {"reward_chosen": MESSAGES, "reward_rejected": BAD},
         ),
         (
+            {"prompt": MESSAGES[:1], "chosen": MESSAGES, "rejected": BAD},
+            {"reward_chosen": MESSAGES, "reward_rejected": BAD},
+        ),
+        (
             {"prompt": "q", "chosen": MESSAGES[1:], "rejected": BAD[1:]},
             {"reward_chosen": MESSAGES, "reward_rejected": BAD},
         ),
