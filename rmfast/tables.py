@@ -163,8 +163,7 @@ class Output:
                 self.lines = _cut_torn_line(self.path)
             elif path.exists() and path.stat().st_size:
                 raise ValueError(f"{path} exists and is of no run of rmfast: give another --output, or --overwrite")
-        self.skipped: set[int] = {entry["skipped"] for entry in self.log if "skipped" in entry}
-        self.next_row = _next_row(self.lines, self.skipped)
+        self.next_row = _next_row(self.lines, {entry["skipped"] for entry in self.log if "skipped" in entry})
 
     @property
     def finished(self) -> bool:
@@ -173,7 +172,8 @@ class Output:
     def begin(self, **late: Any) -> None:
         """Create the files, or check that they fit `late` too: what is known only once the model is loaded."""
         if self.log:
-            return self._check(late)
+            self._check(late)
+            return self._forget_lost()
         self.path.unlink(missing_ok=True)
         self.log_path.unlink(missing_ok=True)
         self._record({**self.run, **late})
@@ -181,15 +181,26 @@ class Output:
 
     def append(self, lines: list[bytes], skipped: list[tuple[int, Row]]) -> None:
         """Write the lines of the next rows, and which of these (number from 0, row) are left out; on disk at return."""
-        new = [(number, row) for number, row in skipped if number not in self.skipped]
-        self._record(*({"skipped": number, "line": row.line, "error": row.error} for number, row in new))
+        self._record(*({"skipped": number, "line": row.line, "error": row.error} for number, row in skipped))
         _append(self.path, b"".join(lines))
-        self.skipped.update(number for number, _ in new)
         self.lines += len(lines)
         self.next_row += len(lines) + len(skipped)
 
     def finish(self) -> None:
         self._record({"finished": self.next_row})
+
+    def _forget_lost(self) -> None:
+        """Take out of the log the skipped rows that come after the last line: they will be looked at again.
+
+        Left there, such a row would count twice if it now gets a line (with --on-error null), and another be lost.
+        """
+        kept = [entry for entry in self.log if entry.get("skipped", -1) < self.next_row]
+        if len(kept) < len(self.log):
+            whole = self.log_path.with_name(self.log_path.name + ".tmp")
+            whole.unlink(missing_ok=True)
+            _append(whole, b"".join(map(dump_line, kept)))
+            os.replace(whole, self.log_path)  # a kill leaves the old log or the new one
+            self.log = kept
 
     def _record(self, *entries: dict[str, Any]) -> None:
         _append(self.log_path, b"".join(map(dump_line, entries)))

@@ -320,6 +320,17 @@ def test_skipped_rows_logged_ahead_of_lost_lines_are_not_confused(tmp_path):
     assert Output(tmp_path / "o", {"run": 1}).next_row == 8
 
 
+def test_a_skipped_row_whose_lines_were_lost_may_get_a_line(tmp_path):
+    output = Output(tmp_path / "o", {"run": 1})
+    output.begin()
+    output.append([b"0\n", b"1\n"], [(2, _row(2))])
+    (tmp_path / "o").write_bytes(b"0\n")  # killed between the log and the lines
+    again = Output(tmp_path / "o", {"run": 1})
+    again.begin()
+    again.append([b"1\n", b"2\n"], [])  # with --on-error null
+    assert again.next_row == Output(tmp_path / "o", {"run": 1}).next_row == 3
+
+
 def _row(line: int) -> Any:
     from rmfast.tables import Row
 
