@@ -401,7 +401,7 @@ def _cell(row: Row, column: str, parse: bool = False) -> Any:
     if parse and isinstance(cell, str):
         try:
             cell = json.loads(cell)
-        except ValueError:
+        except (ValueError, RecursionError):
             raise BadRow(f"column {column!r} holds no list of messages") from None
     if isinstance(cell, list) and cell and all(isinstance(m, dict) and isinstance(m.get("role"), str) for m in cell):
         return cell

@@ -63,7 +63,7 @@ def _read_jsonl(path: Path) -> Iterator[Row]:
                 continue
             try:
                 data = json.loads(raw.decode("utf-8-sig" if line == 1 else "utf-8"))
-            except ValueError as error:  # JSONDecodeError and UnicodeDecodeError are both ValueErrors
+            except (ValueError, RecursionError) as error:  # JSONDecodeError and UnicodeDecodeError are ValueErrors
                 yield Row(line, {}, f"is not JSON: {error}")
                 continue
             if isinstance(data, dict):

@@ -20,7 +20,7 @@ from typer.testing import CliRunner
 
 import rmfast
 from rmfast.cli import app
-from rmfast.tables import Output
+from rmfast.tables import Output, read_rows
 
 TEXTS = ["short", "a somewhat longer text", "x", "Größe, 大きさ", "the end\nof it"]
 
@@ -264,6 +264,13 @@ def test_csv_rows_are_reported_by_their_first_line(folder, tmp_path):
     lines = [line.split(":")[0] for line in done.stderr.splitlines() if line.startswith("in.csv")]
     assert lines == [f"in.csv, line {n}" for n in (4, 5, 6)]
     assert [row["id"] for row in read(tmp_path / "out.jsonl")] == ["1", "4"]
+
+
+def test_json_nested_too_deeply_is_a_bad_row(tmp_path):
+    (tmp_path / "in.jsonl").write_text('{"text": ' + "[" * 100_000 + "\n" + '{"text": "fine"}\n')
+    deep, fine = read_rows(tmp_path / "in.jsonl")
+    assert (deep.line, fine.line, fine.error) == (1, 2, None)
+    assert "recursion" in deep.error
 
 
 # Resuming
