@@ -79,12 +79,23 @@ def _read_csv(path: Path) -> Iterator[Row]:
         _open(path) as file,
         io.TextIOWrapper(file, encoding="utf-8-sig", errors="surrogateescape", newline="") as text,
     ):
-        reader = csv.reader(text)
-        header = next(reader, [])
+        reader = csv.reader(text, strict=True)  # else a quote that is never closed makes one row of the file's rest
+        try:
+            header = next(reader, [])
+        except csv.Error as error:
+            raise ValueError(f"Expected {path.name} to begin with the names of its columns: {error}") from error
         if len(set(header)) < len(header):
             raise ValueError(f"Expected the columns of {path.name} to have different names, got {header}")
         line = reader.line_num + 1
-        for fields in reader:
+        while True:
+            try:
+                fields = next(reader)
+            except StopIteration:
+                return
+            except csv.Error as error:
+                yield Row(line, {}, f"is not CSV: {error}")
+                line = reader.line_num + 1
+                continue
             if len(fields) == len(header):
                 yield Row(line, dict(zip(header, fields, strict=True)))
             elif fields:

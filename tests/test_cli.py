@@ -273,6 +273,14 @@ def test_json_nested_too_deeply_is_a_bad_row(tmp_path):
     assert "recursion" in deep.error
 
 
+def test_a_csv_quote_that_is_never_closed_is_a_bad_row(tmp_path):
+    (tmp_path / "in.csv").write_text('text,id\nfine,1\n"a"b,2\nfine,3\n"open,4\nlost,5\n')
+    rows = list(read_rows(tmp_path / "in.csv"))
+    assert [(row.line, row.data.get("id")) for row in rows] == [(2, "1"), (3, None), (4, "3"), (5, None)]
+    assert rows[1].error.startswith("is not CSV: ")
+    assert rows[3].error.startswith("is not CSV: ")
+
+
 # Resuming
 
 
