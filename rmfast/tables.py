@@ -7,7 +7,6 @@ import gzip
 import hashlib
 import io
 import json
-import math
 import os
 import sys
 from collections.abc import Iterator
@@ -140,8 +139,11 @@ def count_and_digest(path: Path, kind: str | None = None) -> tuple[int | None, s
 
 def dump_line(data: dict[str, Any]) -> bytes:
     """One JSONL line. Non-finite numbers become null (JSON has none), dates and the like their text."""
-    data = {key: None if isinstance(x, float) and not math.isfinite(x) else x for key, x in data.items()}
-    text = json.dumps(data, ensure_ascii=False, default=_text_of)
+    try:
+        text = json.dumps(data, ensure_ascii=False, default=_text_of, allow_nan=False)
+    except ValueError:  # NaN or Infinity, at any depth: the parser finds them where a walk in Python may go too deep
+        data = json.loads(json.dumps(data, default=_text_of), parse_constant=lambda _: None)
+        text = json.dumps(data, ensure_ascii=False)
     try:
         return text.encode() + b"\n"
     except UnicodeEncodeError:  # a lone surrogate, which only an escape can carry

@@ -20,7 +20,7 @@ from typer.testing import CliRunner
 
 import rmfast
 from rmfast.cli import app
-from rmfast.tables import Output, read_rows
+from rmfast.tables import Output, dump_line, read_rows
 
 TEXTS = ["short", "a somewhat longer text", "x", "Größe, 大きさ", "the end\nof it"]
 
@@ -279,6 +279,11 @@ def test_a_csv_quote_that_is_never_closed_is_a_bad_row(tmp_path):
     assert [(row.line, row.data.get("id")) for row in rows] == [(2, "1"), (3, None), (4, "3"), (5, None)]
     assert rows[1].error.startswith("is not CSV: ")
     assert rows[3].error.startswith("is not CSV: ")
+
+
+def test_non_finite_numbers_of_the_input_are_written_as_null_at_any_depth():
+    row = {"a": float("nan"), "b": [1.5, {"c": float("-inf"), "d": "NaN"}], "e": "Größe"}
+    assert dump_line(row).decode() == '{"a": null, "b": [1.5, {"c": null, "d": "NaN"}], "e": "Größe"}\n'
 
 
 # Resuming
