@@ -248,11 +248,13 @@ class Run:
             return
         if self.mode is None:
             self.mode = self._mode_of(data)
+        if taken := self._taken(data):
+            raise ValueError(f"Expected the new column {taken[0]!r} not to be in the input: give another --output-column")
+
+    def _taken(self, data: dict[str, Any]) -> list[str]:
+        """The new columns that a row already has."""
         new = [*self._new_columns(), "error"] if self.options.on_error == "null" else self._new_columns()
-        if taken := sorted(set(data) & set(new)):
-            raise ValueError(
-                f"Expected the new column {taken[0]!r} not to be in the input: give another --output-column"
-            )
+        return sorted(set(data) & set(new))
 
     def _mode_of(self, data: dict[str, Any]) -> Columns:
         o = self.options
@@ -283,6 +285,8 @@ class Run:
         """The row's texts, as the model takes them: one, or two for a pair. Raises BadRow."""
         if row.error:
             raise BadRow(row.error)
+        if taken := self._taken(row.data):  # rows of JSONL may differ in their columns
+            raise BadRow(f"has a column {taken[0]!r} of its own: give another --output-column")
         o = self.options
         if self.mode == "pairs":
             prompt = _cell(row, o.prompt_column) if row.data.get(o.prompt_column) is not None else None

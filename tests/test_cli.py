@@ -286,6 +286,14 @@ def test_non_finite_numbers_of_the_input_are_written_as_null_at_any_depth():
     assert dump_line(row).decode() == '{"a": null, "b": [1.5, {"c": null, "d": "NaN"}], "e": "Größe"}\n'
 
 
+def test_a_later_row_with_the_new_column_is_a_bad_row(folder, tmp_path):
+    args = files(folder, tmp_path, [{"text": "a"}, {"text": "b", "reward": 1}])
+    done = run("score", *args)
+    assert done.exit_code == 1
+    assert "line 2: has a column 'reward' of its own" in done.stderr
+    assert [row["text"] for row in read(tmp_path / "out.jsonl")] == ["a"]
+
+
 # Resuming
 
 
