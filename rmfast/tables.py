@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import IO, Any
 
 FORMATS = ("jsonl", "csv", "parquet")
-_SUFFIXES = {".jsonl": "jsonl", ".ndjson": "jsonl", ".json": "jsonl", ".csv": "csv", ".parquet": "parquet"}
+_SUFFIXES = {".jsonl": "jsonl", ".ndjson": "jsonl", ".csv": "csv", ".parquet": "parquet"}
 _CHUNK = 1 << 20
 
 
@@ -47,7 +47,11 @@ def read_rows(path: Path, kind: str | None = None) -> Iterator[Row]:
 def kind_of(path: Path) -> str:
     suffix = Path(path.stem).suffix if path.suffix == ".gz" else path.suffix
     if suffix.lower() not in _SUFFIXES:
-        raise ValueError(f"Expected a file ending in {', '.join(_SUFFIXES)} (or --input-format), got {path.name!r}")
+        # Not .json: such a file is more often one array than an object on each line, and an array is not streamed.
+        raise ValueError(
+            f"Expected a file ending in {', '.join(_SUFFIXES)}, got {path.name!r}; --input-format says what it is"
+            " (jsonl: one JSON object on each line; a file that is one JSON array must be rewritten so)"
+        )
     return _SUFFIXES[suffix.lower()]
 
 

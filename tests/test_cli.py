@@ -458,6 +458,15 @@ def test_columns_that_do_not_fit_are_an_error(folder, tmp_path, rows, message):
     assert message in done.stderr
 
 
+def test_a_json_file_is_read_only_where_its_format_is_given(folder, tmp_path):
+    (tmp_path / "in.json").write_text('{"text": "a"}\n')
+    args = ["--model", folder, "--input", tmp_path / "in.json", "--output", tmp_path / "out.jsonl"]
+    done = run("score", *args)
+    assert done.exit_code == 1
+    assert "one JSON array must be rewritten" in done.stderr
+    assert run("score", *args, "--input-format", "jsonl").exit_code == 0
+
+
 def test_the_input_is_never_the_output(folder, tmp_path):
     args = files(folder, tmp_path, [{"text": "a"}])
     done = run("score", *args, "--output", tmp_path / "in.jsonl", "--overwrite")
