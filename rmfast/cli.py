@@ -71,8 +71,11 @@ class Options:
         Literal["float32", "bfloat16", "float16", "float64"] | None, typer.Option(help="Default: as it is saved.")
     ] = None
     device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, ...; default: a GPU if there is one.")] = None
-    batch_tokens: Annotated[int | None, typer.Option(min=1, help="Most tokens of a batch, padding counted.")] = None
+    batch_tokens: Annotated[int | None, typer.Option(min=1, help="Most tokens that run at once.")] = None
     window: Annotated[int, typer.Option(min=1, help="Rows read, scored by length and written at a time.")] = 512
+    engine: Annotated[
+        Literal["packed", "padded"] | None, typer.Option(help="Default: packed where the model can run so.")
+    ] = None
     backend: Annotated[
         Literal["cuda", "triton", "cpp", "eager"] | None, typer.Option(help="Default: see `rmfast explain`.")
     ] = None
@@ -85,7 +88,7 @@ class Options:
 def _with_options(command: Callable[..., None]) -> Callable[..., None]:
     """Give `command(options, **own)` one parameter for every field of Options, and one-line errors.
 
-    Typer reads a function's signature; writing these 24 parameters out in each command is the alternative.
+    Typer reads a function's signature; writing these 28 parameters out in each command is the alternative.
     """
     own = list(inspect.signature(command).parameters.values())[1:]
     shared = [
@@ -151,10 +154,16 @@ def values(
 def explain(
     op: Annotated[str | None, typer.Option(help="One op; default: all.")] = None,
     device: Annotated[str | None, typer.Option(help="cpu, cuda, ...; default: those here.")] = None,
+    model: Annotated[str | None, typer.Option(help="Also tell which engine scores this model, and why.")] = None,
 ) -> None:
     """Tell which backend would run for each op, and for each that would not, why, and what would fix it."""
     try:
-        typer.echo(str(rmfast.explain(op, device)))
+        if model is None:
+            typer.echo(str(rmfast.explain(op, device)))
+        elif op is None:
+            typer.echo(rmfast.load(model, device=device).explain())
+        else:
+            raise ValueError("Expected --op or --model, got both")
     except Exception as error:
         _fail(" ".join(str(error).split()))
 
@@ -206,8 +215,9 @@ class Run:
 
         from tqdm import tqdm
 
+        o = self.options
         function = functools.partial(
-            getattr(model, method), batch_tokens=self.options.batch_tokens, max_length=self.options.max_length
+            getattr(model, method), batch_tokens=o.batch_tokens, max_length=o.max_length, engine=o.engine
         )
         first, start = self.output.next_row, time.perf_counter()
         backend = rmfast.backend(self.options.backend) if self.options.backend else contextlib.nullcontext()
@@ -249,7 +259,9 @@ class Run:
         if self.mode is None:
             self.mode = self._mode_of(data)
         if taken := self._taken(data):
-            raise ValueError(f"Expected the new column {taken[0]!r} not to be in the input: give another --output-column")
+            raise ValueError(
+                f"Expected the new column {taken[0]!r} not to be in the input: give another --output-column"
+            )
 
     def _taken(self, data: dict[str, Any]) -> list[str]:
         """The new columns that a row already has."""

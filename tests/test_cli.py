@@ -491,6 +491,25 @@ def test_explain_prints_what_would_run():
     assert done.stdout == f"{rmfast.explain()}\n"
 
 
+def test_explain_of_a_model_tells_its_engine(folder, rm):
+    done = run("explain", "--model", folder, "--device", "cpu")
+    assert done.exit_code == 0, done.output
+    assert done.stdout == f"{rm.explain()}\n"
+    assert done.stdout.startswith("engine: ")
+
+
+@pytest.mark.parametrize("command", ["score", "values"])
+@pytest.mark.parametrize("engine", ["packed", "padded"])
+def test_engine_reaches_the_model(folder, tmp_path, monkeypatch, command, engine):
+    runs = {name: getattr(rmfast.RewardModel, f"_run_{name}") for name in ("packed", "padded")}
+    seen = []
+    for name, function in runs.items():
+        spy = lambda *a, name=name, function=function, **kw: (seen.append(name), function(*a, **kw))[1]  # noqa: E731
+        monkeypatch.setattr(rmfast.RewardModel, f"_run_{name}", spy)
+    assert run(command, *files(folder, tmp_path, [{"text": "a"}]), "--engine", engine).exit_code == 0
+    assert seen == [engine]
+
+
 def test_help_needs_neither_torch_nor_transformers():
     code = "import sys, rmfast.cli; print([name for name in ('torch', 'transformers') if name in sys.modules])"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout == "[]\n"
