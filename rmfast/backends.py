@@ -152,7 +152,9 @@ def _missing(op: str, name: str, device: str) -> str | None:
         if torch.version.cuda is None:
             return f"torch {torch.__version__} is built without CUDA; fix: install a CUDA build of torch"
         if _library_path("_C_cuda") is None:
-            return "not built: no nvcc at build time; fix: RMFAST_BUILD_CUDA=1 pip install --no-build-isolation ."
+            return (
+                "not built (no nvcc, or its build failed); fix: RMFAST_BUILD_CUDA=1 pip install --no-build-isolation ."
+            )
         return _load("_C_cuda")
     if name == "triton":
         if (missing := _triton_missing()) is not None:
@@ -179,13 +181,15 @@ def choose(op: str, device: str) -> Callable:
     Raises BackendError where a backend asked for by name, or an instruction set asked for, cannot run.
     """
     name = requested()
-    if name is None:
-        name = _default(op, device)
-        if name != "cpp" or not os.environ.get("RMFAST_CPU_ISA"):
-            return _ops[op][name]()
-    if (cause := why_not(op, name, device)) is not None:
+    explicit = name is not None or os.environ.get("RMFAST_CPU_ISA")
+    name = name or _default(op, device)
+    if explicit and (cause := why_not(op, name, device)) is not None:
         raise BackendError(f"Backend {name!r} cannot run {op} on {device}: {cause}")
-    return _ops[op][name]()
+    run = _ops[op][name]()
+    if device in ("cpu", "cuda") and torch.is_autocast_enabled(device):
+        # Autocast would run the matmuls of a reference, or of a kernel's preparation, in 16 bits.
+        return torch.autocast(device, enabled=False)(run)
+    return run
 
 
 @functools.cache

@@ -22,6 +22,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface
 
+from rmfast import backends as _backends
 from rmfast import model as _model
 from rmfast.ops import gated_activation, rms_norm, rotary, suffix_attention
 from rmfast.planner import Chunk, plan
@@ -46,6 +47,7 @@ class _Run:
     pool_rows: Tensor | slice
     keep_rows: Tensor | slice
     read_rows: Tensor | None  # None: all rows are read
+    few_reads: bool  # whether the texts of the read rows, laid out one by one, are about as small as the chunk
     kept: dict[nn.Module, tuple[Tensor, Tensor]]
     keep: dict[nn.Module, tuple[Tensor, Tensor]] = field(default_factory=dict)
     options: dict[nn.Module, dict[str, Any]] = field(default_factory=dict)  # what each module gave its attention
@@ -194,7 +196,11 @@ class _Layer:
             y, x = self.norms[0](run.delta, x)
         cos, sin = (t[0] for t in position_embeddings)
         rows = run.read_rows if self.last else None
-        attended, x = self._attention(run, y, x, cos, sin, rows)
+        if rows is not None and not run.few_reads:
+            # Many texts on one long prefix: queries of all rows cost less than a copy of the prefix for each text.
+            attended, x = self._attention(run, y, x, cos, sin, None, rows)
+        else:
+            attended, x = self._attention(run, y, x, cos, sin, rows, None)
         if self.sandwich:
             y, x = self.norms[2](attended, x, post=self.norms[1])
         else:
@@ -206,8 +212,9 @@ class _Layer:
         return (x + delta if self.last else x)[None]
 
     def _attention(
-        self, run: _Run, y: Tensor, x: Tensor, cos: Tensor, sin: Tensor, rows: Tensor | None
+        self, run: _Run, y: Tensor, x: Tensor, cos: Tensor, sin: Tensor, rows: Tensor | None, keep: Tensor | None
     ) -> tuple[Tensor, Tensor]:
+        """Attention's output and the stream, at `rows` from the query on or `keep` from the projection on."""
         attn, d = self.attn, self.attn.head_dim
         if hasattr(attn, "qkv_proj"):
             split = attn.config.num_attention_heads * d
@@ -230,7 +237,10 @@ class _Layer:
                 norms["q_norm"] = norms["k_norm"]
             k, _ = rotary(k, k[:, :0], cos, sin, **norms)
             x = x[rows]
-        return attn.o_proj(_attend(run, attn, q, k, v, **self.options).flatten(1)), x
+        out = _attend(run, attn, q, k, v, **self.options).flatten(1)
+        if keep is not None:
+            out, x = out[keep], x[keep]
+        return attn.o_proj(out), x
 
     def _mlp(self, y: Tensor) -> Tensor:
         mlp = self.mlp
@@ -340,7 +350,12 @@ class Engine:
         self.layers: list[tuple[nn.Module, _Layer]] = []
         self._options: dict[nn.Module, dict[str, Any]] = {}
         with binding.session():
-            if (problem := self._probe()) is not None:
+            precise = next(binding.body.parameters()).dtype in (torch.float32, torch.float64)
+            # fp32 differs by 1e-6, a wrong formula by a percent or more. bf16 itself is off by up to 2%.
+            error = self._probe(1e-4 if precise else 0.1)
+            if isinstance(error, str):
+                raise Unsupported(error)
+            if (problem := self._masked_window()) is not None:
                 raise Unsupported(problem)
             layers = _structure(binding.body)
             if isinstance(layers, str):
@@ -349,8 +364,9 @@ class Engine:
             for _, fused in layers:
                 fused.options = self._options[fused.attn]
             self.layers = layers
-            if (problem := self._probe()) is not None:
-                self.layers, self.why = [], f"fused layers: {problem}"
+            fused_error = self._probe(2 * error + (1e-5 if precise else 0.01))
+            if isinstance(fused_error, str):
+                self.layers, self.why = [], f"fused layers: {fused_error}"
 
     @property
     def mode(self) -> str:
@@ -360,25 +376,43 @@ class Engine:
         """Rows of a chunk that fit into half of the free memory, K/V rows kept for the next chunk included."""
         config, body = self.binding.config, self.binding.body
         weight = next(body.parameters())
-        d, heads = config.hidden_size, config.num_attention_heads
-        kv = (getattr(config, "num_key_value_heads", None) or heads) * (getattr(config, "head_dim", None) or d // heads)
+        try:
+            d, heads = int(config.hidden_size), int(config.num_attention_heads)
+            head_dim = int(getattr(config, "head_dim", None) or d // heads)
+            kv = int(getattr(config, "num_key_value_heads", None) or heads) * head_dim
+            inner = int(getattr(config, "intermediate_size", None) or 4 * d)
+        except (AttributeError, TypeError):  # sizes that differ by layer: no estimate, the default budget
+            return 1 << 30
         # A row at its widest: stream, norm, q, k, v, output, gate, up and their product; a pool may hold 8 rows of K/V
         # for each; and K/V kept in every layer.
-        row = (
-            6 * d + 3 * (getattr(config, "intermediate_size", None) or 4 * d) + 2 * kv * (9 + config.num_hidden_layers)
-        )
+        row = 6 * d + 3 * inner + 2 * kv * (9 + config.num_hidden_layers)
         return max(256, _free_memory(self.binding.device) // 2 // (row * weight.element_size()))
 
-    def _probe(self) -> str | None:
-        """What is wrong with packed hidden states, if they differ from padded ones by more than rounding."""
+    def _masked_window(self) -> str | None:
+        """Why a window that the model puts into its mask, which no longer exists, rules packed runs out."""
+        config = self.binding.config
+        kinds = getattr(config, "layer_types", None)
+        if getattr(config, "attention_chunk_size", None) and (kinds is None or "chunked_attention" in kinds):
+            return "its attention is chunked by its mask"
+        if getattr(config, "sliding_window", None) is None or getattr(config, "use_sliding_window", True) is False:
+            return None
+        for module, options in self._options.items():
+            index = getattr(module, "layer_idx", None)
+            due = kinds is None or index is None or kinds[index] == "sliding_attention"
+            if due and options["window"] is None:
+                return "it has its sliding window in the mask alone"
+        return None
+
+    def _probe(self, limit: float) -> float | str:
+        """The error of packed hidden states against padded ones; above the limit, or failing, what is wrong."""
         try:
             error = self._probe_error()
+        except (_backends.BackendError, torch.OutOfMemoryError):
+            raise  # says nothing about the model
         except (RuntimeError, ValueError, TypeError, AttributeError, KeyError, Unsupported) as failure:
             return f"packed rows failed: {failure}"
-        # fp32 differs by 1e-6, a wrong formula by a percent or more. bf16 itself is off by up to 2%.
-        precise = next(self.binding.body.parameters()).dtype in (torch.float32, torch.float64)
-        if error <= (1e-4 if precise else 0.1):
-            return None
+        if error <= limit:
+            return error
         return f"packed and padded hidden states differ by {error:.1e}"
 
     def _probe_error(self) -> float:
@@ -429,6 +463,8 @@ class Engine:
             return torch.from_numpy(np.ascontiguousarray(array)).to(device)
 
         all_read = len(chunk.read_rows) == chunk.rows
+        segments = np.unique(np.searchsorted(chunk.cu_seqlens, chunk.read_rows, side="right") - 1)
+        laid_out = int((chunk.prefix_len + np.diff(chunk.cu_seqlens))[segments].sum())
         run = _Run(
             cu_seqlens=move(chunk.cu_seqlens),
             prefix_start=move(chunk.prefix_start),
@@ -437,6 +473,7 @@ class Engine:
             pool_rows=_rows(chunk.pool_rows, device),
             keep_rows=_rows(chunk.keep_rows, device),
             read_rows=None if all_read else move(chunk.read_rows),
+            few_reads=laid_out <= 2 * (chunk.rows + len(chunk.pool_rows)),
             kept=kept if chunk.kept else {},
         )
         tokens = move(ids[chunk.tokens].astype(np.int64))[None]
@@ -509,6 +546,7 @@ def _with_our_attention(kind: Any) -> type:
 @contextmanager
 def _forward(module: nn.Module, forward: Callable) -> Iterator[None]:
     """Gives a module another forward for this thread."""
+    own = module.__dict__.get("forward")
     original, thread = module.forward, threading.get_ident()
 
     def call(*args: Any, **kwargs: Any) -> Any:
@@ -518,7 +556,10 @@ def _forward(module: nn.Module, forward: Callable) -> Iterator[None]:
     try:
         yield
     finally:
-        del module.forward
+        if own is None:
+            del module.forward
+        else:
+            module.forward = own  # type: ignore[method-assign]
 
 
 @contextmanager

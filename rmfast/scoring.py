@@ -274,8 +274,8 @@ class RewardModel:
             batch = pending.pop()
             try:
                 values = self._batch([encoded[i] for i in batch], [read[i] for i in batch])
-            except torch.OutOfMemoryError:
-                if len(batch) == 1:
+            except RuntimeError as error:
+                if len(batch) == 1 or not _out_of_memory(error):
                     raise
                 pending += [batch[len(batch) // 2 :], batch[: len(batch) // 2]]
                 continue
@@ -307,8 +307,8 @@ class RewardModel:
                         rows = torch.arange(hidden.size(0), device=hidden.device)
                         values.append(self.binding.rewards(hidden[None], rows))
                         bar.update(len(chunk.inputs))
-                except torch.OutOfMemoryError:
-                    if batch_tokens <= _LEAST_BATCH_TOKENS:
+                except RuntimeError as error:
+                    if batch_tokens <= _LEAST_BATCH_TOKENS or not _out_of_memory(error):
                         raise
                     batch_tokens = max(_LEAST_BATCH_TOKENS, batch_tokens // 2)
                 done = planned.cu_inputs[len(values)]
@@ -325,12 +325,14 @@ class RewardModel:
 
     def _packed_engine(self) -> Engine | str:
         """The packed engine of the model as it is now, or why there is none."""
-        kinds = tuple((type(module), _model._hooked(module)) for module in self.binding.body.modules())
-        if self._engine is None or self._engine[0] != kinds:  # new, or changed since (adapters put in, hooks)
+        if torch.is_autocast_enabled(self.binding.device.type):
+            return "autocast is on, whose choice of dtypes is the modules' own"
+        parts = tuple((module, _model._hooked(module)) for module in self.binding.body.modules())
+        if self._engine is None or self._engine[0] != parts:  # new, or changed since (modules replaced, hooks)
             try:
-                self._engine = kinds, Engine(self.binding)
+                self._engine = parts, Engine(self.binding)
             except Unsupported as reason:
-                self._engine = kinds, str(reason)
+                self._engine = parts, str(reason)
         return self._engine[1]
 
     def explain(self) -> str:
@@ -382,6 +384,11 @@ def _plan(lengths: list[int], batch_tokens: int, cost: int, group: Callable[[int
         batch.append(i)
     if batch:
         yield batch
+
+
+def _out_of_memory(error: RuntimeError) -> bool:
+    """The CPU's allocator raises a plain RuntimeError."""
+    return isinstance(error, torch.OutOfMemoryError) or "DefaultCPUAllocator: can't allocate memory" in str(error)
 
 
 def _normalize(normalize: tuple[Any, Any], labels: int) -> tuple[Tensor, Tensor]:

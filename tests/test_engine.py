@@ -19,6 +19,13 @@ from rmfast.scoring import RewardModel
 FAMILIES = [*M.DECODERS, "gpt2"]
 
 
+def decoder(family: str, **kw):
+    model = M.decoder(family, **kw)
+    if family == "gemma2":  # the oldest transformers' SDPA leaves out its softcap
+        model.config._attn_implementation = "eager"
+    return model
+
+
 def texts(seed: int = 0) -> list[list[int]]:
     """Nested sharing: a system prompt, prompts, answers; texts that begin others; duplicates; short ones; lone ones."""
     rng = random.Random(seed)
@@ -39,7 +46,7 @@ def truths(model, inputs) -> torch.Tensor:
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_packed_scores_are_those_of_each_text_alone(family):
-    model = M.decoder(family, labels=3)
+    model = decoder(family, labels=3)
     rm, inputs = RewardModel(model), texts()
     want = truths(model, inputs)
     for budget in (None, 16, 40):
@@ -50,7 +57,7 @@ def test_packed_scores_are_those_of_each_text_alone(family):
 
 @pytest.mark.parametrize("family", [f for f in FAMILIES if f != "gemma3"])  # which has no token classification
 def test_packed_token_values_are_those_of_each_text_alone(family):
-    model = M.decoder(family, task="TokenClassification")
+    model = decoder(family, task="TokenClassification")
     rm, inputs = RewardModel(model), texts(3)
     for budget in (None, 24):
         got = rm.token_values(inputs, batch_tokens=budget, max_length=128, engine="packed")
@@ -61,19 +68,19 @@ def test_packed_token_values_are_those_of_each_text_alone(family):
 
 @pytest.mark.parametrize("family", M.DECODERS)
 def test_the_layers_of_every_family_are_fused(family):
-    rm = RewardModel(M.decoder(family))
+    rm = RewardModel(decoder(family))
     packed = rm._packed_engine()
     assert isinstance(packed, E.Engine) and (packed.mode, packed.why) == ("fused", None)
     assert "engine: packed, fused layers" in rm.explain()
 
 
 def test_layers_of_another_shape_run_as_they_are():
-    packed = RewardModel(M.decoder("gpt2"))._packed_engine()
+    packed = RewardModel(decoder("gpt2"))._packed_engine()
     assert isinstance(packed, E.Engine) and packed.mode == "modules"
     assert packed.why == "the body has no list of layers named layers"
 
 
-MODEL = M.decoder("gemma3")  # windows, two rotary embeddings, norms of heads and after the blocks
+MODEL = decoder("gemma3")  # windows, two rotary embeddings, norms of heads and after the blocks
 
 
 @settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.too_slow])
@@ -93,7 +100,7 @@ def test_a_score_depends_on_nothing_but_its_text(data):
 
 
 def test_a_text_scores_the_same_to_rounding_in_bf16_as_eager_does_between_batch_sizes():
-    model = M.decoder("llama").to(torch.bfloat16)
+    model = decoder("llama").to(torch.bfloat16)
     inputs = M.token_ids([20, 31, 33, 8, 40, 25, 36, 12] * 2, 5)
     for i, ids in enumerate(inputs):
         ids[0] = i
@@ -107,7 +114,7 @@ def test_a_text_scores_the_same_to_rounding_in_bf16_as_eager_does_between_batch_
 
 
 def test_positions_and_pooling_read_inside_shared_prefixes():
-    model = M.decoder("qwen2")
+    model = decoder("qwen2")
     rm, inputs = RewardModel(model), texts(7)
     at = [len(ids) // 2 for ids in inputs]
     want = truths(model, [ids[: p + 1] for ids, p in zip(inputs, at)])[:, 0]
@@ -115,7 +122,7 @@ def test_positions_and_pooling_read_inside_shared_prefixes():
 
 
 def test_hooks_get_the_padded_batches_they_expect():
-    model = M.decoder("llama")
+    model = decoder("llama")
     rm = RewardModel(model)
     handle = model.model.layers[0].register_forward_hook(lambda module, args, out: None)
     assert "hooks (on layers.0) expect padded batches" in rm.explain()
@@ -134,11 +141,11 @@ def test_an_encoder_runs_padded_and_says_why():
 
 def test_an_unknown_engine_is_refused():
     with pytest.raises(ValueError, match='Expected engine to be "packed", "padded" or None, got \'fast\''):
-        RewardModel(M.decoder("llama")).score([[1]], engine="fast")
+        RewardModel(decoder("llama")).score([[1]], engine="fast")
 
 
 def test_out_of_memory_halves_the_budget_and_loses_nothing(monkeypatch):
-    model = M.decoder("llama")
+    model = decoder("llama")
     rm, inputs = RewardModel(model), texts(9)
     want = rm.score(inputs, engine="padded")
     sizes = []
@@ -160,7 +167,7 @@ def test_out_of_memory_halves_the_budget_and_loses_nothing(monkeypatch):
 
 
 def test_nothing_stays_changed_in_the_model():
-    model = M.decoder("gemma2").train()
+    model = decoder("gemma2").train()
     before = {name: dict(module.__dict__) for name, module in model.named_modules()}
     kind, implementation = type(model.config), model.config._attn_implementation
     RewardModel(model).score(texts(1), engine="packed")
@@ -171,14 +178,14 @@ def test_nothing_stays_changed_in_the_model():
 
 
 def test_the_attention_function_refuses_to_run_outside_of_the_engine():
-    model = M.decoder("llama")
+    model = decoder("llama")
     model.config._attn_implementation_internal = "rmfast"
     with pytest.raises(RuntimeError, match="only works inside rmfast's engine"):
         model(input_ids=torch.tensor([[1, 2, 3]]))
 
 
 def test_a_model_whose_layers_look_right_but_are_not_is_found_out():
-    model = M.decoder("llama")
+    model = decoder("llama")
     for layer in model.model.layers:
         layer.mlp.register_buffer("twice", torch.tensor(2.0))
         plain = type(layer.mlp).forward
@@ -195,7 +202,7 @@ def test_a_model_whose_layers_look_right_but_are_not_is_found_out():
 
 
 def test_the_last_layer_runs_its_mlp_for_the_read_rows_alone(monkeypatch):
-    rm = RewardModel(M.decoder("llama"))
+    rm = RewardModel(decoder("llama"))
     rm.explain()
     rows = []
     original = E.gated_activation
@@ -208,7 +215,7 @@ def test_the_last_layer_runs_its_mlp_for_the_read_rows_alone(monkeypatch):
 
 @pytest.mark.parametrize("backend", ["eager", "cpp"])
 def test_every_backend_gives_the_same_scores(backend):
-    model = M.decoder("qwen3")
+    model = decoder("qwen3")
     inputs = texts(4)
     with rmfast.backend(backend):
         got = RewardModel(model).score(inputs, engine="packed")
@@ -217,7 +224,7 @@ def test_every_backend_gives_the_same_scores(backend):
 
 def test_lora_in_the_body_is_run():
     peft = pytest.importorskip("peft")
-    model = M.decoder("llama")
+    model = decoder("llama")
     config = peft.LoraConfig(r=4, target_modules=["q_proj", "v_proj", "down_proj"], task_type="SEQ_CLS")
     adapted = peft.get_peft_model(model, config)
     with torch.no_grad():
@@ -232,7 +239,7 @@ def test_lora_in_the_body_is_run():
 
 
 def test_ids_are_planned_in_chunks_of_the_budget():
-    rm = RewardModel(M.decoder("llama"))
+    rm = RewardModel(decoder("llama"))
     packed = rm._packed_engine()
     assert packed.affordable_tokens() >= 256
     sizes = []
@@ -240,3 +247,61 @@ def test_ids_are_planned_in_chunks_of_the_budget():
     packed._chunk = lambda ids, chunk, *rest: sizes.append(chunk.rows) or original(ids, chunk, *rest)
     rm.score(M.token_ids([30] * 20), batch_tokens=64, engine="packed")
     assert max(sizes) <= 64 and np.sum(sizes) >= 600
+
+
+def test_a_window_that_stands_in_the_mask_alone_is_not_lost():
+    import transformers
+
+    shape = {**M._SHAPE, "num_local_experts": 2, "num_labels": 1, "sliding_window": 16}
+    model = M.randomised(transformers.PhimoeForSequenceClassification(transformers.PhimoeConfig(**shape)))
+    rm, inputs = RewardModel(model), M.token_ids([40, 60, 50], 3)
+    assert "not packed: it has its sliding window in the mask alone" in rm.explain()
+    assert (rm.score(inputs) - truths(model, inputs)[:, 0]).abs().max() < 1e-5
+
+
+@pytest.mark.parametrize("part", ["mlp", "self_attn", "input_layernorm", None])
+def test_a_module_replaced_after_the_first_score_is_used(part):
+    model, other = decoder("llama"), decoder("llama", seed=5)
+    rm, inputs = RewardModel(model), texts(2)
+    rm.score(inputs, engine="packed")
+    if part is None:
+        model.model.layers[1] = other.model.layers[1]
+    else:
+        setattr(model.model.layers[1], part, getattr(other.model.layers[1], part))
+    M.assert_rewards(rm.score(inputs, engine="packed"), truths(model, inputs)[:, 0], M.reward_scale(model))
+
+
+def test_a_backend_that_cannot_run_is_an_error_and_not_remembered():
+    rm = RewardModel(decoder("llama"))
+    with rmfast.backend("cuda"), pytest.raises(rmfast.BackendError):
+        rm.score([[1, 2, 3]])
+    assert "engine: packed" in rm.explain()
+
+
+def test_many_texts_on_one_long_prefix_copy_it_once(monkeypatch):
+    model = decoder("llama", max_position_embeddings=512)
+    prompt = M.token_ids([300])[0]
+    inputs = [[*prompt, i, i + 1, 7] for i in range(40)]
+    rm, rows = RewardModel(model), []
+    rm.explain()
+    original = E.suffix_attention
+    monkeypatch.setattr(E, "suffix_attention", lambda *a, **kw: rows.append(len(a[4])) or original(*a, **kw))
+    M.assert_rewards(rm.score(inputs, engine="packed"), truths(model, inputs)[:, 0], M.reward_scale(model))
+    assert max(rows) <= 2 * 300
+
+
+def test_a_forward_set_on_a_rotary_embedding_is_left_there():
+    model = decoder("phi3-longrope")
+    rotary = model.model.rotary_emb
+    rotary.forward = mine = rotary.forward
+    RewardModel(model).score(M.token_ids([30, 40]), engine="packed")
+    assert rotary.__dict__["forward"] is mine
+
+
+def test_under_autocast_the_modules_choose_the_dtypes():
+    rm, inputs = RewardModel(decoder("llama")), texts(1)
+    want = rm.score(inputs)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert "not packed: autocast is on" in rm.explain()
+        rm.score(inputs)
+    assert torch.equal(rm.score(inputs), want)

@@ -468,6 +468,18 @@ def test_compiles_whole_with_the_same_outputs_and_gradients(device, J):
     torch.testing.assert_close(torch.autograd.grad(compiled.square().sum(), leaves), grads)
 
 
+@everywhere
+@pytest.mark.parametrize("J", [0, 2])
+def test_autocast_changes_no_number(where, J, use_backend):
+    device = use_backend(where)
+    hidden, kw = case(norm="layer", J=J, I=2 if J else 0, device=device)
+    want, grads = reward_head(hidden, **kw), gradients(hidden, kw, parameter_names("layer"))
+    with torch.autocast(device, dtype=torch.bfloat16):
+        assert torch.equal(reward_head(hidden, **kw), want)
+        again = gradients(hidden, kw, parameter_names("layer"))
+    assert all(torch.equal(grads[name], again[name]) for name in grads)
+
+
 @pytest.mark.parametrize("device", DEVICES)
 def test_runs_under_inference_mode_autocast_and_fake_tensors(device):
     hidden, kw = case(dtype=torch.bfloat16, device=device)
@@ -523,6 +535,8 @@ def bad(match, error=ValueError, **change):
         bad("Expected norm_weight to have shape", norm_weight=torch.ones(63)),
         bad("Expected norm_bias to be None unless", norm_bias=torch.ones(64)),
         bad("Expected norm_weight to be None with norm=None", norm=None),
+        bad("Expected norm to be None, .* got", norm=["rms"]),
+        bad("Expected intervention_index to be a tensor, got int", TypeError, **TWO, intervention_index=0),
         bad("Expected eps to be finite and above 0, got 0.0", eps=0.0),
         bad("Expected eps to be finite and above 0, got nan", eps=float("nan")),
         bad("Expected eps to be a float, got str", TypeError, eps="1e-6"),

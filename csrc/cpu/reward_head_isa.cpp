@@ -489,20 +489,9 @@ constexpr RewardHeadKernels<A> kernels() {
   return {workspace_size<A>, prepare<A>, forward, prepare_backward<A>, backward};
 }
 
-bool supported() {
-#if defined(__AVX512F__)
-  return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-         __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("fma");
-#elif defined(__AVX2__)
-  return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
-#else
-  return true;
-#endif
-}
-
 }  // namespace
 
 extern const Isa RMFAST_ISA;
-const Isa RMFAST_ISA = {RMFAST_STRING(RMFAST_ISA), supported, kernels<float>(), kernels<double>()};
+const Isa RMFAST_ISA = {RMFAST_STRING(RMFAST_ISA), cpu_supported, kernels<float>(), kernels<double>()};
 
 }  // namespace rmfast

@@ -460,22 +460,11 @@ int64_t scratch_bytes(const SuffixAttention& a, int64_t panels) {
                                : Scratch<float>(a, nullptr, panels).end - static_cast<char*>(nullptr);
 }
 
-bool supported() {
-#if defined(__AVX512F__)
-  return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-         __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("fma");
-#elif defined(__AVX2__)
-  return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
-#else
-  return true;
-#endif
-}
-
 }  // namespace
 
 namespace suffix_attention {
 extern const SuffixAttentionIsa RMFAST_ISA;
-const SuffixAttentionIsa RMFAST_ISA = {RMFAST_STRING(RMFAST_ISA), supported, lanes_per_panel, scratch_bytes, run_unit};
+const SuffixAttentionIsa RMFAST_ISA = {RMFAST_STRING(RMFAST_ISA), cpu_supported, lanes_per_panel, scratch_bytes, run_unit};
 }  // namespace suffix_attention
 
 }  // namespace rmfast

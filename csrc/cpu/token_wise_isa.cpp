@@ -355,22 +355,11 @@ void run_gated_activation(const GatedActivation& a, int64_t first, int64_t last)
   }
 }
 
-bool supported() {
-#if defined(__AVX512F__)
-  return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-         __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("fma");
-#elif defined(__AVX2__)
-  return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
-#else
-  return true;
-#endif
-}
-
 }  // namespace
 
 namespace token_wise {
 extern const TokenWiseIsa RMFAST_ISA;
-const TokenWiseIsa RMFAST_ISA = {RMFAST_STRING(RMFAST_ISA), supported,  rms_norm_scratch,    run_rms_norm,
+const TokenWiseIsa RMFAST_ISA = {RMFAST_STRING(RMFAST_ISA), cpu_supported,  rms_norm_scratch,    run_rms_norm,
                                  rotary_scratch,            run_rotary, run_gated_activation};
 }  // namespace token_wise
 

@@ -109,7 +109,12 @@ def reward_head(
     expect(weight.size(0) >= 1, "weight", f"of shape (K, {d}) with K >= 1", tuple(weight.shape))
     heads = weight.size(0)
     checked(bias, "bias", (heads,), hidden)
-    expect(norm is None or norm in _reference.NORMS, "norm", 'None, "rms", "gemma_rms" or "layer"', repr(norm))
+    expect(
+        norm is None or (isinstance(norm, str) and norm in _reference.NORMS),
+        "norm",
+        'None, "rms", "gemma_rms" or "layer"',
+        repr(norm),
+    )
     checked(norm_weight, "norm_weight", (d,), hidden)
     checked(norm_bias, "norm_bias", (d,), hidden)
     expect(norm is not None or norm_weight is None, "norm_weight", "None with norm=None", "a tensor")
@@ -134,6 +139,8 @@ def reward_head(
             if value is not None and value.requires_grad and torch.is_grad_enabled():
                 raise ValueError(f"Expected {name} not to require grad: the op has no gradient for it; detach it")
         if intervention_index is not None:
+            if not isinstance(intervention_index, Tensor):
+                raise TypeError(f"Expected intervention_index to be a tensor, got {type(intervention_index).__name__}")
             checked(intervention_index, "intervention_index", (None,) * intervention_index.dim(), hidden, index=True)
             expect(
                 intervention_index.shape in (lead, torch.Size([lead.numel()])),
@@ -149,6 +156,8 @@ def reward_head(
     interventions = None if strengths is None or intervention_index is not None else strengths.size(0)
     if directions is not None and strengths is not None and 0 in (directions.size(0), strengths.size(0)):
         # Nothing is removed: the plain op, with the axis of interventions put back below.
+        if not torch.compiler.is_compiling():
+            _check_values(hidden, None, strengths, intervention_index)
         directions = strengths = targets = intervention_index = None
     args = (
         _three_dims(hidden), cast(weight), cast(bias), _reference.NORMS[norm], cast(norm_weight), cast(norm_bias),
@@ -247,6 +256,11 @@ def _changed_rows(hidden, rows, directions, strengths, targets, index) -> tuple[
 
 
 def _backward(ctx, grad):
+    with torch.autocast(grad.device.type, enabled=False):  # autograd brings the caller's autocast back here
+        return _gradients(ctx, grad)
+
+
+def _gradients(ctx, grad):
     hidden, weight, norm_weight, norm_bias, rows, directions, strengths, targets, index = ctx.saved_tensors
     need_hidden, need_weight, need_bias = ctx.needs_input_grad[:3]
     need_gain, need_norm_bias = ctx.needs_input_grad[4:6]
@@ -304,8 +318,11 @@ def _runnable(name: str | None, hidden: Tensor) -> str | None:
 
 def _scatter(grad_rows: Tensor, rows: Tensor, hidden: Tensor) -> Tensor:
     out = hidden.new_zeros(hidden.size(0) * hidden.size(1), hidden.size(2))
-    # index_put sorts on CUDA, so repeated rows add up in a fixed order; index_add would use atomics there.
-    return out.index_put((rows,), grad_rows, accumulate=True).reshape(hidden.shape)
+    # Repeated rows add up in a fixed order: index_put sorts on CUDA, where index_add uses atomics; on the CPU it is the
+    # other way round.
+    if hidden.device.type == "cuda":
+        return out.index_put((rows,), grad_rows, accumulate=True).reshape(hidden.shape)
+    return out.index_add(0, rows, grad_rows).reshape(hidden.shape)
 
 
 def _no_second_derivative(ctx, *grads):

@@ -162,6 +162,20 @@ inline void store_part(T* p, V<A> v, int64_t n) {
   memcpy(p, part, n * sizeof(T));
 }
 
+// Whether the CPU has all that -march=x86-64-v4 or -v3 lets the compiler use.
+inline bool cpu_supported() {
+#if defined(__AVX512F__)
+  return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512cd") &&
+         __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("fma") &&
+         __builtin_cpu_supports("bmi2");
+#elif defined(__AVX2__)
+  return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("bmi") &&
+         __builtin_cpu_supports("bmi2");
+#else
+  return true;
+#endif
+}
+
 // Lanes added in one fixed tree.
 template <class A>
 inline A sum(V<A> v) {
