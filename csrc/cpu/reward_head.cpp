@@ -4,10 +4,6 @@
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
-#ifdef __linux__
-#include <sys/mman.h>
-#endif
-
 #include <cstdint>
 #include <cstdlib>
 #include <optional>
@@ -121,16 +117,6 @@ Tensor reward_head(const Tensor& hidden, const Tensor& weight, const std::option
              intervention_index);
 }
 
-// A fresh gradient of 128 MiB is 32,768 page faults, most of the time of the whole backward: ask for 2 MiB pages.
-void use_huge_pages(void* data, int64_t bytes) {
-#ifdef __linux__
-  constexpr uintptr_t kHuge = uintptr_t(1) << 21;
-  const uintptr_t from = (reinterpret_cast<uintptr_t>(data) + kHuge - 1) & ~(kHuge - 1);
-  const uintptr_t to = (reinterpret_cast<uintptr_t>(data) + bytes) & ~(kHuge - 1);
-  if (to > from) madvise(reinterpret_cast<void*>(from), to - from, MADV_HUGEPAGE);  // advice: failing costs nothing
-#endif
-}
-
 template <class Acc>
 std::tuple<Tensor, Tensor> backward(const Tensor& grad, const Tensor& hidden, const Tensor& weight, int64_t norm,
                                     const std::optional<Tensor>& norm_weight, double eps,
@@ -153,7 +139,6 @@ std::tuple<Tensor, Tensor> backward(const Tensor& grad, const Tensor& hidden, co
                              : torch::stable::new_empty(weight, {0});
   Tensor workspace = torch::stable::new_empty(weight, {h.K * (h.rows.d + 1)});
   h.grad_rows = need_rows ? grad_rows.mutable_data_ptr() : nullptr;
-  if (need_rows) use_huge_pages(h.grad_rows, grad_rows.numel() * grad_rows.element_size());
   h.partial = need_dots ? static_cast<Acc*>(partial.mutable_data_ptr()) : nullptr;
   h.workspace = static_cast<Acc*>(workspace.mutable_data_ptr());
 
