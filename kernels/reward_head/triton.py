@@ -283,6 +283,7 @@ def _prepare(
     o_j = tl.program_id(1) * BJ + tl.arange(0, BJ)
     m_j = o_j < J
     is_head = i_n < K
+    m_head = tl.full([BD], 0, tl.int64) + i_n < K  # as a tile: masks mix with scalars badly in Triton 3.9's interpreter
     b_products = tl.zeros([BJ, BD], acc)
     b_total = tl.zeros([BD], acc)
     b_offset = tl.zeros([BD], acc)
@@ -290,14 +291,14 @@ def _prepare(
     for i_d in range(0, d, BD):
         o_d = i_d + tl.arange(0, BD)
         m_d = o_d < d
-        b_w = tl.load(p_weight + i_n * d + o_d, mask=m_d & is_head, other=0.0)
+        b_w = tl.load(p_weight + i_n * d + o_d, mask=m_d & m_head, other=0.0)
         b_a = b_w
         if p_gain is not None:
             b_a = b_a * _gain(p_gain, o_d, m_d, NORM)
         if p_norm_bias is not None:
             b_offset = tl.fma(b_w, tl.load(p_norm_bias + o_d, mask=m_d, other=0.0), b_offset)
         if J > 0:
-            b_a += tl.load(p_directions + (i_n - K) * d + o_d, mask=m_d & (i_n >= K), other=0.0)
+            b_a += tl.load(p_directions + (i_n - K) * d + o_d, mask=m_d & (m_head == 0), other=0.0)
             b_p = tl.load(
                 p_directions + o_j[:, None].to(tl.int64) * d + o_d[None, :], mask=m_j[:, None] & m_d[None, :], other=0.0
             )  # [BJ, BD]
@@ -329,11 +330,11 @@ def _prepare(
             for i_d in range(0, DP, BD):
                 o_d = i_d + tl.arange(0, BD)
                 m_d = o_d < d
-                b_a = tl.load(p_weight + i_n * d + o_d, mask=m_d & is_head, other=0.0)
+                b_a = tl.load(p_weight + i_n * d + o_d, mask=m_d & m_head, other=0.0)
                 if p_gain is not None:
                     b_a = b_a * _gain(p_gain, o_d, m_d, NORM)
                 if J > 0:
-                    b_a += tl.load(p_directions + (i_n - K) * d + o_d, mask=m_d & (i_n >= K), other=0.0)
+                    b_a += tl.load(p_directions + (i_n - K) * d + o_d, mask=m_d & (m_head == 0), other=0.0)
                 b_a = tl.where(m_d, b_a - b_mean, 0.0) * b_scale
                 o_p = i_n * DP + o_d
                 for _ in tl.static_range(TERMS):
@@ -468,6 +469,7 @@ def _explicit(
     o_d = tl.arange(0, BD)
     o_j = tl.arange(0, JP)
     m_j = o_j < J
+    m_c = m_j & (tl.zeros([JP], tl.int32) + m_i > 0)
     p_h = p_hidden + o_h + o_d
     p_p = p_directions + o_j[:, None].to(tl.int64) * d + o_d[None, :]
     b_z = tl.zeros([JP], tl.float64)
@@ -476,8 +478,8 @@ def _explicit(
         b_p = tl.load(p_p + i_d, mask=m_j[:, None] & (i_d + o_d < d)[None, :], other=0.0).to(tl.float64)
         b_z += tl.sum(b_p * b_h[None, :], 1)
     if p_targets is not None:
-        b_z -= tl.load(p_targets + i_i * J + o_j, mask=m_j & m_i, other=0.0).to(tl.float64)
-    b_c = b_z * tl.load(p_strengths + i_i * J + o_j, mask=m_j & m_i, other=0.0).to(tl.float64)
+        b_z -= tl.load(p_targets + i_i * J + o_j, mask=m_c, other=0.0).to(tl.float64)
+    b_c = b_z * tl.load(p_strengths + i_i * J + o_j, mask=m_c, other=0.0).to(tl.float64)
     b_mean = tl.zeros([], tl.float64)
     if NORM == LAYER:
         b_total = tl.zeros([BD], tl.float64)
@@ -609,7 +611,7 @@ def _finish(
                 _explicit(
                     p_hidden, p_weight, p_gain, p_directions, p_offset, p_strengths, p_targets,
                     p_out + tl.sum(tl.where(m_r, o_out, 0)), tl.sum(tl.where(m_r, o_h, 0)),
-                    tl.sum(tl.where(m_r, o_i, 0)), tl.sum(tl.where(m_r, m_i.to(tl.int32), 0)) > 0,
+                    tl.sum(tl.where(m_r, o_i, 0)), tl.sum(tl.where(m_r, m_i.to(tl.int32), 0)),
                     d, K, J, eps, NORM, JP, BK, BD,
                 )  # fmt: skip
 
