@@ -54,7 +54,7 @@ $(READY): constraints.txt pyproject.toml setup.py Makefile
 	RMFAST_BUILD_EXT=0 $(BIN)/pip install -q -c constraints.txt --no-build-isolation -e ".[dev,demo]"
 	touch $@
 
-# On a machine with a CUDA GPU: build with nvcc, all tests on it, compute-sanitizer, the benchmark registry. Runs in the
+# On a machine with a CUDA GPU: build with nvcc, the ops' tests and models on it, compute-sanitizer, benchmarks. Runs in the
 # Python that holds torch there (PYTHON), and needs no network. Rows go to bench/data/.
 gpu-check:
 	bash tests/gpu_check.sh $(PYTHON)

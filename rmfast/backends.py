@@ -99,7 +99,10 @@ def _load(name: str) -> str | None:
     """Loads a compiled library; None, or the reason why it could not be."""
     path = _library_path(name)
     if path is None:
-        return "this install holds no compiled library; fix: pip install --no-build-isolation . (needs a C++ compiler)"
+        return (
+            "this install holds no compiled library; fix: pip install --no-build-isolation . (needs torch, setuptools, "
+            "ninja and a C++ compiler)"
+        )
     importlib.import_module("rmfast.ops")  # the ops' schemas, which the library's registrations fill
     try:
         torch.ops.load_library(str(path))

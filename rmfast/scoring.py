@@ -65,6 +65,7 @@ class RewardModel:
         self.tokenizer = tokenizer
         self.pooling = pooling
         self.num_labels = self.binding.num_labels
+        self._table = _position_table(self.binding)
         self.max_length = _max_length(self.binding, tokenizer)
         if not self.binding.head and pooling != "auto":
             name = type(self.binding.root).__name__
@@ -195,7 +196,7 @@ class RewardModel:
             self.tokenizer,
             causal=self.binding.causal,
             vocab_size=self.binding.vocab_size,
-            max_length=self.max_length if max_length is None else max_length,
+            max_length=_least(self._table, self.max_length if max_length is None else max_length),
             truncation=truncation,
             format=format,
             errors=errors,
@@ -403,16 +404,30 @@ def _normalize(normalize: tuple[Any, Any], labels: int) -> tuple[Tensor, Tensor]
     return mean, std
 
 
+def _least(*limits: int | None) -> int | None:
+    return min((limit for limit in limits if limit is not None), default=None)
+
+
+def _position_table(binding: _model.Binding) -> int | None:
+    """Most tokens that a table of learned positions has rows for: beyond it the model would crash."""
+    rows = []
+    for name, module in binding.body.named_modules():
+        if not isinstance(module, nn.Embedding):
+            continue
+        if name.endswith("position_embeddings"):
+            # RoBERTa counts positions from padding_idx + 1, so its table holds fewer texts' tokens than rows.
+            rows.append(module.num_embeddings - (0 if module.padding_idx is None else module.padding_idx + 1))
+        elif name.endswith(("wpe", "embed_positions")):
+            rows.append(module.num_embeddings - int(getattr(module, "offset", 0)))  # OPT's table begins at row 2
+    return min(rows, default=None)
+
+
 def _max_length(binding: _model.Binding, tokenizer: Any) -> int | None:
     """The smaller of the model's positions and the tokenizer's limit, where they are stated."""
-    limits = []
+    limits = [table] if (table := _position_table(binding)) is not None else []
     positions = getattr(binding.config, "max_position_embeddings", None)
     if isinstance(positions, int) and positions > 0:
         limits.append(positions)
-    for name, module in binding.body.named_modules():
-        # RoBERTa counts positions from padding_idx + 1, so its table holds fewer texts' tokens than rows.
-        if isinstance(module, nn.Embedding) and name.endswith("position_embeddings") and module.padding_idx is not None:
-            limits.append(module.num_embeddings - module.padding_idx - 1)
     stated = getattr(tokenizer, "model_max_length", None)
     if isinstance(stated, int) and 0 < stated < 10**9:  # unset, it is 10^30
         limits.append(stated)

@@ -486,3 +486,11 @@ def test_load_runs_a_checkpoints_own_code_when_trusted(tmp_path, monkeypatch):
     M.tokenizer().save_pretrained(tmp_path)
     loaded = rmfast.load(tmp_path, device="cpu", trust_remote_code=True)
     M.assert_rewards(loaded.score(TEXTS), own(model), M.reward_scale(model))
+
+
+@pytest.mark.parametrize("make", [lambda: M.decoder("gpt2"), lambda: M.encoder("Bert")])
+def test_no_max_length_lifts_the_limit_of_a_position_table(make):
+    rm = RewardModel(make())
+    with pytest.raises(InputError, match="tokens, over max_length"):
+        rm.score(M.token_ids([200]), max_length=1000)
+    assert rm.score(M.token_ids([200]), max_length=1000, truncation="left").shape == (1,)

@@ -176,7 +176,7 @@ void row_dots(const T* x, A shift, const A* y, int64_t d, A* out, Moments<A>* mo
   }
   for (int c = 0; c < C; ++c) out[c] = sum<A>(acc[0][c]);
   moments->square = sum<A>(sq[0]);
-  moments->sum = sum<A>(total[0]);
+  moments->sum = Center ? sum<A>(total[0]) : A(0);
 }
 
 template <class A, class T, bool Center>

@@ -176,14 +176,39 @@ inline bool cpu_supported() {
 #endif
 }
 
+template <class A>
+struct IntegerOf;
+template <>
+struct IntegerOf<float> {
+  typedef int32_t type;
+};
+template <>
+struct IntegerOf<double> {
+  typedef int64_t type;
+};
+template <class A>
+using Integer = typename IntegerOf<A>::type;
+
 // Lanes added in one fixed tree.
 template <class A>
 inline A sum(V<A> v) {
+#if defined(__clang__)
   A lanes[W<A>];
   memcpy(lanes, &v, sizeof v);
   for (int step = W<A> / 2; step; step /= 2)
     for (int i = 0; i < step; ++i) lanes[i] += lanes[i + step];
   return lanes[0];
+#else
+  // In registers: GCC makes a chain of stores and loads of the above, 60 ns of a 120 ns row.
+  typedef typename Vector<Integer<A>>::type Index;
+#pragma GCC unroll 4
+  for (int step = W<A> / 2; step; step /= 2) {
+    Index from;
+    for (int i = 0; i < W<A>; ++i) from[i] = (i + step) % W<A>;
+    v += __builtin_shuffle(v, from);
+  }
+  return v[0];
+#endif
 }
 
 template <class A>
