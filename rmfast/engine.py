@@ -9,7 +9,6 @@ Both ways are tried on a few tokens against the padded run before they are used.
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from contextvars import ContextVar
@@ -485,7 +484,7 @@ class Engine:
             if binding.leaves_norm_out:
                 stack.enter_context(_model._identity(binding.norm))
             for layer, fused in self.layers:
-                stack.enter_context(_forward(layer, fused))
+                stack.enter_context(_model.replaced_forward(layer, fused))
             token = _current.set(run)
             try:
                 out = binding.body(input_ids=tokens, position_ids=run.positions[None], use_cache=False)
@@ -544,25 +543,6 @@ def _with_our_attention(kind: Any) -> type:
 
 
 @contextmanager
-def _forward(module: nn.Module, forward: Callable) -> Iterator[None]:
-    """Gives a module another forward for this thread."""
-    own = module.__dict__.get("forward")
-    original, thread = module.forward, threading.get_ident()
-
-    def call(*args: Any, **kwargs: Any) -> Any:
-        return (forward if threading.get_ident() == thread else original)(*args, **kwargs)
-
-    module.forward = call  # type: ignore[method-assign]
-    try:
-        yield
-    finally:
-        if own is None:
-            del module.forward
-        else:
-            module.forward = own  # type: ignore[method-assign]
-
-
-@contextmanager
 def _longest_text(body: nn.Module, longest: int) -> Iterator[None]:
     """Rotary embeddings as they are beside a text of `longest` tokens: one more position, taken off again."""
     with ExitStack() as stack:
@@ -575,5 +555,5 @@ def _longest_text(body: nn.Module, longest: int) -> Iterator[None]:
                 more = torch.cat([position_ids, position_ids.new_full((position_ids.size(0), 1), longest - 1)], dim=1)
                 return tuple(t[:, :-1] for t in original(x, more, *args, **kw))
 
-            stack.enter_context(_forward(module, longer))
+            stack.enter_context(_model.replaced_forward(module, longer))
         yield

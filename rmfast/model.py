@@ -16,7 +16,7 @@ import inspect
 import threading
 import weakref
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -565,23 +565,28 @@ def _hooked(module: nn.Module) -> bool:
 
 
 @contextmanager
-def _identity(norm: nn.Module | None) -> Iterator[None]:
-    """Make the norm give back what it is given, for this thread: no normalised copy of all the tokens is written."""
-    assert norm is not None
-    own = norm.__dict__.get("forward")  # accelerate and kernel libraries set one on the instance
-    original, thread = norm.forward, threading.get_ident()
+def replaced_forward(module: nn.Module, forward: Callable) -> Iterator[None]:
+    """Gives a module another forward, for this thread."""
+    own = module.__dict__.get("forward")  # accelerate and kernel libraries set one on the instance
+    original, thread = module.forward, threading.get_ident()
 
-    def forward(x: Tensor, *args: Any, **kwargs: Any) -> Any:
-        return x if threading.get_ident() == thread else original(x, *args, **kwargs)
+    def call(*args: Any, **kwargs: Any) -> Any:
+        return (forward if threading.get_ident() == thread else original)(*args, **kwargs)
 
-    norm.forward = forward  # type: ignore[method-assign]
+    module.forward = call  # type: ignore[method-assign]
     try:
         yield
     finally:
         if own is None:
-            del norm.forward
+            del module.forward
         else:
-            norm.forward = own  # type: ignore[method-assign]
+            module.forward = own  # type: ignore[method-assign]
+
+
+def _identity(norm: nn.Module | None) -> AbstractContextManager[None]:
+    """Makes the norm give back what it is given: no normalised copy of all the tokens is written."""
+    assert norm is not None
+    return replaced_forward(norm, lambda x, *args, **kwargs: x)
 
 
 @contextmanager
