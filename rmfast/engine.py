@@ -42,7 +42,6 @@ class _Run:
     cu_seqlens: Tensor
     prefix_start: Tensor
     prefix_len: Tensor
-    positions: Tensor
     pool_rows: Tensor | slice
     keep_rows: Tensor | slice
     read_rows: Tensor | None  # None: all rows are read
@@ -468,7 +467,6 @@ class Engine:
             cu_seqlens=move(chunk.cu_seqlens),
             prefix_start=move(chunk.prefix_start),
             prefix_len=move(chunk.prefix_len),
-            positions=move(chunk.positions),
             pool_rows=_rows(chunk.pool_rows, device),
             keep_rows=_rows(chunk.keep_rows, device),
             read_rows=None if all_read else move(chunk.read_rows),
@@ -487,7 +485,7 @@ class Engine:
                 stack.enter_context(_model.replaced_forward(layer, fused))
             token = _current.set(run)
             try:
-                out = binding.body(input_ids=tokens, position_ids=run.positions[None], use_cache=False)
+                out = binding.body(input_ids=tokens, position_ids=move(chunk.positions)[None], use_cache=False)
             finally:
                 _current.reset(token)
         hidden = _model._hidden_state(out)[0]

@@ -9,8 +9,7 @@
 #include <optional>
 #include <tuple>
 
-#include "rmfast/isa.h"
-#include "rmfast/reward_head.h"
+#include "tensors.h"
 
 namespace rmfast {
 
@@ -33,12 +32,7 @@ const Isa* found_isa() {
   return choose_isa(all);
 }
 
-const Isa& isa() {
-  const Isa* found = found_isa();
-  STD_TORCH_CHECK(found, "RMFAST_CPU_ISA=", std::getenv("RMFAST_CPU_ISA"),
-                  " is not an instruction set of this build and CPU; expected avx512, avx2 or portable");
-  return *found;
-}
+const Isa& isa() { return required(found_isa()); }
 
 template <class Acc>
 const RewardHeadKernels<Acc>& kernels() {
@@ -56,12 +50,7 @@ const Acc* data(const std::optional<Tensor>& t) {
 Rows rows_of(const Tensor& hidden, const std::optional<Tensor>& picked) {
   Rows rows;
   rows.data = hidden.const_data_ptr();
-  switch (hidden.scalar_type()) {
-    case ScalarType::Double: rows.dtype = DType::f64; break;
-    case ScalarType::BFloat16: rows.dtype = DType::bf16; break;
-    case ScalarType::Half: rows.dtype = DType::f16; break;
-    default: rows.dtype = DType::f32;
-  }
+  rows.dtype = dtype_of(hidden);
   rows.d = hidden.size(2);
   rows.per_batch = hidden.size(1);
   rows.stride_b = hidden.stride(0);

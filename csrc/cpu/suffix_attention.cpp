@@ -14,7 +14,7 @@
 #include <tuple>
 #include <vector>
 
-#include "rmfast/isa.h"
+#include "tensors.h"
 
 namespace rmfast {
 
@@ -37,10 +37,7 @@ const SuffixAttentionIsa& isa() {
 #else
   static const SuffixAttentionIsa* const all[] = {&suffix_attention::portable};
 #endif
-  const SuffixAttentionIsa* found = choose_isa(all);
-  STD_TORCH_CHECK(found, "RMFAST_CPU_ISA=", std::getenv("RMFAST_CPU_ISA"),
-                  " is not an instruction set of this build and CPU; expected avx512, avx2 or portable");
-  return *found;
+  return required(choose_isa(all));
 }
 
 HeadRows head_rows(const Tensor& t) { return {t.const_data_ptr(), t.stride(0), t.stride(1)}; }
@@ -138,12 +135,7 @@ std::tuple<Tensor, Tensor> attention(const Tensor& q, const Tensor& k, const Ten
     });
 
   SuffixAttention a{};
-  switch (q.scalar_type()) {
-    case ScalarType::Double: a.dtype = DType::f64; break;
-    case ScalarType::BFloat16: a.dtype = DType::bf16; break;
-    case ScalarType::Half: a.dtype = DType::f16; break;
-    default: a.dtype = DType::f32;
-  }
+  a.dtype = dtype_of(q);
   a.head_dim = q.size(2);
   a.heads = q.size(1);
   a.kv_heads = k.size(1);

@@ -10,7 +10,7 @@
 #include <optional>
 #include <tuple>
 
-#include "rmfast/isa.h"
+#include "tensors.h"
 
 namespace rmfast {
 
@@ -23,7 +23,6 @@ extern const TokenWiseIsa portable;
 
 namespace {
 
-using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
 const TokenWiseIsa& isa() {
@@ -32,19 +31,7 @@ const TokenWiseIsa& isa() {
 #else
   static const TokenWiseIsa* const all[] = {&token_wise::portable};
 #endif
-  const TokenWiseIsa* found = choose_isa(all);
-  STD_TORCH_CHECK(found, "RMFAST_CPU_ISA=", std::getenv("RMFAST_CPU_ISA"),
-                  " is not an instruction set of this build and CPU; expected avx512, avx2 or portable");
-  return *found;
-}
-
-DType dtype_of(const Tensor& t) {
-  switch (t.scalar_type()) {
-    case ScalarType::Double: return DType::f64;
-    case ScalarType::BFloat16: return DType::bf16;
-    case ScalarType::Half: return DType::f16;
-    default: return DType::f32;
-  }
+  return required(choose_isa(all));
 }
 
 Gain gain_of(const std::optional<Tensor>& t) {
