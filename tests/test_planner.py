@@ -163,6 +163,46 @@ def test_a_pool_holds_the_outer_prefix_once_for_each_inner_one():
     assert len(chunk.pool_rows) == (100 + 30) + (100 + 40)
 
 
+def test_tokens_shared_by_chance_after_a_long_prompt_do_not_fill_the_pool():
+    rng = np.random.default_rng(0)
+    prompt = text(0, 1500)
+    texts = [prompt + rng.integers(0, 256, 4).tolist() for _ in range(400)]
+    got = plan(*flat(texts), batch_tokens=2048)
+    # With a copy of the prompt for each pair that shares one token more: 13 chunks, of 1,652 rows and then of 80 to
+    # 140, for 2,898 rows in all; and 15,012 rows in the pool.
+    assert [chunk.rows for chunk in got] == [2047, 1051]
+    assert got.stats.peak_pool <= 1502
+
+
+def test_a_nested_prefix_is_shared_from_min_shared_more_tokens_on():
+    prompt = text(0, 100)
+    for more, rows, pool in ((8, 100 + 3 * (8 + 3 * 5), 3 * 108), (7, 100 + (7 + 3 * 5) + 6 * (7 + 5), 107)):
+        texts = [prompt + [branch] * more + text(10 * branch + i, 5) for branch in range(3) for i in range(3)]
+        got = plan(*flat(texts), batch_tokens=4096)
+        assert (got.stats.rows, got.stats.peak_pool) == (rows, pool)
+
+
+def test_beginnings_of_one_text_run_it_once_however_small_the_steps():
+    whole = text(0, 200)
+    (chunk,) = plan(*flat([whole[:n] for n in range(20, 201, 3)]), batch_tokens=4096)
+    assert chunk.rows == 200 and len(chunk.pool_rows) == 197
+
+
+def test_the_pool_ends_no_chunk_that_is_less_than_half_full():
+    prompt = text(0, 1500)
+    texts = [prompt + text(i + 1, 10) + text(1000 + 2 * i + j, 5) for i in range(200) for j in range(2)]
+    got = plan(*flat(texts), batch_tokens=2048)
+    # The pool has room for ten prefixes of 1,510 rows, so that chunks after the first had 200 rows. (Half a chunk is
+    # 1,024, but for a last pair whose prefix the next one keeps.)
+    assert [chunk.rows for chunk in got] == [1700, *[1010] * 5, 100]
+
+
+def test_without_room_in_the_pool_texts_run_in_full():
+    prompt = text(0, 50)
+    got = plan(*flat([prompt + text(i + 1, 10) for i in range(10)]), batch_tokens=250, pool_tokens=0)
+    assert [chunk.rows for chunk in got] == [180, 180, 180, 60]  # and not 10 chunks of one text
+
+
 def test_a_shared_beginning_below_min_shared_is_run_again():
     texts = [[7] * 7 + [i] * 5 for i in range(3)]
     assert plan(*flat(texts), batch_tokens=100, min_shared=8).stats.rows == 36

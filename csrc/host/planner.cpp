@@ -23,7 +23,7 @@ struct Inputs {
 };
 
 struct Budgets {
-    int64_t batch, keep, pool;
+    int64_t batch, keep, pool, min_shared;
 };
 
 struct Text {
@@ -87,11 +87,18 @@ void fill(const std::vector<Text>& texts, const Budgets& b, std::vector<Segment>
     const int64_t count = static_cast<int64_t>(texts.size());
     segments.clear();
     before.clear();
-    int64_t start = next, rows = 0, pooled = 0, run = 0, previous = 0, growth = 0;
+    int64_t start = next, rows = 0, pooled = 0, run = 0, previous = 0;
     for (; text < count; ++text) {
         const Text& t = texts[text];
-        if (!segments.empty()) start = t.shared;
-        growth = pool_growth(start, previous, run);
+        if (!segments.empty()) {
+            start = t.shared;
+            if (previous < start && start < previous + b.min_shared && previous < run) start = previous;
+        }
+        int64_t growth = pool_growth(start, previous, run);
+        if (pooled + growth > b.pool && 2 * rows < b.batch) {
+            start = previous;
+            growth = 0;
+        }
         if (rows + t.length - start > b.batch || pooled + growth > b.pool) break;
         segments.push_back({text, start, t.length});
         before.push_back(rows);
@@ -104,7 +111,7 @@ void fill(const std::vector<Text>& texts, const Budgets& b, std::vector<Segment>
     if (text == count) return;
 
     const Text& t = texts[text];
-    if (2 * rows < b.batch && pooled + growth <= b.pool && t.length <= b.keep + b.batch) {
+    if (2 * rows < b.batch && t.length <= b.keep + b.batch) {
         const int64_t stop = std::min(start + b.batch - rows, b.keep);
         if (start < stop) {
             segments.push_back({text, start, stop});
@@ -115,9 +122,10 @@ void fill(const std::vector<Text>& texts, const Budgets& b, std::vector<Segment>
     if (!segments.empty()) {
         size_t end = segments.size();
         for (size_t k = segments.size() - 1; k > 0 && 4 * before[k] >= 3 * rows; --k) {
-            if (texts[segments[k].text].shared < texts[text].shared) {
+            if (segments[k].start < start) {
                 end = k;
                 text = segments[k].text;
+                start = segments[k].start;
             }
         }
         segments.resize(end);
@@ -203,7 +211,7 @@ using Array = py::array_t<T, py::array::c_style | py::array::forcecast>;
 py::tuple plan(const Array<int32_t>& ids, const Array<int64_t>& first, const Array<int64_t>& length, int64_t batch,
                int64_t keep, int64_t pool, int64_t min_shared, bool read_all) {
     const Inputs in{ids.data(), first.data(), length.data(), static_cast<int64_t>(length.size())};
-    const Budgets budgets{batch, keep, pool};
+    const Budgets budgets{batch, keep, pool, min_shared};
     const int64_t longest = in.count ? *std::max_element(in.length, in.length + in.count) : 0;
     Output out(read_all, read_all ? static_cast<int64_t>(ids.size()) : in.count, longest);
     std::vector<int64_t> order;
