@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 # Modules of this package, one per op or workload, each with its rows in a list called BENCHMARKS.
-OPS = ("reward_head",)
+OPS = ("reward_head", "suffix_attention", "token_wise", "scoring")
 
 # The L3 of a server CPU is hundreds of MiB: fewer distinct bytes would time the cache.
 ROTATE = 1 << 30
@@ -36,6 +36,10 @@ class Problem(abc.ABC):
     def error(self, out: Any) -> float:
         """Largest difference of a result for inputs[0] from the fp64 truth, in units of the result's own scale."""
 
+    def memory_input(self) -> Any:
+        """What `Benchmark.memory` is measured on."""
+        return self.inputs[0]
+
 
 # Given a problem, the function of one of its inputs that is timed; what is computed once per model stays outside it.
 Maker = Callable[[Any], Callable[[Any], Any]]
@@ -47,7 +51,8 @@ class Benchmark:
 
     A baseline is a group of forms of the same idea; its time is that of its fastest form whose numbers pass.
     `targets` by device type: the least ratio over a baseline of that name, or of "share", the least share of `limit`
-    ("read" or "copy" bandwidth, "gemm" rate; by device type), which is measured in the same run.
+    ("read" or "copy" bandwidth, "gemm" rate; by device type), which is measured in the same run; or of "memory", the
+    most that ours may take of the peak memory of the baseline named by `memory`.
     """
 
     name: str
@@ -59,6 +64,8 @@ class Benchmark:
     limit: Mapping[str, str] = field(default_factory=dict)
     targets: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
     rotate: int = ROTATE
+    rounds: tuple[int, int] = (5, 100)  # of samples: at least, at most
+    memory: str | None = None  # the contender whose peak memory, beyond the problem's own, ours is compared with
     devices: tuple[str, ...] = ("cpu", "cuda")
 
     def contenders(self) -> dict[str, Maker]:

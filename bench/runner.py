@@ -22,7 +22,7 @@ from typing import Any
 
 import torch
 
-from bench import machine
+from bench import machine, memory
 from bench.registry import Benchmark
 from rmfast import backends
 
@@ -31,7 +31,7 @@ DATA = Path(__file__).parent / "data"
 # A sample is one call, or as many calls as take this long, so that neither the clock nor a thread that went to
 # sleep during the contender before weighs in.
 SAMPLE_SECONDS = 0.02
-ROUNDS = (5, 100)  # at least, at most
+SLOW_SECONDS = 4  # a call this long needs no warm-up beyond it: the checked run is its first sample
 PROBE_BYTES = 5 << 28  # 1.25 GiB
 
 
@@ -72,12 +72,14 @@ def measure(
     contenders: Iterable[Contender],
     device: torch.device,
     seconds: float,
-    rounds: tuple[int, int] = ROUNDS,
+    rounds: tuple[int, int],
     sample_seconds: float = SAMPLE_SECONDS,
 ) -> None:
     """Fills the samples, A B C A B C ..., for about `seconds` and at least rounds[0], at most rounds[1] each."""
     contenders = list(contenders)
     for contender in contenders:
+        if contender.samples:
+            continue
         contender.call()
         contender.repeats = max(1, min(1000, int(sample_seconds * 1e3 / max(_sample(contender, device), 1e-3))))
     gc.collect()
@@ -97,13 +99,18 @@ def _checked(maker: Callable, problem: Any, calls: Any, tolerance: float) -> Con
     """A contender, run once on inputs[0] against the truth; what it raises is its failure."""
     try:
         function = maker(problem)
-        error = problem.error(function(problem.inputs[0]))
+        begin = time.perf_counter()
+        out = function(problem.inputs[0])
+        seconds = time.perf_counter() - begin
+        error = problem.error(out)
     except Exception as raised:  # a baseline may not run here at all, such as torch.compile without a compiler
         print(f"{type(raised).__name__}: {raised}", file=sys.stderr)
         return Contender(lambda: None, failure=type(raised).__name__)  # its message may hold paths
     contender = Contender(lambda: function(next(calls)), error=error)
     if not error <= tolerance:
         contender.failure = f"error {error:.1e} > {tolerance:.1e}"
+    if seconds > SLOW_SECONDS:
+        contender.samples.append(seconds * 1e3)
     return contender
 
 
@@ -147,9 +154,9 @@ def run(
         running = [c for c in contenders.values() if c.error is not None]
         timed = [*running, *probes.values()]
         if quick:
-            measure(timed, where, 0, rounds=(2, 2), sample_seconds=0)
+            measure(timed, where, 0, (2, 2), sample_seconds=0)
         else:
-            measure(timed, where, seconds)
+            measure(timed, where, seconds, benchmark.rounds)
 
     row: dict[str, Any] = {
         "benchmark": benchmark.name,
@@ -186,12 +193,21 @@ def run(
     if kind and not ours.failure:
         work = problem.flops if kind == "gemm" else problem.bytes_moved
         row["share"] = work / (ours.ms / 1e3) / row["limits"][kind]
+    row["memory"] = None
+    if benchmark.memory and not quick:
+        peaks = {label: memory.measured(benchmark.name, label, where.type) for label in ("ours", benchmark.memory)}
+        row["memory"] = peaks | {"share": peaks["ours"] / peaks[benchmark.memory]}
     reached = row["ratios"] | {"share": row["share"]}
     targets = {} if quick else benchmark.targets.get(where.type, {})
-    targets = {name: least for name, least in targets.items() if name == "share" or not _left_out(name, row)}
+    targets = {name: bound for name, bound in targets.items() if name in _SHARES or not _left_out(name, row)}
     row["targets"] = targets
-    row["met"] = {name: (reached.get(name) or 0) >= least for name, least in targets.items()}
+    row["met"] = {name: (reached.get(name) or 0) >= least for name, least in targets.items() if name != "memory"}
+    if "memory" in targets:
+        row["met"]["memory"] = row["memory"]["share"] <= targets["memory"]
     return row
+
+
+_SHARES = ("share", "memory")
 
 
 def _left_out(group: str, row: dict[str, Any]) -> bool:
@@ -251,6 +267,13 @@ def text(row: dict[str, Any]) -> str:
             least_shown = f"{least:.0%}" if name == "share" else f"{least:g}x"
             target = f", target {least_shown}: {'met' if row['met'][name] else 'MISSED'}"
         lines.append(f"  -> {shown}{target}")
+    if row["memory"]:
+        shown = ", ".join(
+            f"{label} {size / 2**20:.0f} MiB" for label, size in row["memory"].items() if label != "share"
+        )
+        most = row["targets"].get("memory")
+        target = "" if most is None else f", target at most {most}: {'met' if row['met']['memory'] else 'MISSED'}"
+        lines.append(f"  -> peak memory {shown}: {row['memory']['share']:.2f}x{target}")
     lines.append(f"  check {row['check']}")
     return "\n".join(lines)
 
