@@ -24,9 +24,9 @@ nothing is ever allocated or freed piecewise. In the engine, with `kept` and `po
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 
@@ -35,9 +35,9 @@ try:
 except ImportError:
     _planner = None
 
-__all__ = ["Chunk", "Plan", "Stats", "plan", "plan_windows"]
+__all__ = ["Chunk", "Plan", "Stats", "plan", "windows"]
 
-# Tokens planned at once by `plan_windows`: 64 MiB of ids, 80,000 texts of 200 tokens.
+# Tokens of a window: 64 MiB of int32 ids, 80,000 texts of 200 tokens.
 _WINDOW_TOKENS = 1 << 24
 
 
@@ -257,37 +257,23 @@ def plan(
     )
 
 
-def plan_windows(
-    inputs: Iterable[Sequence[int] | np.ndarray], *, window_tokens: int = _WINDOW_TOKENS, **options: Any
-) -> Iterator[tuple[np.ndarray, np.ndarray, Plan]]:
-    """Plans a stream in windows, in memory bounded by the window; prefixes are shared inside of a window only.
+def windows(lengths: Iterable[int]) -> Iterator[range]:
+    """Ranges of inputs to plan one after another, for planning in bounded memory however many inputs there are.
+
+    A window ends with the input that brings it to 2²⁴ tokens. Prefixes are shared inside of a window only, so inputs
+    that share should stand near each other.
 
     Args:
-        inputs: token ids of one input after another. Inputs that share should stand near to each other.
-        window_tokens: a window ends with the input that brings it to this many tokens.
-        options: as for `plan`, except `read` as positions. Indices in errors count from the window's first input.
-
-    Yields:
-        (ids, cu_seqlens, plan) for each window: its flat int32 ids, (N + 1,) int64 and their plan.
+        lengths: tokens of each input.
     """
-    if window_tokens < 1:
-        raise ValueError(f"Expected window_tokens to be at least 1, got {window_tokens}")
-    window: list[np.ndarray] = []
-    size = 0
-
-    def planned() -> tuple[np.ndarray, np.ndarray, Plan]:
-        ids = np.concatenate(window)
-        cu = np.concatenate([[0], np.cumsum([len(item) for item in window])])
-        return ids, cu, plan(ids, cu, **options)
-
-    for item in inputs:
-        window.append(np.asarray(item, np.int32))
-        size += len(item)
-        if size >= window_tokens:
-            yield planned()
-            window, size = [], 0
-    if window:
-        yield planned()
+    start = stop = size = 0
+    for length in lengths:
+        size, stop = size + length, stop + 1
+        if size >= _WINDOW_TOKENS:
+            yield range(start, stop)
+            start, size = stop, 0
+    if start < stop:
+        yield range(start, stop)
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ from rmfast import inputs as _inputs
 from rmfast import model as _model
 from rmfast.engine import Engine, Unsupported
 from rmfast.inputs import Encoded, Format, InputError, Truncation
-from rmfast.planner import plan
+from rmfast.planner import plan, windows
 
 __all__ = ["Encoded", "InputError", "RewardModel", "load"]
 
@@ -290,14 +290,9 @@ class RewardModel:
         self, engine: Engine, encoded: list[Encoded], read: list[np.ndarray], batch_tokens: int, bar: tqdm
     ) -> list[Tensor]:
         results: list[Any] = [None] * len(encoded)
-        groups: dict[tuple, list[int]] = {}
-        for i, item in enumerate(encoded):
-            groups.setdefault(self.binding.length_group(len(item)), []).append(i)
-        for key, todo in groups.items():
-            # Rotary frequencies of this group go by its longest text; of one key above 0 all are as long as it needs.
-            longest = max(len(encoded[i]) for i in todo) if any(key) else 0
+        for todo, longest in self._windows(encoded):
             while todo:
-                ids = np.concatenate([encoded[i].ids for i in todo])
+                ids = np.concatenate([encoded[i].ids for i in todo], dtype=np.int32)
                 cu = np.cumsum([0, *(len(encoded[i]) for i in todo)])
                 one = all(len(read[i]) == 1 for i in todo)
                 positions = np.array([read[i][0] for i in todo]) if one else "all"
@@ -323,6 +318,18 @@ class RewardModel:
                         results[todo[i]] = value
                 todo = [todo[i] for i in np.sort(planned.order[done:])]
         return results
+
+    def _windows(self, encoded: list[Encoded]) -> Iterator[tuple[list[int], int]]:
+        """Inputs to plan together, and the longest text by which their rotary frequencies go (0 for none)."""
+        groups: dict[tuple, list[int]] = {}
+        for i, item in enumerate(encoded):
+            groups.setdefault(self.binding.length_group(len(item)), []).append(i)
+        for key, group in groups.items():
+            lengths = [len(encoded[i]) for i in group]
+            # Of one key above 0 all are as long as the group's frequencies need.
+            longest = max(lengths) if any(key) else 0
+            for window in windows(lengths):
+                yield [group[i] for i in window], longest
 
     def _packed_engine(self) -> Engine | str:
         """The packed engine of the model as it is now, or why there is none."""

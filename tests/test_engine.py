@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 
 import rmfast
 from rmfast import engine as E
+from rmfast import planner
 from rmfast.scoring import RewardModel
 
 FAMILIES = [*M.DECODERS, "gpt2"]
@@ -164,6 +165,35 @@ def test_out_of_memory_halves_the_budget_and_loses_nothing(monkeypatch):
     monkeypatch.setattr(E.Engine, "_chunk", lambda *args: (_ for _ in ()).throw(torch.OutOfMemoryError("none")))
     with pytest.raises(torch.OutOfMemoryError):
         rm.score(inputs, engine="packed")
+
+
+@pytest.mark.parametrize("family", ["llama", "phi3-longrope"])
+@pytest.mark.parametrize("task", ["SequenceClassification", "TokenClassification"])
+def test_inputs_planned_window_by_window_score_the_same_where_memory_runs_out_too(monkeypatch, family, task):
+    model = decoder(family, task=task)
+    rm, inputs = RewardModel(model), texts(3) + texts(5) + texts(8)
+    score = rm.score if task.startswith("Sequence") else rm.token_values
+    want = score(inputs, max_length=128, engine="packed")
+    planned, ran, original = [], [], E.Engine._chunk
+
+    def recorded(ids, cu, *, batch_tokens, **kw):
+        planned.append((len(ids), batch_tokens))
+        return planner.plan(ids, cu, batch_tokens=batch_tokens, **kw)
+
+    def scarce(self, ids, chunk, *rest):
+        ran.append(len(planned))
+        if len(ran) == 5:  # in the second window, after a chunk of it
+            assert ran[-2:] == [2, 2]
+            raise torch.OutOfMemoryError("no memory")
+        return original(self, ids, chunk, *rest)
+
+    monkeypatch.setattr(planner, "_WINDOW_TOKENS", 200)
+    monkeypatch.setattr("rmfast.scoring.plan", recorded)
+    monkeypatch.setattr(E.Engine, "_chunk", scarce)
+    got = score(inputs, batch_tokens=80, max_length=128, engine="packed")
+    M.assert_rewards(torch.hstack(list(got)), torch.hstack(list(want)), M.reward_scale(model))
+    assert len(planned) > 4 and all(size < 200 + 40 for size, _ in planned)
+    assert [budget for _, budget in planned] == [80, 80, *[64] * (len(planned) - 2)]
 
 
 def test_nothing_stays_changed_in_the_model():

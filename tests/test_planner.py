@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from rmfast import planner
-from rmfast.planner import plan, plan_windows
+from rmfast.planner import plan, windows
 
 
 def flat(texts):
@@ -305,9 +305,8 @@ def test_bad_arguments_are_named(error, match, change):
         plan(**args)
 
 
-def test_windows_cover_a_stream_in_order_and_share_inside_of_each():
-    texts = [[1, 2, 3, i] for i in range(10)]
-    windows = list(plan_windows(iter(texts), window_tokens=16, batch_tokens=100, min_shared=1))
-    assert [len(cu) - 1 for _, cu, _ in windows] == [4, 4, 2]
-    assert np.concatenate([ids for ids, _, _ in windows]).tolist() == [t for text in texts for t in text]
-    assert [w.stats.rows for _, _, w in windows] == [7, 7, 5]
+def test_a_window_ends_with_the_input_that_brings_it_to_its_tokens(monkeypatch):
+    monkeypatch.setattr(planner, "_WINDOW_TOKENS", 10)
+    assert list(windows([4, 4, 4, 10, 25, 1, 2])) == [range(0, 3), range(3, 4), range(4, 5), range(5, 7)]
+    assert list(windows([4, 6])) == [range(2)]
+    assert list(windows([])) == []
