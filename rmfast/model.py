@@ -91,9 +91,11 @@ class Binding:
         return torch.device("cpu") if weight.device.type == "meta" else weight.device
 
     @contextmanager
-    def session(self) -> Iterator[None]:
-        """Scoring state: no dropout, no autograd; everything is put back at the end. One thread at a time."""
-        with _lock(self.root), torch.inference_mode(), _eval_mode(self.root), _kept_rope(self._rope):
+    def session(self, grad: bool = False) -> Iterator[None]:
+        """Scoring state: no dropout, autograd on with `grad` alone; everything is put back at the end. One thread at
+        a time."""
+        # inference_mode(False) turns autograd on, also inside of no_grad.
+        with _lock(self.root), torch.inference_mode(not grad), _eval_mode(self.root), _kept_rope(self._rope):
             yield
 
     def hidden(self, input_ids: Tensor, attention_mask: Tensor, token_type_ids: Tensor | None = None) -> Tensor:
@@ -558,6 +560,11 @@ def _lock(module: nn.Module) -> Any:
     """One re-entrant lock per model, kept outside of it so that the model can still be copied and pickled."""
     with _locks_guard:
         return _locks.setdefault(module, threading.RLock())
+
+
+def out_of_memory(error: RuntimeError) -> bool:
+    """The CPU's allocator raises a plain RuntimeError."""
+    return isinstance(error, torch.OutOfMemoryError) or "DefaultCPUAllocator: can't allocate memory" in str(error)
 
 
 def _hooked(module: nn.Module) -> bool:

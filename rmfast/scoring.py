@@ -276,7 +276,7 @@ class RewardModel:
             try:
                 values = self._batch([encoded[i] for i in batch], [read[i] for i in batch])
             except RuntimeError as error:
-                if len(batch) == 1 or not _out_of_memory(error):
+                if len(batch) == 1 or not _model.out_of_memory(error):
                     raise
                 pending += [batch[len(batch) // 2 :], batch[: len(batch) // 2]]
                 continue
@@ -304,7 +304,7 @@ class RewardModel:
                         values.append(self.binding.rewards(hidden[None], rows))
                         bar.update(len(chunk.inputs))
                 except RuntimeError as error:
-                    if batch_tokens <= _LEAST_BATCH_TOKENS or not _out_of_memory(error):
+                    if batch_tokens <= _LEAST_BATCH_TOKENS or not _model.out_of_memory(error):
                         raise
                     batch_tokens = max(_LEAST_BATCH_TOKENS, batch_tokens // 2)
                 done = planned.cu_inputs[len(values)]
@@ -392,11 +392,6 @@ def _plan(lengths: list[int], batch_tokens: int, cost: int, group: Callable[[int
         batch.append(i)
     if batch:
         yield batch
-
-
-def _out_of_memory(error: RuntimeError) -> bool:
-    """The CPU's allocator raises a plain RuntimeError."""
-    return isinstance(error, torch.OutOfMemoryError) or "DefaultCPUAllocator: can't allocate memory" in str(error)
 
 
 def _normalize(normalize: tuple[Any, Any], labels: int) -> tuple[Tensor, Tensor]:
