@@ -9,7 +9,7 @@ Both ways are tried on a few tokens against the padded run before they are used.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
@@ -35,24 +35,53 @@ class Unsupported(Exception):
     """The model cannot run packed; the message says why."""
 
 
+# An attention module and its K and V of this run's rows -> the pool of K and of V rows that stand before them.
+Pool = Callable[[nn.Module, Tensor, Tensor], tuple[Tensor, Tensor]]
+
+
 @dataclass
-class _Run:
-    """What attention needs to know of the chunk that runs."""
+class Run:
+    """What attention needs to know of the suffixes that run."""
 
     cu_seqlens: Tensor
     prefix_start: Tensor
     prefix_len: Tensor
-    pool_rows: Tensor | slice
-    keep_rows: Tensor | slice
-    read_rows: Tensor | None  # None: all rows are read
-    few_reads: bool  # whether the texts of the read rows, laid out one by one, are about as small as the chunk
-    kept: dict[nn.Module, tuple[Tensor, Tensor]]
-    keep: dict[nn.Module, tuple[Tensor, Tensor]] = field(default_factory=dict)
+    pool: Pool
+    read_rows: Tensor | None = None  # the only rows that the last layer must give, each segment's last; None: all
+    cu_reads: Tensor | None = None  # (S + 1,) int32, each segment's share of them
     options: dict[nn.Module, dict[str, Any]] = field(default_factory=dict)  # what each module gave its attention
     delta: Tensor | None = None  # what the layer before has yet to add to the stream
 
+    def attend(self, key: nn.Module, q: Tensor, k: Tensor, v: Tensor, **options: Any) -> Tensor:
+        """Attention of one layer, of all rows or of `read_rows` alone: q (m, Hq, D) -> (m, Hq, D)."""
+        size = q.size(-1)
+        if size % 8:  # the op reads 16 bytes at a time; zeros change no dot
+            q, k, v = (nn.functional.pad(t, (0, -size % 8)) for t in (q, k, v))
+        asked = None if q.size(0) == k.size(0) else self.cu_reads
+        out, _ = suffix_attention(
+            q, k, v, self.cu_seqlens, *self.pool(key, k, v), self.prefix_start, self.prefix_len, cu_queries=asked,
+            **options,
+        )  # fmt: skip
+        return out[..., :size]
 
-_current: ContextVar[_Run | None] = ContextVar("rmfast_run", default=None)
+
+class _Chained:
+    """The pool of a planned chunk: rows left over by the chunk before and its own; keeps what the next one needs."""
+
+    def __init__(self, chunk: Chunk, kept: dict[nn.Module, tuple[Tensor, Tensor]], device: torch.device):
+        self.pool_rows, self.keep_rows = _rows(chunk.pool_rows, device), _rows(chunk.keep_rows, device)
+        self.kept = kept if chunk.kept else {}
+        self.keep: dict[nn.Module, tuple[Tensor, Tensor]] = {}
+
+    def __call__(self, key: nn.Module, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        if key in self.kept:
+            k, v = (torch.cat(pair) for pair in zip(self.kept[key], (k, v)))
+        if not isinstance(self.keep_rows, Tensor) or self.keep_rows.numel():
+            self.keep[key] = (k[self.keep_rows].clone(), v[self.keep_rows].clone())
+        return k[self.pool_rows], v[self.pool_rows]
+
+
+_current: ContextVar[Run | None] = ContextVar("rmfast_run", default=None)
 
 
 def _rows(index: np.ndarray, device: torch.device) -> Tensor | slice:
@@ -60,65 +89,6 @@ def _rows(index: np.ndarray, device: torch.device) -> Tensor | slice:
     if len(index) and index[-1] - index[0] == len(index) - 1 and (np.diff(index) == 1).all():
         return slice(int(index[0]), int(index[-1]) + 1)
     return torch.from_numpy(index).to(device)
-
-
-def _attend(run: _Run, key: nn.Module, q: Tensor, k: Tensor, v: Tensor, **options: Any) -> Tensor:
-    """Attention of one layer, (n, Hq, D); keeps the K/V rows that the next chunk needs. k and v cover all n rows.
-
-    q may be of the read rows alone: each is then a suffix of one row, after its whole text as prefix.
-    """
-    size = q.size(-1)
-    if size % 8:  # the op reads 16 bytes at a time; zeros change no dot
-        q, k, v = (nn.functional.pad(t, (0, -size % 8)) for t in (q, k, v))
-    have_k, have_v = k, v
-    if key in run.kept:
-        have_k, have_v = (torch.cat(pair) for pair in zip(run.kept[key], (k, v)))
-    if not isinstance(run.keep_rows, Tensor) or run.keep_rows.numel():
-        run.keep[key] = (have_k[run.keep_rows].clone(), have_v[run.keep_rows].clone())
-    if q.size(0) == k.size(0):
-        out, _ = suffix_attention(
-            q, k, v, run.cu_seqlens, have_k[run.pool_rows], have_v[run.pool_rows], run.prefix_start, run.prefix_len,
-            **options,
-        )  # fmt: skip
-        return out[..., :size]
-    assert run.read_rows is not None
-    before, start, length, cu = _before_reads(run, k.size(0), have_k.size(0) - k.size(0))
-    out, _ = suffix_attention(
-        q, k[run.read_rows], v[run.read_rows], cu, have_k[before], have_v[before], start, length, **options
-    )
-    return out[..., :size]
-
-
-def _before_reads(run: _Run, n: int, kept: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Pool rows (indices into kept + own rows) of the whole text before each read row, and their ranges.
-
-    A segment with several read rows holds its text once, up to the last of them.
-    """
-    device = run.cu_seqlens.device
-    read = run.read_rows
-    assert read is not None
-    pool = run.pool_rows
-    pool_rows = (torch.arange(pool.start, pool.stop) if isinstance(pool, slice) else pool).cpu().numpy()
-    rows, cu = read.cpu().numpy(), run.cu_seqlens.cpu().numpy()
-    starts, lengths = run.prefix_start.cpu().numpy(), run.prefix_len.cpu().numpy()
-    segment = np.searchsorted(cu, rows, side="right") - 1
-    parts: list[np.ndarray] = []
-    start = np.zeros(len(rows), np.int32)
-    length = (lengths[segment] + rows - cu[segment]).astype(np.int32)
-    total, last = 0, -1
-    for i in range(len(rows) - 1, -1, -1):  # from the last read of a segment, whose text holds the others'
-        s = segment[i]
-        if s != last:
-            parts += [pool_rows[starts[s] : starts[s] + lengths[s]], np.arange(kept + cu[s], kept + rows[i])]
-            at, total, last = total, total + int(length[i]), s
-        start[i] = at
-    before = np.concatenate(parts) if parts else np.zeros(0, np.int64)
-    return (
-        torch.from_numpy(before).to(device),
-        torch.from_numpy(start).to(device),
-        torch.from_numpy(length).to(device),
-        torch.arange(len(rows) + 1, dtype=torch.int32, device=device),
-    )
 
 
 def attention(
@@ -137,7 +107,7 @@ def attention(
             raise Unsupported(f"{type(module).__name__} gives its attention {name}")
     q, k, v = (t[0].transpose(0, 1) for t in (query, key, value))
     run.options[module] = {"scale": scaling, "softcap": softcap, "window": sliding_window}
-    return _attend(run, module, q, k, v, **run.options[module])[None], None
+    return run.attend(module, q, k, v, **run.options[module])[None], None
 
 
 AttentionInterface.register(_NAME, attention)
@@ -156,25 +126,29 @@ _ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
 
 
 @dataclass
-class _Norm:
+class Norm:
     module: nn.Module
     kind: str
 
-    def __call__(self, x: Tensor, residual: Tensor | None = None, post: _Norm | None = None) -> Any:
+    def __call__(self, x: Tensor, residual: Tensor | None = None, post: Norm | None = None) -> Any:
         """norm(x); with a residual (norm(sum), sum) for sum = x + residual, or post(x) + residual."""
-        norm: Any = self.module
         post_weight: Any = None if post is None else post.module.weight
-        eps, gemma = _model._eps(norm), self.kind == "gemma_rms"
-        return rms_norm(x, norm.weight, residual=residual, post_weight=post_weight, eps=eps, gemma=gemma)
+        return rms_norm(x, residual=residual, post_weight=post_weight, **self.arguments)
+
+    @property
+    def arguments(self) -> dict[str, Any]:
+        """Weight, eps and gemma, as the ops take them."""
+        norm: Any = self.module
+        return {"weight": norm.weight, "eps": _model._eps(norm), "gemma": self.kind == "gemma_rms"}
 
 
 @dataclass
-class _Layer:
-    """One decoder layer, by structure; calling it is its forward on (1, n, d)."""
+class Layer:
+    """One decoder layer, by structure; calling it is its forward on (1, n, d), and its parts take (n, ...) rows."""
 
     attn: Any
     mlp: Any
-    norms: list[_Norm]  # before attention, (after it), before the MLP, (after it)
+    norms: list[Norm]  # before attention, (after it), before the MLP, (after it)
     head_norm: str | None  # kind of the norms of q and k heads
     activation: str | None  # None: the MLP runs as the module that it is
     last: bool
@@ -187,69 +161,88 @@ class _Layer:
     def __call__(self, hidden_states: Tensor, *args: Any, position_embeddings: Any = None, **kwargs: Any) -> Tensor:
         run = _current.get()
         assert run is not None
-        x = hidden_states[0]
-        if run.delta is None:
-            y = self.norms[0](x)
-        else:
-            y, x = self.norms[0](run.delta, x)
+        y, x = self.enter(hidden_states[0], run.delta)
         cos, sin = (t[0] for t in position_embeddings)
-        rows = run.read_rows if self.last else None
-        if rows is not None and not run.few_reads:
-            # Many texts on one long prefix: queries of all rows cost less than a copy of the prefix for each text.
-            attended, x = self._attention(run, y, x, cos, sin, None, rows)
+        x, run.delta = self.rows(run, y, x, cos, sin)
+        if not self.last:
+            return x[None]
+        x, run.delta = x + run.delta, None
+        return x[None]
+
+    def enter(self, x: Tensor, delta: Tensor | None) -> tuple[Tensor, Tensor]:
+        """The first norm's output and the stream, from the stream and what is yet to be added to it."""
+        return (self.norms[0](x), x) if delta is None else self.norms[0](delta, x)
+
+    def rows(self, run: Run, y: Tensor, x: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+        """The stream and what the MLP has yet to add to it; in the last layer at the run's read rows."""
+        read = run.read_rows if self.last else None
+        q, k, v = self.project(y, read)
+        if read is None:
+            q, k = self.turn(q, k, cos, sin)
         else:
-            attended, x = self._attention(run, y, x, cos, sin, rows, None)
+            q, _ = self.turn(q, q[:, :0], cos[read], sin[read])
+            _, k = self.turn(k[:, :0], k, cos, sin)
+            x = x[read]
+        attended = self.attn.o_proj(run.attend(self.attn, q, k, v, **self.options).flatten(1))
         if self.sandwich:
             y, x = self.norms[2](attended, x, post=self.norms[1])
         else:
             y, x = self.norms[1](attended, x)
-        delta = self._mlp(y)
-        if self.sandwich:
-            delta = self.norms[3](delta)
-        run.delta = None if self.last else delta
-        return (x + delta if self.last else x)[None]
+        return x, self.mlp_of(y)
 
-    def _attention(
-        self, run: _Run, y: Tensor, x: Tensor, cos: Tensor, sin: Tensor, rows: Tensor | None, keep: Tensor | None
-    ) -> tuple[Tensor, Tensor]:
-        """Attention's output and the stream, at `rows` from the query on or `keep` from the projection on."""
+    def added_by(self, heads: Tensor) -> Tensor:
+        """What attention adds to the stream, from its heads' outputs (n, Hq, D)."""
+        out = self.attn.o_proj(heads.flatten(1))
+        return self.norms[1](out) if self.sandwich else out
+
+    @property
+    def middle_norm(self) -> Norm:
+        """The norm before the MLP."""
+        return self.norms[2 if self.sandwich else 1]
+
+    def project(self, y: Tensor, read: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries (at the rows `read`), keys and values (n, heads, D) of normed rows, before norms and rotation."""
         attn, d = self.attn, self.attn.head_dim
         if hasattr(attn, "qkv_proj"):
             split = attn.config.num_attention_heads * d
             qkv = attn.qkv_proj(y)
             kv = (qkv.size(-1) - split) // 2
             q, k, v = qkv.split([split, kv, kv], dim=-1)
-            q = q if rows is None else q[rows]
+            q = q if read is None else q[read]
         else:
-            q, k, v = attn.q_proj(y if rows is None else y[rows]), attn.k_proj(y), attn.v_proj(y)
+            q, k, v = attn.q_proj(y if read is None else y[read]), attn.k_proj(y), attn.v_proj(y)
         q, k, v = (t.unflatten(-1, (-1, d)) for t in (q, k, v))
-        norms: dict[str, Any] = {}
+        return q, k, v
+
+    def turn(self, q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+        """Queries and keys after their norms and rotation; either may have no heads."""
+        attn, norms = self.attn, {}
         if self.head_norm is not None:
             norms = {"q_norm": attn.q_norm.weight, "k_norm": attn.k_norm.weight, "eps": _model._eps(attn.q_norm),
                      "gemma": self.head_norm == "gemma_rms"}  # fmt: skip
-        if rows is None:
-            q, k = rotary(q, k, cos, sin, **norms)
-        else:
-            q, _ = rotary(q, q[:, :0], cos[rows], sin[rows], **norms)
-            if norms:
-                norms["q_norm"] = norms["k_norm"]
-            k, _ = rotary(k, k[:, :0], cos, sin, **norms)
-            x = x[rows]
-        out = _attend(run, attn, q, k, v, **self.options).flatten(1)
-        if keep is not None:
-            out, x = out[keep], x[keep]
-        return attn.o_proj(out), x
+        return rotary(q, k, cos, sin, **norms)
 
-    def _mlp(self, y: Tensor) -> Tensor:
-        mlp = self.mlp
+    def mlp_of(self, y: Tensor) -> Tensor:
+        """What the MLP adds to the stream, from its normed rows."""
         if self.activation is None:
-            out = mlp(y[None])
-            return (out[0] if isinstance(out, tuple) else out)[0]
+            out = self.mlp(y[None])
+            delta = (out[0] if isinstance(out, tuple) else out)[0]
+            return self.norms[3](delta) if self.sandwich else delta
+        return self.mlp_from(self.neurons(y))
+
+    def neurons(self, y: Tensor) -> Tensor:
+        """The MLP's inner activations (n, m) of normed rows."""
+        mlp = self.mlp
         if hasattr(mlp, "gate_up_proj"):
             gate, up = mlp.gate_up_proj(y).chunk(2, dim=-1)
         else:
             gate, up = mlp.gate_proj(y), mlp.up_proj(y)
-        return mlp.down_proj(gated_activation(gate, up, kind=self.activation))
+        return gated_activation(gate, up, kind=self.activation)  # type: ignore[arg-type]
+
+    def mlp_from(self, neurons: Tensor) -> Tensor:
+        """What the MLP adds to the stream, from its inner activations."""
+        delta = self.mlp.down_proj(neurons)
+        return self.norms[3](delta) if self.sandwich else delta
 
 
 def _plain(module: nn.Module) -> bool:
@@ -257,7 +250,7 @@ def _plain(module: nn.Module) -> bool:
     return not _model._hooked(module) and "forward" not in module.__dict__
 
 
-def _norm(module: Any, size: int) -> _Norm | None:
+def _norm(module: Any, size: int) -> Norm | None:
     weight = getattr(module, "weight", None)
     if not isinstance(weight, Tensor) or tuple(weight.shape) != (size,) or not _plain(module):
         return None
@@ -265,7 +258,7 @@ def _norm(module: Any, size: int) -> _Norm | None:
         return None
     probe = torch.linspace(-2, 3, 4 * size, dtype=torch.float32).reshape(1, 4, size).to(weight.device, weight.dtype)
     kind = _model._norm_kind(_model.Call("", module, probe, None))
-    return _Norm(module, kind) if kind in ("rms", "gemma_rms") else None
+    return Norm(module, kind) if kind in ("rms", "gemma_rms") else None
 
 
 def _activation(mlp: Any) -> str | None:
@@ -282,7 +275,7 @@ def _activation(mlp: Any) -> str | None:
     return matches[0] if matches else None
 
 
-def _structure(body: nn.Module) -> list[tuple[nn.Module, _Layer]] | str:
+def _structure(body: nn.Module) -> list[tuple[nn.Module, Layer]] | str:
     """Every decoder layer by structure, or the reason why they are run as the modules that they are."""
     layers = getattr(body, "layers", None)
     if not isinstance(layers, nn.ModuleList) or not len(layers):
@@ -315,7 +308,7 @@ def _structure(body: nn.Module) -> list[tuple[nn.Module, _Layer]] | str:
                 return f"{where}: its q_norm and k_norm are not RMS norms over a head"
             head_norm = pair[0].kind
         last = index == len(layers) - 1
-        found.append((layer, _Layer(attn, mlp, norms, head_norm, _activation(mlp), last)))
+        found.append((layer, Layer(attn, mlp, norms, head_norm, _activation(mlp), last)))
     return found
 
 
@@ -345,7 +338,7 @@ class Engine:
             raise Unsupported("its attention does not use transformers' AttentionInterface")
         self.binding = binding
         self.why: str | None = None
-        self.layers: list[tuple[nn.Module, _Layer]] = []
+        self.layers: list[tuple[nn.Module, Layer]] = []
         self._options: dict[nn.Module, dict[str, Any]] = {}
         with binding.session():
             precise = next(binding.body.parameters()).dtype in (torch.float32, torch.float64)
@@ -455,25 +448,30 @@ class Engine:
     def _chunk(
         self, ids: np.ndarray, chunk: Chunk, kept: dict[nn.Module, tuple[Tensor, Tensor]], longest: int
     ) -> tuple[Tensor, dict[nn.Module, tuple[Tensor, Tensor]]]:
-        binding, device = self.binding, self.binding.device
+        device = self.binding.device
 
         def move(array: np.ndarray) -> Tensor:
             return torch.from_numpy(np.ascontiguousarray(array)).to(device)
 
-        all_read = len(chunk.read_rows) == chunk.rows
-        segments = np.unique(np.searchsorted(chunk.cu_seqlens, chunk.read_rows, side="right") - 1)
-        laid_out = int((chunk.prefix_len + np.diff(chunk.cu_seqlens))[segments].sum())
-        run = _Run(
-            cu_seqlens=move(chunk.cu_seqlens),
-            prefix_start=move(chunk.prefix_start),
-            prefix_len=move(chunk.prefix_len),
-            pool_rows=_rows(chunk.pool_rows, device),
-            keep_rows=_rows(chunk.keep_rows, device),
-            read_rows=None if all_read else move(chunk.read_rows),
-            few_reads=laid_out <= 2 * (chunk.rows + len(chunk.pool_rows)),
-            kept=kept if chunk.kept else {},
-        )
-        tokens = move(ids[chunk.tokens].astype(np.int64))[None]
+        pool = _Chained(chunk, kept, device)
+        run = Run(move(chunk.cu_seqlens), move(chunk.prefix_start), move(chunk.prefix_len), pool)
+        if len(chunk.read_rows) < chunk.rows:
+            cu_reads = np.searchsorted(chunk.read_rows, chunk.cu_seqlens)
+            run.read_rows, run.cu_reads = move(chunk.read_rows), move(cu_reads.astype(np.int32))
+        tokens = move(ids[chunk.tokens].astype(np.int64))
+        hidden = self.body(tokens, move(chunk.positions), run, [fused for _, fused in self.layers], longest)
+        if run.read_rows is not None and not self.layers:
+            hidden = hidden[run.read_rows]
+        return hidden, pool.keep
+
+    def body(
+        self, tokens: Tensor, positions: Tensor, run: Run, forwards: Sequence[Callable[..., Tensor]], longest: int
+    ) -> Tensor:
+        """Runs the body on flat rows (n,) with the given forwards of its layers (or none: their own); (m, d).
+
+        `longest` as for `run`; hidden states before the final norm where `binding.leaves_norm_out`.
+        """
+        binding = self.binding
         _model._fresh_rope(binding._rope)
         with ExitStack() as stack:
             stack.enter_context(_attention_of(binding.body))
@@ -481,18 +479,15 @@ class Engine:
                 stack.enter_context(_longest_text(binding.body, longest))
             if binding.leaves_norm_out:
                 stack.enter_context(_model._identity(binding.norm))
-            for layer, fused in self.layers:
-                stack.enter_context(_model.replaced_forward(layer, fused))
+            for (layer, _), forward in zip(self.layers, forwards):
+                stack.enter_context(_model.replaced_forward(layer, forward))
             token = _current.set(run)
             try:
-                out = binding.body(input_ids=tokens, position_ids=move(chunk.positions)[None], use_cache=False)
+                out = binding.body(input_ids=tokens[None], position_ids=positions[None], use_cache=False)
             finally:
                 _current.reset(token)
-        hidden = _model._hidden_state(out)[0]
         self._options.update(run.options)
-        if run.read_rows is not None and not self.layers:
-            hidden = hidden[run.read_rows]
-        return hidden, run.keep
+        return _model._hidden_state(out)[0]
 
 
 def _free_memory(device: torch.device) -> int:

@@ -230,6 +230,32 @@ def test_a_suffix_has_the_same_bits_alone_and_in_any_batch(backend, options, dty
         check_alone(name, options, dtype, device)
 
 
+def last_rows(case: Case, device="cpu") -> tuple[Tensor, Tensor]:
+    """cu_queries for one, two, no, one, two, ... last rows of each suffix, and their indices."""
+    asks = [min(n, (s + 1) % 3) for s, n in enumerate(case.lens)]
+    ends = torch.tensor(case.lens).cumsum(0).tolist()
+    rows = [row for end, n in zip(ends, asks) for row in range(end - n, end)]
+    return torch.tensor([0, *asks], device=device).cumsum(0), torch.tensor(rows, device=device)
+
+
+def check_last_rows(case: str, options: str, device: str, tolerance: float) -> None:
+    q, *rest = CASES[case].inputs(device=device)
+    cu_queries, asked = last_rows(CASES[case], device)
+    whole = suffix_attention(q, *rest, **OPTIONS[options])
+    got = suffix_attention(q[asked], *rest, cu_queries=cu_queries, **OPTIONS[options])
+    for part, all_of_it in zip(got, whole):
+        torch.testing.assert_close(part, all_of_it[asked], rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.parametrize("options", OPTIONS)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_queries_of_a_suffix_s_last_rows_get_what_they_get_among_all(backend, options, use_backend, poisoned):
+    # Matmuls of another size add in another order in BLAS, which the eager backend alone goes through.
+    tolerance = 1e-5 if "eager" in backend else 0
+    for case in ("prefixes", "no prefix", "short", "nested prefixes"):
+        check_last_rows(case, options, use_backend(backend), tolerance)
+
+
 @pytest.mark.parametrize("backend", KERNELS)
 def test_the_number_of_threads_changes_no_bit(backend, use_backend):
     device = use_backend(backend)
@@ -347,6 +373,15 @@ ERRORS = {
     "cu_seqlens falls": (
         "cu_seqlens", torch.tensor([0, 6, 5]), ValueError, "cu_seqlens not to fall, got [6, 5] at 1",
     ),
+    "float cu_queries": (
+        "cu_queries", torch.ones(3), TypeError, "Expected cu_queries to have dtype int32 or int64",
+    ),
+    "cu_queries of more rows": (
+        "cu_queries", torch.tensor([0, 1, 5]), ValueError, "to give suffix 1 at most its",
+    ),
+    "cu_queries ends early": (
+        "cu_queries", torch.tensor([0, 1, 2]), ValueError, "cu_queries[-1] to be 5, the rows of q",
+    ),
     "half a prefix": ("prefix_v", None, ValueError, "Expected prefix_v to be a tensor, as the other prefix"),
     "heads of the pool": (
         "prefix_k", torch.ones(9, 4, 32), ValueError, "Expected prefix_k to have shape (*, 2, 32)",
@@ -390,7 +425,7 @@ def test_inputs_that_require_grad_are_fine_without_gradients():
 def test_asking_the_registered_op_for_a_gradient_raises():
     args = list(ok().values())
     args[0] = args[0].clone().requires_grad_()
-    out, _ = torch.ops.rmfast.suffix_attention(*args, 1.0, True, 0.0, 0)
+    out, _ = torch.ops.rmfast.suffix_attention(*args[:4], None, *args[4:], 1.0, True, 0.0, 0)
     with pytest.raises(RuntimeError, match="suffix_attention has no gradient"):
         out.sum().backward()
 
@@ -399,8 +434,14 @@ def test_asking_the_registered_op_for_a_gradient_raises():
 def test_opcheck(backend, use_backend):
     device = use_backend(backend)
     for case in (CASES["prefixes"], CASES["no prefix"]):
+        args = case.inputs(torch.bfloat16, device=device)
         torch.library.opcheck(
-            torch.ops.rmfast.suffix_attention.default, (*case.inputs(torch.bfloat16, device=device), 0.2, True, 3.0, 9)
+            torch.ops.rmfast.suffix_attention.default, (*args[:4], None, *args[4:], 0.2, True, 3.0, 9)
+        )
+        cu_queries, asked = last_rows(case, device)
+        torch.library.opcheck(
+            torch.ops.rmfast.suffix_attention.default,
+            (args[0][asked], *args[1:4], cu_queries, *args[4:], 0.2, True, 3.0, 9),
         )
 
 

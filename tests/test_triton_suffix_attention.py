@@ -48,6 +48,12 @@ def test_a_suffix_has_the_same_bits_alone_and_in_any_batch(options, on_triton):
 
 
 @interpreted
+@pytest.mark.parametrize("options", contract.OPTIONS)
+def test_queries_of_a_suffix_s_last_rows_get_what_they_get_among_all(options, on_triton, poisoned):
+    contract.check_last_rows("prefixes", options, "cpu", 0)
+
+
+@interpreted
 def test_non_finite_values_stay_in_their_suffix(on_triton):
     args = contract.Case([1, 3, 1], [(0, 4), (0, 3), (0, 4)]).inputs()
     want = suffix_attention(*args)[0]
@@ -88,7 +94,7 @@ def test_kernels_compile_fit_and_do_not_spill(launch, capability, monkeypatch, t
     kernel = kernels._forward
     monkeypatch.setattr(kernels, "_forward", Recorder())
     q, k, v, cu_seqlens, *pool = contract.Case([3, 200], [(0, 5), (0, 64)], 8, 2, d).inputs(dtype)
-    kernels.forward(q, k, v, cu_seqlens, *pool, d**-0.5, causal, softcap, window)
+    kernels.forward(q, k, v, cu_seqlens, None, *pool, d**-0.5, causal, softcap, window)
     got = build(*seen, capability, tmp_path)
     print(launch, got)
     assert got.shared <= SHARED[capability], got

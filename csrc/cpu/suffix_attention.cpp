@@ -63,7 +63,7 @@ Work plan(const SuffixAttention& a, const std::vector<int64_t>& order, int64_t l
   const int64_t group = a.heads / a.kv_heads;
   // Panels of a unit share converted K and V; half a MiB of their state fits in L2.
   const int64_t state = 2 * a.head_dim * lanes_per_panel * (a.dtype == DType::f64 ? 8 : 4);
-  const int64_t all_lanes = a.first[order.size()] * a.heads;
+  const int64_t all_lanes = a.first_q[order.size()] * a.heads;
   const int64_t for_balance = all_lanes / (lanes_per_panel * threads * 4);
   const int64_t max_panels = std::max<int64_t>(1, std::min((int64_t(1) << 19) / state, for_balance));
   const int64_t max_lanes = max_panels * lanes_per_panel;
@@ -84,7 +84,8 @@ Work plan(const SuffixAttention& a, const std::vector<int64_t>& order, int64_t l
     cost = 0;
   };
   for (size_t at = 0; at < order.size(); ++at) {
-    const int64_t s = order[at], prefix = a.prefix_len[s], lanes = (a.first[s + 1] - a.first[s]) * group;
+    const int64_t s = order[at], prefix = a.prefix_len[s], lanes = (a.first_q[s + 1] - a.first_q[s]) * group;
+    const int64_t last = (a.first[s + 1] - a.first[s]) * group;  // the lanes of its keys
     const int64_t before = at ? order[at - 1] : s;
     const bool shares = prefix == 0 ? a.prefix_len[before] == 0
                                     : a.prefix_len[before] != 0 && a.prefix_start[before] == a.prefix_start[s];
@@ -95,7 +96,7 @@ Work plan(const SuffixAttention& a, const std::vector<int64_t>& order, int64_t l
         unit.lane = lane;
       }
       const int64_t take = std::min(max_lanes - unit.lanes, lanes - lane);
-      cost += double(take) * double(prefix + (a.causal ? (lane + take / 2) : lanes) / group + 1);
+      cost += double(take) * double(prefix + (a.causal ? (last - lanes + lane + take / 2) : last) / group + 1);
       unit.lanes += take;
       lane += take;
       if (unit.lanes == max_lanes) flush();
@@ -120,13 +121,14 @@ struct Aligned {
 };
 
 std::tuple<Tensor, Tensor> attention(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& cu_seqlens,
-                                     const std::optional<Tensor>& prefix_k, const std::optional<Tensor>& prefix_v,
-                                     const std::optional<Tensor>& prefix_start,
-                                     const std::optional<Tensor>& prefix_len, double scale, bool causal,
-                                     double softcap, int64_t window) {
+                                     const std::optional<Tensor>& cu_queries, const std::optional<Tensor>& prefix_k,
+                                     const std::optional<Tensor>& prefix_v, const std::optional<Tensor>& prefix_start,
+                                     const std::optional<Tensor>& prefix_len, double scale, bool causal, double softcap,
+                                     int64_t window) {
   const int64_t suffixes = cu_seqlens.size(0) - 1;
-  const std::vector<int64_t> first = integers(cu_seqlens, suffixes + 1), start = integers(prefix_start, suffixes),
-                             len = integers(prefix_len, suffixes);
+  const std::vector<int64_t> first = integers(cu_seqlens, suffixes + 1),
+                             first_q = cu_queries ? integers(cu_queries, suffixes + 1) : first,
+                             start = integers(prefix_start, suffixes), len = integers(prefix_len, suffixes);
   std::vector<int64_t> order(suffixes);
   std::iota(order.begin(), order.end(), 0);
   if (prefix_len)
@@ -149,6 +151,7 @@ std::tuple<Tensor, Tensor> attention(const Tensor& q, const Tensor& k, const Ten
   a.causal = causal;
   a.window = window;
   a.first = first.data();
+  a.first_q = first_q.data();
   a.prefix_start = start.data();
   a.prefix_len = len.data();
   a.order = order.data();

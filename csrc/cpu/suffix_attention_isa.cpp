@@ -50,7 +50,7 @@ inline void tile(const A* a, int64_t stride, int64_t depth, const A* b, A* c, co
     for (int v = 0; v < N; ++v) store(c + m * kLanes<A> + v * W<A>, acc[m][v]);
 }
 
-// A lane: where its row lies, and the keys it sees as positions relative to its suffix's first own row.
+// A lane: where its query lies, and the keys it sees as positions relative to its suffix's first own row.
 struct Lane {
   int64_t row, head, prefix_len, low, high;
   int32_t at;  // index into the order of suffixes, from the unit's first one on
@@ -157,11 +157,11 @@ void add_keys(Step<A>& step, const HeadRows& k, const HeadRows& v, int64_t head,
 
 // Logits to probabilities, for keys [k0, k1): updates max and sum, leaves the factor of what came before in alpha.
 template <class A, int N, bool Masked, bool Capped>
-inline void softmax(Scratch<A>& s, const Panel<A>& panel, int64_t k0, int64_t k1, A cap) {
+inline void softmax(Scratch<A>& s, const Panel<A>& panel, const A* lows, const A* highs, int64_t k0, int64_t k1, A cap) {
 #pragma GCC unroll 3
   for (int v = 0; v < N; ++v) {
     A* scores = s.scores + v * W<A>;
-    const V<A> low = load(s.low + v * W<A>), high = load(s.high + v * W<A>), old = load(panel.max + v * W<A>);
+    const V<A> low = load(lows + v * W<A>), high = load(highs + v * W<A>), old = load(panel.max + v * W<A>);
     V<A> max = old;
     for (int64_t k = k0; k < k1; ++k) {
       V<A> x = load(scores + k * kLanes<A>);
@@ -189,15 +189,18 @@ inline void softmax(Scratch<A>& s, const Panel<A>& panel, int64_t k0, int64_t k1
 }
 
 template <class A, int N>
-void attend(Scratch<A>& s, const Panel<A>& panel, int64_t k0, int64_t k1, bool masked, int64_t d, A cap) {
+void attend(Scratch<A>& s, const Panel<A>& panel, const A* low, const A* high, int64_t k0, int64_t k1, bool masked,
+            int64_t d, A cap) {
   const Step<A>& step = s.step;
   for (int64_t k = k0; k < k1; k += kTile)  // the last tile may pass k1: what it leaves there is not read
     tile<A, kTile, N, false>(step.k + k * d, d, d, panel.q, s.scores + k * kLanes<A>, nullptr);
 
   if (cap != 0)
-    masked ? softmax<A, N, true, true>(s, panel, k0, k1, cap) : softmax<A, N, false, true>(s, panel, k0, k1, cap);
+    masked ? softmax<A, N, true, true>(s, panel, low, high, k0, k1, cap)
+           : softmax<A, N, false, true>(s, panel, low, high, k0, k1, cap);
   else
-    masked ? softmax<A, N, true, false>(s, panel, k0, k1, cap) : softmax<A, N, false, false>(s, panel, k0, k1, cap);
+    masked ? softmax<A, N, true, false>(s, panel, low, high, k0, k1, cap)
+           : softmax<A, N, false, false>(s, panel, low, high, k0, k1, cap);
 
   for (int64_t i = 0; i < d; i += kTile)  // d is a multiple of 8
     tile<A, kTile, N, true>(step.v + k0 * d + i, d, k1 - k0, s.scores + k0 * kLanes<A>, panel.o + i * kLanes<A>, s.alpha);
@@ -231,6 +234,7 @@ struct Run {
 
   int64_t suffix(int64_t at) const { return a.order[unit.at + at]; }
   int64_t rows(int64_t at) const { return a.first[suffix(at) + 1] - a.first[suffix(at)]; }
+  int64_t queries(int64_t at) const { return a.first_q[suffix(at) + 1] - a.first_q[suffix(at)]; }
   int64_t lanes_of(int64_t panel) const {
     const int64_t left = unit.lanes - panel * kLanes<A>;
     return left < kLanes<A> ? left : kLanes<A>;
@@ -244,19 +248,19 @@ struct Run {
   void find_lanes() {
     int64_t at = 0, i = unit.lane / group, h = unit.lane % group;
     for (int64_t l = 0; l < unit.lanes; ++l) {
-      while (i >= rows(at)) {
+      while (i >= queries(at)) {
         i = h = 0;
         ++at;
       }
-      const int64_t prefix = a.prefix_len[suffix(at)], last = rows(at);
+      const int64_t prefix = a.prefix_len[suffix(at)], last = rows(at), own = last - queries(at) + i;
       Lane& x = s.lanes[l];
-      x.row = a.first[suffix(at)] + i;
+      x.row = a.first_q[suffix(at)] + i;
       x.head = unit.kv_head * group + h;
       x.prefix_len = prefix;
       x.at = int32_t(at);
-      x.low = a.window ? i - a.window + a.causal : -prefix;
+      x.low = a.window ? own - a.window + a.causal : -prefix;
       if (x.low < -prefix) x.low = -prefix;
-      x.high = a.causal ? i + 1 : a.window ? i + a.window + 1 : last;
+      x.high = a.causal ? own + 1 : a.window ? own + a.window + 1 : last;
       if (x.high > last) x.high = last;
       if (++h == group) {
         h = 0;
@@ -295,12 +299,12 @@ struct Run {
     }
   }
 
-  // One panel over the step's keys; keys_of gives each lane's own range of them.
+  // One panel over the step's keys, or its vectors with lanes that see any; keys_of gives each lane's own range of them.
   template <class KeysOf>
   void attend_panel(int64_t p, KeysOf keys_of) {
     const int64_t n = lanes_of(p);
     const Lane* lanes = s.lanes + p * kLanes<A>;
-    int64_t k0 = kKeys, k1 = 0, last_low = 0, first_high = kKeys;
+    int64_t k0 = kKeys, k1 = 0, last_low = 0, first_high = kKeys, first = n, last = 0;
     for (int64_t l = 0; l < n; ++l) {
       int64_t low, high;
       keys_of(lanes[l], low, high);
@@ -309,20 +313,27 @@ struct Run {
       } else {
         k0 = low < k0 ? low : k0;
         k1 = high > k1 ? high : k1;
+        first = first < l ? first : l;
+        last = l;
       }
-      last_low = low > last_low ? low : last_low;
-      first_high = high < first_high ? high : first_high;
       s.low[l] = A(low);
       s.high[l] = A(high);
     }
     if (k0 >= k1) return;
+    // A suffix with one query has few lanes here; the other vectors need not wait for its keys.
+    const int64_t v0 = first / W<A>, v1 = last / W<A> + 1, end = v1 * W<A> < n ? v1 * W<A> : n;
+    for (int64_t l = v0 * W<A>; l < end; ++l) {
+      last_low = s.low[l] > last_low ? int64_t(s.low[l]) : last_low;
+      first_high = s.high[l] < first_high ? int64_t(s.high[l]) : first_high;
+    }
     for (int64_t l = n; l < kLanes<A>; ++l) s.low[l] = s.high[l] = 0;
     const bool masked = last_low > k0 || first_high < k1;
     const Panel<A> x = panel(p);
-    switch (x.vectors) {
-      case 1: return attend<A, 1>(s, x, k0, k1, masked, d, cap);
-      case 2: return attend<A, 2>(s, x, k0, k1, masked, d, cap);
-      default: return attend<A, 3>(s, x, k0, k1, masked, d, cap);
+    const Panel<A> some = {x.q + v0 * W<A>, x.o + v0 * W<A>, x.max + v0 * W<A>, x.sum + v0 * W<A>, int(v1 - v0)};
+    switch (some.vectors) {
+      case 1: return attend<A, 1>(s, some, s.low + v0 * W<A>, s.high + v0 * W<A>, k0, k1, masked, d, cap);
+      case 2: return attend<A, 2>(s, some, s.low + v0 * W<A>, s.high + v0 * W<A>, k0, k1, masked, d, cap);
+      default: return attend<A, 3>(s, some, s.low, s.high, k0, k1, masked, d, cap);
     }
   }
 

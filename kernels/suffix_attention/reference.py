@@ -17,9 +17,9 @@ def accumulator(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-def visible(rows: int, prefix: int, causal: bool, window: int, device: torch.device) -> Tensor:
-    """Which keys each row sees, (rows, prefix + rows)."""
-    own = torch.arange(prefix, prefix + rows, device=device)[:, None]
+def visible(queries: int, rows: int, prefix: int, causal: bool, window: int, device: torch.device) -> Tensor:
+    """Which keys each query, one of the last of the suffix's rows, sees: (queries, prefix + rows)."""
+    own = torch.arange(prefix + rows - queries, prefix + rows, device=device)[:, None]
     key = torch.arange(prefix + rows, device=device)[None]
     if causal:
         return (key <= own) & (key > own - window) if window else key <= own
@@ -31,6 +31,7 @@ def forward(
     k: Tensor,
     v: Tensor,
     cu_seqlens: Tensor,
+    cu_queries: Tensor | None,
     prefix_k: Tensor | None,
     prefix_v: Tensor | None,
     prefix_start: Tensor | None,
@@ -50,16 +51,17 @@ def forward(
     out = torch.empty(q.shape, dtype=q.dtype, device=device)
     lse = torch.empty(q.shape[:2], dtype=acc, device=device)
     ends = cu_seqlens.tolist()
+    asks = ends if cu_queries is None else cu_queries.tolist()
     starts = [0] * len(ends) if prefix_start is None else prefix_start.tolist()
     lens = [0] * len(ends) if prefix_len is None else prefix_len.tolist()
-    batches: dict[tuple[int, int], list[int]] = {}
+    batches: dict[tuple[int, int, int], list[int]] = {}
     for s in range(len(ends) - 1):
-        if ends[s + 1] > ends[s]:
-            batches.setdefault((ends[s + 1] - ends[s], lens[s]), []).append(s)
+        if asks[s + 1] > asks[s]:
+            batches.setdefault((asks[s + 1] - asks[s], ends[s + 1] - ends[s], lens[s]), []).append(s)
 
-    for (rows, prefix), suffixes in batches.items():
-        hidden = ~visible(rows, prefix, causal, window, device)
-        step = max(1, _CHUNK_ELEMENTS.get(device.type, 1 << 28) // (heads * rows * (prefix + rows)))
+    for (queries, rows, prefix), suffixes in batches.items():
+        hidden = ~visible(queries, rows, prefix, causal, window, device)
+        step = max(1, _CHUNK_ELEMENTS.get(device.type, 1 << 28) // (heads * queries * (prefix + rows)))
         for i in range(0, len(suffixes), step):
             some = suffixes[i : i + step]
             own = torch.tensor([ends[s] for s in some], device=device)[:, None] + torch.arange(rows, device=device)
@@ -68,14 +70,16 @@ def forward(
                 shared = torch.tensor([starts[s] for s in some], device=device)[:, None]
                 shared = shared + torch.arange(prefix, device=device)
                 keys, values = torch.cat([prefix_k[shared], keys], 1), torch.cat([prefix_v[shared], values], 1)
-            queries = q[own].to(acc).view(len(some), rows, kv_heads, group, d)
+            asking = torch.tensor([asks[s] for s in some], device=device)[:, None]
+            asking = asking + torch.arange(queries, device=device)
+            rows_q = q[asking].to(acc).view(len(some), queries, kv_heads, group, d)
             keys, values = keys.to(acc), values.to(acc)
-            logits = torch.einsum("blhgd,bkhd->bhglk", queries * scale, keys)
+            logits = torch.einsum("blhgd,bkhd->bhglk", rows_q * scale, keys)
             if softcap:
                 logits = torch.tanh(logits / softcap) * softcap
             logits = logits.masked_fill(hidden, -torch.inf)
             total = logits.logsumexp(-1, keepdim=True)
             got = torch.einsum("bhglk,bkhd->blhgd", (logits - total).exp(), values)
-            out[own] = got.reshape(len(some), rows, heads, d).to(q.dtype)
-            lse[own] = total.squeeze(-1).permute(0, 3, 1, 2).reshape(len(some), rows, heads)
+            out[asking] = got.reshape(len(some), queries, heads, d).to(q.dtype)
+            lse[asking] = total.squeeze(-1).permute(0, 3, 1, 2).reshape(len(some), queries, heads)
     return out, lse

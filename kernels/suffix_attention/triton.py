@@ -1,10 +1,10 @@
 """Suffix attention in Triton: `forward` with the contract of `reference.py`.
 
 A program takes BM query rows (positions × heads of one group) of one suffix, and two loops over its keys: the prefix,
-read in the pool where it lies, and its own rows. Blocks of keys start at multiples of BN from the first row of the
-prefix and of the suffix, and launch configurations depend only on the dtype and the head size, so a row's bits do not
-depend on what else is in the batch. The grid is a bound that needs no lengths on the host: suffix s has its programs at
-cu_seqlens[s] · G // BM + s and on, and each program finds its suffix by bisection.
+read in the pool where it lies, and its own rows, the last of which are the queries'. Blocks of keys start at multiples
+of BN from the first row of the prefix and of the suffix, and launch configurations depend only on the dtype and the
+head size, so a row's bits do not depend on what else is in the batch. The grid is a bound that needs no lengths on the
+host: suffix s has its programs at cu_queries[s] · G // BM + s and on, and each program finds its suffix by bisection.
 """
 
 from __future__ import annotations
@@ -120,7 +120,7 @@ _STRIDES = [f"stride_{tensor}{dim}" for tensor in ("q", "k", "v", "pk", "pv") fo
 
 @triton.jit(do_not_specialize=["S", "window", *_STRIDES])
 def _forward(
-    p_q, p_k, p_v, p_prefix_k, p_prefix_v, p_ends, p_start, p_len, p_out, p_lse,
+    p_q, p_k, p_v, p_prefix_k, p_prefix_v, p_ends, p_asks, p_start, p_len, p_out, p_lse,
     stride_qn, stride_qh, stride_kn, stride_kh, stride_vn, stride_vh, stride_pkn, stride_pkh, stride_pvn, stride_pvh,
     S, window, scale: tl.constexpr, softcap: tl.constexpr,
     G: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, DQ: tl.constexpr,
@@ -138,15 +138,17 @@ def _forward(
     low, high = 0, S
     while low < high:  # the first suffix whose programs start behind this one
         middle = (low + high) // 2
-        if tl.load(p_ends + middle).to(tl.int64) * G // BM + middle <= i_b:
+        if tl.load(p_asks + middle).to(tl.int64) * G // BM + middle <= i_b:
             low = middle + 1
         else:
             high = middle
     i_s = low - 1
     first = tl.load(p_ends + i_s).to(tl.int64)
     rows = (tl.load(p_ends + i_s + 1) - first).to(tl.int32)
-    i_m = (i_b - (first * G // BM + i_s)).to(tl.int32) * BM
-    if i_m >= rows * G:
+    first_q = tl.load(p_asks + i_s).to(tl.int64)
+    queries = (tl.load(p_asks + i_s + 1) - first_q).to(tl.int32)
+    i_m = (i_b - (first_q * G // BM + i_s)).to(tl.int32) * BM
+    if i_m >= queries * G:
         return
     start, prefix = first * 0, rows * 0
     if p_len is not None:
@@ -154,10 +156,10 @@ def _forward(
         prefix += tl.load(p_len + i_s).to(tl.int32)
 
     o_m = i_m + tl.arange(0, BM)
-    o_i = o_m // G  # rows of the suffix
-    m_m = o_i < rows
+    m_m = o_m // G < queries
+    o_i = rows - queries + o_m // G  # rows of the suffix
     o_d = tl.arange(0, BD)
-    o_row, o_head = first + o_i, i_h * G + o_m % G
+    o_row, o_head = first_q + o_m // G, i_h * G + o_m % G
     m_q = m_m[:, None] & (o_d[None, :] < D)
     p_q += o_row * stride_qn + o_head * stride_qh
     b_q = tl.load(p_q[:, None] + o_d[None, :], mask=m_q, other=0.0)  # [BM, BD]
@@ -165,8 +167,8 @@ def _forward(
     b_max = tl.full([BM], -float("inf"), acc)
     b_sum = tl.zeros([BM], acc)
 
-    i_low = i_m // G
-    i_high = tl.minimum((i_m + BM - 1) // G + 1, rows)
+    i_low = rows - queries + i_m // G
+    i_high = tl.minimum(rows - queries + (i_m + BM - 1) // G + 1, rows)
     own_first, own_last, prefix_first = rows * 0, rows, rows * 0
     if CAUSAL:
         own_last = i_high
@@ -219,6 +221,7 @@ def forward(
     k: Tensor,
     v: Tensor,
     cu_seqlens: Tensor,
+    cu_queries: Tensor | None,
     prefix_k: Tensor | None,
     prefix_v: Tensor | None,
     prefix_start: Tensor | None,
@@ -241,7 +244,8 @@ def forward(
     vec = math.gcd(16 // q.element_size(), *strides)
     with torch.cuda.device(q.device) if q.is_cuda else contextlib.nullcontext():
         _forward[grid](
-            q, k, v, prefix_k, prefix_v, cu_seqlens, prefix_start, prefix_len, out, lse, *strides, suffixes, window,
+            q, k, v, prefix_k, prefix_v, cu_seqlens, cu_seqlens if cu_queries is None else cu_queries, prefix_start,
+            prefix_len, out, lse, *strides, suffixes, window,
             # For logits in base 2; with a softcap, its tanh takes them in units of the cap.
             scale=scale / softcap if softcap else scale * LOG2E.value, softcap=softcap * LOG2E.value,
             G=group, D=d, VEC=vec, CAUSAL=causal, CAPPED=softcap != 0, WINDOWED=window != 0, **config,

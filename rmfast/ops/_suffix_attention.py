@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,8 +17,9 @@ MAX_HEAD_DIM = 256
 
 define(
     "suffix_attention",
-    "(Tensor q, Tensor k, Tensor v, Tensor cu_seqlens, Tensor? prefix_k, Tensor? prefix_v, Tensor? prefix_start, "
-    "Tensor? prefix_len, float scale, bool causal, float softcap, int window) -> (Tensor, Tensor)",
+    "(Tensor q, Tensor k, Tensor v, Tensor cu_seqlens, Tensor? cu_queries, Tensor? prefix_k, Tensor? prefix_v, "
+    "Tensor? prefix_start, Tensor? prefix_len, float scale, bool causal, float softcap, int window) "
+    "-> (Tensor, Tensor)",
 )
 
 
@@ -45,6 +47,7 @@ def suffix_attention(
     prefix_start: Tensor | None = None,
     prefix_len: Tensor | None = None,
     *,
+    cu_queries: Tensor | None = None,
     scale: float | None = None,
     causal: bool = True,
     softcap: float | None = None,
@@ -53,12 +56,13 @@ def suffix_attention(
     """Attention of S ragged suffixes, laid end to end, each over a stretch of a shared prefix pool and its own rows.
 
     The keys of suffix s are `prefix_k[prefix_start[s] : prefix_start[s] + prefix_len[s]]`, at positions 0, 1, ..., then
-    its own rows `k[cu_seqlens[s] : cu_seqlens[s + 1]]`, so its query row i sits at position prefix_len[s] + i. Prefixes
+    its own rows `k[cu_seqlens[s] : cu_seqlens[s + 1]]`, so its row i sits at position prefix_len[s] + i. Prefixes
     are read where they lie; suffixes with one prefix_start share them, and longer prefixes may contain shorter ones.
 
     Args:
-        q: (N, Hq, D), after rotary embedding; float64, float32, bfloat16 or float16. D is a multiple of 8, at most
-            256. Like k and v it may be a strided view (a slice of a fused projection) with a contiguous last dimension.
+        q: (N, Hq, D), or (M, Hq, D) with cu_queries, after rotary embedding; float64, float32, bfloat16 or float16.
+            D is a multiple of 8, at most 256. Like k and v it may be a strided view (a slice of a fused projection)
+            with a contiguous last dimension.
         k: (N, Hkv, D) with Hq a multiple of Hkv, q's dtype; head h of q reads head h // (Hq // Hkv).
         v: (N, Hkv, D).
         cu_seqlens: (S + 1,), int32 or int64: 0, then the suffixes' ends, the last of them N. Suffixes may be empty.
@@ -66,6 +70,8 @@ def suffix_attention(
         prefix_v: (P, Hkv, D).
         prefix_start: (S,), int32 or int64, rows of the pool; ignored where prefix_len is 0.
         prefix_len: (S,), int32 or int64; 0 is a suffix without a prefix.
+        cu_queries: (S + 1,), int32 or int64: 0, then the ends of each suffix's rows in q, which are its last rows (in
+            a last layer of which one token is read, one row), at most as many as it has in k; None for all.
         scale: of the logits; None is D ** -0.5. Finite and above 0.
         causal: rows see keys at positions up to their own; otherwise the whole prefix and all rows of their suffix.
         softcap: logits s become softcap · tanh(s / softcap) before masking (Gemma 2); None for none.
@@ -73,8 +79,8 @@ def suffix_attention(
             of at most `window` to either side, as transformers' bidirectional sliding attention. None for none.
 
     Returns:
-        out: (N, Hq, D) contiguous, in q's dtype.
-        lse: (N, Hq), the log-sum-exp of the row's logits in float32 (float64 for float64 q).
+        out: q's shape and dtype, contiguous.
+        lse: q.shape[:2], the log-sum-exp of the row's logits in float32 (float64 for float64 q).
 
         Sums are in float32 (float64 for float64 q). In the C++ and Triton kernels a row's bits depend only on its
         suffix and its prefix, not on what else is in the batch, where it lies in memory or how many threads run. The
@@ -95,15 +101,17 @@ def suffix_attention(
     rows, heads, d = q.shape
     expect(d % 8 == 0 and 8 <= d <= MAX_HEAD_DIM, "q.size(2), the head size,", "a multiple of 8 up to 256", d)
     expect(rows == 0 or q.stride(-1) == 1, "q.stride(-1)", "1", q.stride(-1))
-    _floats(k, "k", (rows, None, d), q)
+    _floats(k, "k", (rows if cu_queries is None else None, None, d), q)
     kv_heads = k.size(1)
     expect(
         kv_heads >= 1 and heads >= 1 and heads % kv_heads == 0,
         "k.size(1), the number of key heads,", f"a divisor of the {heads} heads of q", kv_heads,
     )  # fmt: skip
-    _floats(v, "v", (rows, kv_heads, d), q)
+    _floats(v, "v", (k.size(0), kv_heads, d), q)
     _integers(cu_seqlens, "cu_seqlens", None, q)
     expect(cu_seqlens.numel() >= 1, "cu_seqlens", "of shape (S + 1,)", tuple(cu_seqlens.shape))
+    if cu_queries is not None:
+        _integers(cu_queries, "cu_queries", cu_seqlens.numel(), q)
     pool = {"prefix_k": prefix_k, "prefix_v": prefix_v, "prefix_start": prefix_start, "prefix_len": prefix_len}
     if any(value is not None for value in pool.values()):
         for name, value in pool.items():
@@ -126,7 +134,8 @@ def suffix_attention(
                     f"torch.no_grad() or detach {name}"
                 )
     args = (
-        q, k, v, cu_seqlens, prefix_k, prefix_v, prefix_start, prefix_len, scale, bool(causal), softcap, window or 0,
+        q, k, v, cu_seqlens, cu_queries, prefix_k, prefix_v, prefix_start, prefix_len, scale, bool(causal), softcap,
+        window or 0,
     )  # fmt: skip
     return _suffix_attention(*args) if direct(args) else torch.ops.rmfast.suffix_attention(*args)
 
@@ -155,7 +164,10 @@ def _number(value: float, name: str) -> float:
     return float(value)
 
 
-def _check_values(rows: int, cu_seqlens: Tensor, pool: Tensor | None, start: Tensor | None, length: Tensor | None):
+def _check_values(
+    rows: int, queries: int, cu_seqlens: Tensor, cu_queries: Tensor | None, pool: Tensor | None, start: Tensor | None,
+    length: Tensor | None,
+) -> None:  # fmt: skip
     """Checks that read tensors: always on the CPU, on CUDA (where they synchronise) only with RMFAST_CHECK=1.
 
     In NumPy, 10 µs a call: a tenth of a small call's time, where torch's own ops would take half of it.
@@ -163,12 +175,17 @@ def _check_values(rows: int, cu_seqlens: Tensor, pool: Tensor | None, start: Ten
     if cu_seqlens.device.type != "cpu" and os.environ.get("RMFAST_CHECK") != "1":
         return
     ends = cu_seqlens.cpu().numpy()
-    expect(ends[0] == 0, "cu_seqlens[0]", "0", ends[0])
-    expect(ends[-1] == rows, "cu_seqlens[-1]", f"{rows}, the rows of q", ends[-1])
-    falls = ends[1:] < ends[:-1]
-    if falls.any():
-        at = falls.argmax()
-        raise ValueError(f"Expected cu_seqlens not to fall, got {ends[at : at + 2].tolist()} at {at}")
+    _check_ends("cu_seqlens", ends, rows, "k")
+    if cu_queries is not None:
+        asks = cu_queries.cpu().numpy()
+        _check_ends("cu_queries", asks, queries, "q")
+        more = (asks[1:] - asks[:-1]) > (ends[1:] - ends[:-1])
+        if more.any():
+            s = more.argmax()
+            raise ValueError(
+                f"Expected cu_queries to give suffix {s} at most its {ends[s + 1] - ends[s]} rows, got "
+                f"{asks[s + 1] - asks[s]}"
+            )
     if pool is None or start is None or length is None:
         return
     starts, lengths = start.cpu().numpy().astype("int64"), length.cpu().numpy().astype("int64")
@@ -181,15 +198,24 @@ def _check_values(rows: int, cu_seqlens: Tensor, pool: Tensor | None, start: Ten
         )
 
 
-def _suffix_attention(q, k, v, cu_seqlens, prefix_k, prefix_v, prefix_start, prefix_len, *options):
-    cu_seqlens, start, length = (
-        None if index is None else index.contiguous() for index in (cu_seqlens, prefix_start, prefix_len)
+def _check_ends(name: str, ends: Any, rows: int, of: str) -> None:
+    expect(ends[0] == 0, f"{name}[0]", "0", ends[0])
+    expect(ends[-1] == rows, f"{name}[-1]", f"{rows}, the rows of {of}", ends[-1])
+    falls = ends[1:] < ends[:-1]
+    if falls.any():
+        at = falls.argmax()
+        raise ValueError(f"Expected {name} not to fall, got {ends[at : at + 2].tolist()} at {at}")
+
+
+def _suffix_attention(q, k, v, cu_seqlens, cu_queries, prefix_k, prefix_v, prefix_start, prefix_len, *options):
+    cu_seqlens, cu_queries, start, length = (
+        None if index is None else index.contiguous() for index in (cu_seqlens, cu_queries, prefix_start, prefix_len)
     )
-    _check_values(q.size(0), cu_seqlens, prefix_k, start, length)
+    _check_values(k.size(0), q.size(0), cu_seqlens, cu_queries, prefix_k, start, length)
     if q.numel() == 0:
         return _suffix_attention_fake(q)
     run = _backends.choose("suffix_attention", q.device.type)
-    return run(q, k, v, cu_seqlens, prefix_k, prefix_v, start, length, *options)
+    return run(q, k, v, cu_seqlens, cu_queries, prefix_k, prefix_v, start, length, *options)
 
 
 def _suffix_attention_fake(q, *args):

@@ -20,15 +20,16 @@ struct SuffixAttention {
   double scale, softcap;  // softcap 0: none
   bool causal;
   int64_t window;                            // 0: none
-  const int64_t* first;                      // (S + 1,) the suffixes' first rows
+  const int64_t* first;                      // (S + 1,) the suffixes' first rows of k and v
+  const int64_t* first_q;                    // (S + 1,) and of q: the queries of a suffix are its last rows
   const int64_t *prefix_start, *prefix_len;  // (S,)
   const int64_t* order;                      // (S,) suffixes in the order of work: sharers of a prefix side by side
-  void* out;                                 // (N, heads, head_dim) contiguous
-  void* lse;                                 // (N, heads) contiguous, float or double
+  void* out;                                 // (rows of q, heads, head_dim) contiguous
+  void* lse;                                 // (rows of q, heads) contiguous, float or double
 };
 
 // A unit of work: `lanes` lanes of one K/V head from lane `lane` of the suffix order[at] on. A lane is a query row of
-// one head, and the lanes of a suffix are its rows times the head's group. All lanes of a unit share prefix_start.
+// one head, and the lanes of a suffix are its queries times the head's group. All lanes of a unit share prefix_start.
 struct AttentionUnit {
   int64_t kv_head, at, lane, lanes;
 };
