@@ -203,6 +203,7 @@ setup(
         "rmfast.kernels",
         "rmfast.kernels.reward_head",
         "rmfast.kernels.suffix_attention",
+        "rmfast.kernels.tcrm",
         "rmfast.kernels.token_wise",
     ],
     package_dir={"rmfast": "rmfast", "rmfast.kernels": "kernels"},

@@ -80,7 +80,8 @@ def build(launch: tuple, capability: int, tmp_path: Path) -> Compiled:
             constants[parameter.name] = value
         else:
             assert parameter.do_not_specialize, parameter.name
-            signature[parameter.name] = "i32" if abs(value) < 2**31 else "i64"
+            integer = "i32" if abs(value) < 2**31 else "i64"
+            signature[parameter.name] = "fp32" if isinstance(value, float) else integer
     source = ASTSource(kernel, signature, constexprs=constants, attrs=attributes)
     compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
     cubin = tmp_path / f"{kernel.__name__}_{capability}.cubin"

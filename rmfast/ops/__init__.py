@@ -2,6 +2,7 @@
 
 from rmfast.ops._reward_head import reward_head
 from rmfast.ops._suffix_attention import suffix_attention
+from rmfast.ops._tcrm import tcrm
 from rmfast.ops._token_wise import gated_activation, rms_norm, rotary
 
-__all__ = ["gated_activation", "reward_head", "rms_norm", "rotary", "suffix_attention"]
+__all__ = ["gated_activation", "reward_head", "rms_norm", "rotary", "suffix_attention", "tcrm"]

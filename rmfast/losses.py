@@ -1,0 +1,234 @@
+"""Losses of reward models: values that cohere over tokens (TCRM), rewards free of a spurious factor (CRM)."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from rmfast.ops import reward_head, tcrm
+from rmfast.ops._library import expect, readable
+
+__all__ = ["linear_value_loss", "tcrm_loss"]
+
+REDUCTIONS = ("sum", "mean")
+
+
+def tcrm_loss(
+    values_chosen: Tensor,
+    values_rejected: Tensor,
+    cu_seqlens_chosen: Tensor,
+    cu_seqlens_rejected: Tensor,
+    *,
+    smooth: float = 0.1,
+    lookahead: float = 0.01,
+    reduction: str = "sum",
+    response_start: tuple[Tensor, Tensor] | None = None,
+    margin: Tensor | None = None,
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """The loss of temporally coherent reward modelling (TCRM, arXiv 2604.22981), over B pairs of responses.
+
+    A reward model's value at any token is trained to be the conditional expectation of the final reward. With r_k the
+    values at a response's tokens 0 .. K and SG the stop-gradient, a pair's loss is
+
+        L_BT + smooth · (L_sm of chosen + of rejected) + lookahead · (L_LA of chosen + of rejected)
+        L_BT = −log σ(r_K chosen − r_K rejected − margin)
+        L_sm = Σ_{k=1..K} (r_{k−1} − SG[r_k])²
+        L_LA = Σ_{k<K} (r_k − SG[r_K])²
+
+    and the result the mean over pairs. So a final value gets its gradient from L_BT alone, any other one from the
+    token behind it and from the final one. A response of one token has L_BT only.
+
+    Loss and gradient come from one pass over the values; the backward scales that gradient. Memory is O(N).
+
+    Args:
+        values_chosen: the head's output at every token: (N,), all chosen texts one behind the other, or (B, T), padded.
+            float64, float32, bfloat16 or float16. What lies outside of responses is not read, and its gradient is 0.
+        values_rejected: the same for the rejected texts, in the order of their pairs; its N or T may differ.
+        cu_seqlens_chosen: for values (N,): int32 or int64 (B + 1,): 0, then the texts' ends, the last of them N.
+            For values (B, T): bool (B, T), True at the text's tokens (or only at the response's). Padding may lie left
+            or right, or on both sides; there are no holes.
+        cu_seqlens_rejected: the same for the rejected texts.
+        smooth: weight of L_sm, at least 0; the paper's is 0.1.
+        lookahead: weight of L_LA, at least 0; the paper's is 0.01.
+        reduction: of L_sm and L_LA over the K terms of a response: "sum", as the paper writes them, or "mean".
+        response_start: int32 or int64 (B,) for chosen and for rejected: the index of a response's first token in its
+            text. None: every token of a text belongs to the response.
+        margin: (B,), any of the dtypes of values, or None for 0.
+
+    Returns:
+        The loss, in float32 (float64 for float64 values), differentiable once in both values; and its three terms
+        before their weights, detached: "bradley_terry", "smoothness" and "lookahead", means over pairs.
+
+        A NaN at any token of a response makes the loss NaN, and with it the gradients of its own pair.
+
+    Raises:
+        ValueError: a shape, device or weight that does not fit, or no pairs; cu_seqlens that fall or don't end at N, a
+            mask with holes, a response without tokens (on CUDA these give a NaN loss instead, unless RMFAST_CHECK=1);
+            a margin that requires grad.
+        TypeError: a dtype that is not supported, or an argument that is no tensor.
+        rmfast.BackendError: a backend asked for by name cannot run.
+    """
+    starts = (None, None) if response_start is None else _two(response_start, "response_start", "(chosen, rejected)")
+    sides = []
+    for side, values, cu_seqlens, start in (
+        ("chosen", values_chosen, cu_seqlens_chosen, starts[0]),
+        ("rejected", values_rejected, cu_seqlens_rejected, starts[1]),
+    ):
+        name = f"values_{side}"
+        _tensor(values, name)
+        expect(values.dim() in (1, 2), name, "of shape (N,) or (B, T)", tuple(values.shape))
+        names = f"cu_seqlens_{side}", f"response_start of {side}"
+        sides.append(_ranges(values.shape, cu_seqlens, start, names, values))
+    pairs = [side.size(1) for side in sides]
+    if pairs[0] != pairs[1]:
+        raise ValueError(f"Expected as many rejected texts as chosen ones, {pairs[0]}, got {pairs[1]}")
+    return _loss(
+        values_chosen.reshape(-1), values_rejected.reshape(-1), torch.cat(sides), smooth, lookahead, reduction, margin
+    )
+
+
+def linear_value_loss(
+    hidden: Tensor,
+    weight: Tensor,
+    cu_seqlens: Tensor,
+    bias: Tensor | None = None,
+    *,
+    norm: str | None = None,
+    norm_weight: Tensor | None = None,
+    norm_bias: Tensor | None = None,
+    eps: float = 1e-6,
+    smooth: float = 0.1,
+    lookahead: float = 0.01,
+    reduction: str = "sum",
+    response_start: Tensor | None = None,
+    margin: Tensor | None = None,
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """`tcrm_loss` of a linear head, straight from the last hidden states: norm, head and loss.
+
+    Reads `hidden` once forward and once backward (`rmfast.ops.reward_head`), and writes no normalised copy: beyond
+    the gradients it needs a few numbers for each token, and for the head 64 partial sums of d.
+
+    Args:
+        hidden: the residual stream before the final norm, the B chosen texts first, then the B rejected ones in the
+            same order, as trainers put both into one batch: (N, d), one text behind the other, or (2 B, T, d), padded;
+            float64, float32, bfloat16 or float16.
+        weight: (1, d) or (d,), the value head; any of these dtypes, as all floating arguments below.
+        cu_seqlens: for hidden (N, d): int32 or int64 (2 B + 1,): 0, then the texts' ends, the last of them N. For
+            hidden (2 B, T, d): bool (2 B, T), as for `tcrm_loss`.
+        bias: (1,) or None.
+        norm: None, "rms", "gemma_rms" or "layer", as for `rmfast.ops.reward_head`, like the next three.
+        norm_weight: (d,) or None.
+        norm_bias: (d,) or None.
+        eps: above 0.
+        smooth: as for `tcrm_loss`, like the next two.
+        lookahead: at least 0.
+        reduction: "sum" or "mean".
+        response_start: int32 or int64 (2 B,): the index of a response's first token in its text, or None.
+        margin: (B,) or None.
+
+    Returns:
+        As `tcrm_loss`; differentiable once in hidden, weight, bias, norm_weight and norm_bias. hidden is read at
+        padding and outside of responses as well, where it should be finite: a NaN there makes the gradients of the
+        head NaN.
+
+    Raises:
+        As `tcrm_loss` and `rmfast.ops.reward_head`; ValueError for an odd number of texts or more than one head.
+    """
+    _tensor(hidden, "hidden")
+    _tensor(weight, "weight")
+    expect(hidden.dim() in (2, 3), "hidden", "of shape (N, d) or (2 B, T, d)", tuple(hidden.shape))
+    d = hidden.size(-1)
+    expect(tuple(weight.shape) in ((1, d), (d,)), "weight", f"of shape (1, {d}) or ({d},)", tuple(weight.shape))
+    ranges = _ranges(hidden.shape[:-1], cu_seqlens, response_start, ("cu_seqlens", "response_start"), hidden)
+    texts = ranges.size(1)
+    expect(texts % 2 == 0, "cu_seqlens", "of an even number of texts, chosen and rejected", texts)
+    values = reward_head(
+        hidden, weight.reshape(1, d), bias, norm=norm, norm_weight=norm_weight, norm_bias=norm_bias, eps=eps
+    ).reshape(-1)
+    bounds = torch.cat((ranges[:, : texts // 2], ranges[:, texts // 2 :]))
+    return _loss(values, values, bounds, smooth, lookahead, reduction, margin)
+
+
+def _loss(chosen, rejected, bounds, smooth, lookahead, reduction, margin) -> tuple[Tensor, dict[str, Tensor]]:
+    expect(reduction in REDUCTIONS, "reduction", '"sum" or "mean"', repr(reduction))
+    mean = reduction == "mean"
+    loss, terms = tcrm(chosen, rejected, bounds, margin=margin, smooth=smooth, lookahead=lookahead, mean=mean)
+    return loss, dict(zip(("bradley_terry", "smoothness", "lookahead"), terms.unbind()))
+
+
+def _ranges(
+    shape: torch.Size, cu_seqlens: Tensor, start: Tensor | None, names: tuple[str, str], like: Tensor
+) -> Tensor:
+    """First token and end of each response, int64 (2, B), in the flattened tokens of `shape`."""
+    name, start_name = names
+    _tensor(cu_seqlens, name, like)
+    ranges = _masked(shape, cu_seqlens, name) if len(shape) == 2 else _ragged(shape, cu_seqlens, name)
+    if start is None:
+        return ranges
+    _tensor(start, start_name, like)
+    _integers(start, start_name)
+    texts = ranges.size(1)
+    expect(tuple(start.shape) == (texts,), start_name, f"of shape ({texts},)", tuple(start.shape))
+    lengths = ranges[1] - ranges[0]
+    if readable(start):
+        wrong = (start < 0) | (start >= lengths)
+        if wrong.any():
+            b = int(wrong.int().argmax())
+            raise ValueError(
+                f"Expected {start_name} to be an index of the text's tokens, got {int(start[b])} for text {b} of "
+                f"{int(lengths[b])} tokens"
+            )
+    # A negative start would reach into the text before; one past the end leaves no token, which the op sees.
+    return torch.stack((torch.where(start < 0, -1, ranges[0] + start), ranges[1]))
+
+
+def _ragged(shape: torch.Size, cu_seqlens: Tensor, name: str) -> Tensor:
+    _integers(cu_seqlens, name)
+    expect(
+        cu_seqlens.dim() == 1 and cu_seqlens.size(0) >= 2,
+        name, "of shape (B + 1,) with B >= 1", tuple(cu_seqlens.shape),
+    )  # fmt: skip
+    if readable(cu_seqlens):
+        expect(int(cu_seqlens[0]) == 0, f"{name}[0]", "0", int(cu_seqlens[0]))
+        expect(int(cu_seqlens[-1]) == shape[0], f"{name}[-1]", f"{shape[0]}, the number of tokens", int(cu_seqlens[-1]))
+    ends = cu_seqlens.to(torch.int64)
+    return torch.stack((ends[:-1], ends[1:]))
+
+
+def _masked(shape: torch.Size, mask: Tensor, name: str) -> Tensor:
+    if mask.dtype != torch.bool:
+        raise TypeError(f"Expected {name} to have dtype torch.bool for padded values, got {mask.dtype}")
+    expect(mask.shape == shape, name, f"of shape {tuple(shape)}", tuple(mask.shape))
+    expect(shape.numel() > 0, name, "of at least one text and token", tuple(shape))
+    texts, width = shape
+    first = mask.int().argmax(1)
+    end = width - mask.int().flip(1).argmax(1)
+    count = mask.sum(1)
+    if readable(mask):
+        for wrong, what in ((count == 0, "no tokens"), (end - first != count, "holes")):
+            if wrong.any():
+                raise ValueError(
+                    f"Expected {name} to be True at one run of tokens in each row, got {what} in row "
+                    f"{int(wrong.int().argmax())}"
+                )
+    row = torch.arange(texts, device=mask.device) * width
+    return torch.stack((torch.where(end - first == count, row + first, -1), row + end))
+
+
+def _two(value: object, name: str, what: str) -> tuple:
+    if not isinstance(value, (tuple, list)) or len(value) != 2:
+        got = f"{len(value)} of them" if isinstance(value, (tuple, list)) else type(value).__name__
+        raise TypeError(f"Expected {name} to be a pair {what}, got {got}")
+    return tuple(value)
+
+
+def _tensor(value: object, name: str, like: Tensor | None = None) -> None:
+    if not isinstance(value, Tensor):
+        raise TypeError(f"Expected {name} to be a torch.Tensor, got {type(value).__name__}")
+    if like is not None:
+        expect(value.device == like.device, f"{name}.device", f"{like.device}, that of the values", value.device)
+
+
+def _integers(value: Tensor, name: str) -> None:
+    if value.dtype not in (torch.int32, torch.int64):
+        raise TypeError(f"Expected {name} to have dtype torch.int32 or torch.int64, got {value.dtype}")
