@@ -6,10 +6,10 @@
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
-#include <new>
 #include <optional>
 #include <tuple>
 
+#include "rows.h"
 #include "tensors.h"
 
 namespace rmfast {
@@ -32,26 +32,6 @@ const TokenWiseIsa& isa() {
   static const TokenWiseIsa* const all[] = {&token_wise::portable};
 #endif
   return required(choose_isa(all));
-}
-
-Gain gain_of(const std::optional<Tensor>& t) {
-  return t ? Gain{t->const_data_ptr(), dtype_of(*t)} : Gain{nullptr, DType::f32};
-}
-
-Matrix matrix(const Tensor& t) { return {t.const_data_ptr(), t.stride(0)}; }
-
-struct Aligned {
-  void* data;
-  explicit Aligned(int64_t bytes) : data(::operator new(size_t(bytes), std::align_val_t(64))) {}
-  ~Aligned() { ::operator delete(data, std::align_val_t(64)); }
-  Aligned(const Aligned&) = delete;
-  Aligned& operator=(const Aligned&) = delete;
-};
-
-// Below about 2^15 elements (5 µs) a second thread costs more than it saves.
-template <class F>
-void over_rows(int64_t rows, int64_t elements, F run) {
-  torch::stable::parallel_for(0, rows, 1 + (int64_t(1) << 15) / elements, run);
 }
 
 std::tuple<Tensor, Tensor> rms_norm(const Tensor& x, const std::optional<Tensor>& weight,
