@@ -201,6 +201,7 @@ setup(
         "rmfast",
         "rmfast.ops",
         "rmfast.kernels",
+        "rmfast.kernels.neuron_stats",
         "rmfast.kernels.reward_head",
         "rmfast.kernels.suffix_attention",
         "rmfast.kernels.tcrm",
