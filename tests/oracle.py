@@ -7,9 +7,10 @@ patched by making attention add what is missing.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from typing import Any
+from unittest import mock
 
 import torch
 from torch import Tensor, nn
@@ -164,6 +165,16 @@ def activation(
         _reward(model, ids, 0, types)
     x = seen[0][0]
     return torch.stack([x[:, _columns(block, kind, u, x.size(-1))] for u in range(_units(block, kind, x.size(-1)))], 1)
+
+
+@contextmanager
+def everything_in_fp64() -> Iterator[None]:
+    """transformers computes norms, softmax and rotary angles in fp32 whatever the model's dtype; here in fp64.
+
+    Only so is an fp64 model a truth to 1e-10, with slopes that finite differences can find.
+    """
+    with mock.patch.object(torch, "float32", torch.float64), mock.patch.object(Tensor, "float", Tensor.double):
+        yield
 
 
 def _place(block: nn.Module, kind: str) -> tuple[nn.Module, str]:

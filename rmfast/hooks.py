@@ -1,0 +1,600 @@
+"""Activations read, replaced and differentiated with hooks on a model's own layers: for any architecture, exact.
+
+`points` says where the kinds of `rmfast.sites` lie in a layer, by the names of its parts and never by its class;
+`LayersPatcher` runs a bound model's own forward with hooks at them. A replacement in layer l leaves the layers below
+out (their output is the recorded stream), and several replacements of one layer are the rows of one batch. That is all
+there is to reuse in an encoder, where every token sees every other.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from rmfast import model as _model
+from rmfast.inputs import Encoded
+from rmfast.sites import KINDS, Edits, Values
+
+__all__ = ["LayerRecord", "LayersPatcher", "Point", "gradients", "points"]
+
+Side = Literal["in", "out"]
+
+
+# Where kinds lie in a layer -------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Point:
+    """An activation of a layer: what one of its modules is given or gives, (B, T, n), and which of the n columns.
+
+    Unit u is the columns from start + u · step on, `width` of them.
+
+    Attributes:
+        module: the module; at its first call in a forward, where it has several.
+        side: "in" for its first argument, "out" for its result (the first item, where that is a tuple).
+        width: values of a unit; None for all columns, as one unit.
+        units: None for as many as n columns hold.
+        start, step: of the units' columns; step None is width.
+        stream: whether the tensor given is the residual stream itself, to which the layer goes on to add: a
+            replacement is then written into it, since another tensor in its place would not reach the sum.
+    """
+
+    module: nn.Module
+    side: Side
+    width: int | None = None
+    units: int | None = None
+    start: int = 0
+    step: int | None = None
+    columns: int | None = None  # n, where units alone don't tell
+    stream: bool = False
+
+    def view(self, x: Tensor) -> Tensor:
+        """(B, T, units, width), a view of the module's tensor (B, T, n); ValueError where n is not as expected."""
+        n = x.size(-1)
+        width = n if self.width is None else self.width
+        units = n // width if self.units is None else self.units
+        columns = units * width if self.columns is None else self.columns
+        if x.dim() != 3 or n != columns or units < 1:
+            side = "be given" if self.side == "in" else "give"
+            raise ValueError(
+                f"Expected {type(self.module).__name__} to {side} (B, T, {columns}) for {units} units of {width}, "
+                f"got {tuple(x.shape)}"
+            )
+        return x[..., self.start :].unfold(-1, width, self.step or width)[:, :, :units]
+
+    @contextmanager
+    def tapped(self, use: Callable[[Tensor], Tensor | None]) -> Iterator[None]:
+        """Calls use(x) on the tensor in the forwards that this thread runs; a tensor that it returns takes x's place.
+
+        Hooks that are there already come before it: it sees, and has the last word on, what they make of the tensor.
+        At the stream it comes before them, as what they put in its place is not what the layer adds to.
+        """
+        thread, calls = threading.get_ident(), 0
+
+        def applied(x: Tensor) -> Tensor | None:
+            nonlocal calls
+            calls += threading.get_ident() == thread
+            return use(x) if calls == 1 and threading.get_ident() == thread else None
+
+        def before(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> Any:
+            new = applied(_given(args, kwargs))
+            if new is None:
+                return None
+            return ((new, *args[1:]), kwargs) if args else (args, {**kwargs, _first_name(kwargs): new})
+
+        def after(module: nn.Module, args: tuple, out: Any) -> Any:
+            new = applied(_first(out))
+            return (new, *out[1:]) if new is not None and isinstance(out, tuple) else new
+
+        if self.side == "in":
+            handle = self.module.register_forward_pre_hook(before, with_kwargs=True, prepend=self.stream)
+        else:
+            handle = self.module.register_forward_hook(after)
+        try:
+            yield
+        finally:
+            handle.remove()
+
+
+def _first(out: Any) -> Any:
+    return out[0] if isinstance(out, tuple) else out
+
+
+def _first_name(kwargs: dict[str, Any]) -> str:
+    return "hidden_states" if "hidden_states" in kwargs else next(iter(kwargs))
+
+
+def _given(args: tuple, kwargs: dict[str, Any]) -> Any:
+    return args[0] if args else kwargs[_first_name(kwargs)]
+
+
+# Parts in which a kind is looked for, the first that the layer has: Llama, Qwen, Mistral, Phi, GPT-NeoX, GPT-2, OPT;
+# BERT, RoBERTa, ELECTRA, DeBERTa, DistilBERT, ModernBERT. "" is the layer.
+_PLACES: dict[str, Sequence[tuple[str, Side]]] = {
+    "resid_pre": [("", "in")],
+    "resid_mid": [
+        ("attention.output.LayerNorm", "out"),
+        ("sa_layer_norm", "out"),
+        ("post_attention_layernorm", "in"),
+        ("ln_2", "in"),
+        ("mlp_norm", "in"),
+        ("final_layer_norm", "in"),
+    ],
+    "resid_post": [("", "out")],
+    "attn_out": [
+        ("attention.output.dense", "out"),
+        ("post_self_attn_layernorm", "out"),
+        ("self_attn", "out"),
+        ("attention", "out"),
+        ("attn", "out"),
+    ],
+    "mlp_out": [
+        ("post_mlp_layernorm", "out"),
+        ("mlp", "out"),
+        ("output.dense", "out"),
+        ("ffn", "out"),
+        ("fc2", "out"),
+    ],
+    "head_out": [
+        ("self_attn.o_proj", "in"),
+        ("self_attn.out_proj", "in"),
+        ("self_attn.dense", "in"),
+        ("attention.output.dense", "in"),
+        ("attention.out_lin", "in"),
+        ("attention.dense", "in"),
+        ("attn.Wo", "in"),
+        ("attn.c_proj", "in"),
+    ],
+    "mlp_neuron": [
+        ("mlp.down_proj", "in"),
+        ("mlp.dense_4h_to_h", "in"),
+        ("mlp.c_proj", "in"),
+        ("mlp.Wo", "in"),
+        ("mlp.fc2", "in"),
+        ("output.dense", "in"),
+        ("ffn.lin2", "in"),
+        ("fc2", "in"),
+    ],
+    "q": [("self_attn.q_proj", "out"), ("attention.self.query", "out"), ("attention.self.query_proj", "out"),
+          ("attention.q_lin", "out")],
+    "k": [("self_attn.k_proj", "out"), ("attention.self.key", "out"), ("attention.self.key_proj", "out"),
+          ("attention.k_lin", "out")],
+    "v": [("self_attn.v_proj", "out"), ("attention.self.value", "out"), ("attention.self.value_proj", "out"),
+          ("attention.v_lin", "out")],
+}  # fmt: skip
+
+# Projections of q, k and v in one: all of q, then of k, then of v; or the three of each head side by side.
+_FUSED = ("self_attn.qkv_proj", "attn.c_attn", "attn.Wqkv")
+_FUSED_BY_HEAD = ("attention.query_key_value",)
+
+# A norm behind attention and behind the MLP (Gemma 2 and 3, OLMo 2): what they give is what is added to the stream.
+_SANDWICH: dict[str, Sequence[tuple[str, Side]]] = {
+    "resid_mid": [("pre_feedforward_layernorm", "in"), ("mlp", "in")],
+    "attn_out": [("post_attention_layernorm", "out")],
+    "mlp_out": [("post_feedforward_layernorm", "out")],
+}
+
+
+def points(layer: nn.Module) -> dict[str, Point]:
+    """Where each kind of `rmfast.sites.KINDS` lies in a layer, by the names of the layer's parts.
+
+    Kinds whose parts the layer lacks are left out; resid_pre and resid_post are always there. Names don't tell all: in
+    a layer with these parts attention and MLP may read the same stream (then there is no resid_mid), or what they give
+    may be scaled before it is added. `LayersPatcher.points` holds those that a run has borne out.
+    """
+    parts = dict(layer.named_modules())
+    sandwich = _SANDWICH if "post_feedforward_layernorm" in parts else {}
+    attention = next(
+        (parts[name] for name in ("self_attn", "attention.self", "attention", "attn") if name in parts), None
+    )
+    heads, kv_heads, size = (None, None, None) if attention is None else _heads(attention)
+    found: dict[str, Point] = {}
+    for kind, places in _PLACES.items():
+        place = next((place for place in sandwich.get(kind, places) if place[0] in parts), None)
+        if place is None:
+            continue
+        module, side = parts[place[0]], place[1]
+        if kind == "mlp_neuron":
+            found[kind] = Point(module, side, width=1)
+        elif kind in ("head_out", "q", "k", "v"):
+            # K/V heads may be fewer than query heads where k_proj is a part by itself (a configuration may name a
+            # number of them that the model does not use).
+            grouped = kind in "kv" and place[0].startswith("self_attn.")
+            found[kind] = Point(module, side, width=size, units=kv_heads if grouped else heads)
+        else:
+            found[kind] = Point(module, side, stream=kind == "resid_mid" and side == "in")
+    if heads is None or size is None:
+        return {kind: point for kind, point in found.items() if kind not in ("head_out", "q", "k", "v")}
+    for name in _FUSED + _FUSED_BY_HEAD:
+        if name in parts and "q" not in found:
+            own = kv_heads if name == "self_attn.qkv_proj" and kv_heads is not None else heads
+            columns = (heads + 2 * own) * size
+            for i, (kind, units, start) in enumerate(
+                (("q", heads, 0), ("k", own, heads * size), ("v", own, (heads + own) * size))
+            ):
+                start, step = (i * size, 3 * size) if name in _FUSED_BY_HEAD else (start, size)
+                found[kind] = Point(parts[name], "out", size, units, start, step, columns)
+    return found
+
+
+def _heads(attention: nn.Module) -> tuple[int | None, int | None, int | None]:
+    """Query heads, K/V heads and the size of a head, as the attention module or its configuration state them."""
+    config = getattr(attention, "config", None)
+
+    def stated(*names: str) -> int | None:
+        values = (getattr(holder, name, None) for name in names for holder in (attention, config))
+        return next((value for value in values if isinstance(value, int) and not isinstance(value, bool)), None)
+
+    heads = stated("num_attention_heads", "num_heads", "n_heads")
+    size = stated("head_dim", "attention_head_size", "head_size")
+    width = stated("hidden_size")
+    if size is None and heads and width and width % heads == 0:
+        size = width // heads
+    return heads, stated("num_key_value_heads") or heads, size
+
+
+def _layers(binding: _model.Binding) -> tuple[str, list[nn.Module]]:
+    """The body's layers and the name of their list."""
+    body, count = binding.body, getattr(binding.config, "num_hidden_layers", None)
+    lists = [(name, list(module)) for name, module in body.named_modules() if isinstance(module, nn.ModuleList)]
+    for name, modules in sorted(lists, key=lambda item: item[0].count(".")):
+        if len(modules) == count == len(set(modules)):
+            return name, modules
+    seen = ", ".join(f"{name} ({len(modules)})" for name, modules in lists) or "none"
+    raise ValueError(
+        f"{type(body).__name__} has no list of its layers: rmfast looks for a torch.nn.ModuleList of "
+        f"config.num_hidden_layers ({count}) different modules; its lists: {seen}"
+    )
+
+
+# Running --------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(eq=False)
+class LayerRecord:
+    """A run of one text (`rmfast.sites.Record`) with the residual stream before and after each layer.
+
+    Attributes:
+        types: (T,) token types, or None.
+        tails: what each layer returned beside its stream, or None where it returns a tensor.
+    """
+
+    ids: np.ndarray
+    types: np.ndarray | None
+    read: int
+    reward: Tensor
+    tails: list[tuple | None]
+    _kept: dict[tuple[str, int], Tensor]
+
+    def activations(self, kind: str, layer: int) -> Tensor:
+        """(T, units, width), on the layer's device, for a kind asked for at recording; the streams are always kept."""
+        if (kind, layer) not in self._kept:
+            kinds = ", ".join(sorted({kind for kind, _ in self._kept}))
+            raise ValueError(f"Expected a kind and layer that were recorded ({kinds}), got {kind} of layer {layer}")
+        return self._kept[kind, layer]
+
+
+class LayersPatcher:
+    """`rmfast.sites.Patcher` for any bound model: its own layers, run from the one that is edited.
+
+    Exact, up to rounding: a row of a batch is what the model's own forward gives for the text with that one edit,
+    alone and unpadded, so that rotary frequencies which go by the length are right as well. Hooks of the user's take
+    part in the layers that run.
+
+    Attributes:
+        layers: L.
+        modules: the layers.
+        points: for each layer the `points` that a run on a few tokens bears out: of the right size, and attn_out,
+            mlp_out and resid_mid such that they add up to the layer's output.
+
+    Raises:
+        ValueError: the model's body has no list of its layers.
+    """
+
+    def __init__(self, binding: _model.Binding):
+        name, self.modules = _layers(binding)
+        if binding.norm_name is not None and binding.norm_name.startswith(f"{binding.body_name}.{name}."):
+            # The last layer ends in the final norm (BERT): its output is what the norm gives, so the norm stays.
+            binding = dataclasses.replace(binding, norm_name=None, norm_kind=None)
+        self.binding = binding
+        self.layers = len(self.modules)
+        self.points = [points(layer) for layer in self.modules]
+        self._sizes: dict[str, tuple[int, int]] = {}
+        self._missing: dict[str, str] = {}
+        with binding.session():
+            self._try()
+
+    def units(self, kind: str) -> tuple[int, int]:
+        """Units of a layer and values of each; ValueError where the model's layers lack the part, naming it."""
+        if kind not in KINDS:
+            raise ValueError(f"Expected a kind to be one of {', '.join(KINDS)}, got {kind!r}")
+        if kind in self._missing:
+            raise ValueError(self._missing[kind])
+        return self._sizes[kind]
+
+    def record(self, text: Encoded, read: int, kinds: set[str]) -> LayerRecord:
+        """Runs a text alone and keeps the activations of `kinds`; inside `binding.session()`.
+
+        Args:
+            read: where the reward is read; a model that pools by itself reads where it does.
+        """
+        return self._recorded(text, read, kinds, None)[0]
+
+    def rewards(
+        self,
+        base: LayerRecord,
+        edits: Edits,
+        values: Values,
+        batch_tokens: int,
+        done: Callable[[np.ndarray, Tensor], None],
+        skip: np.ndarray,
+    ) -> None:
+        """Rewards (n, K) of each edited base run: calls done(indices into edits, rewards) batch by batch.
+
+        As `rmfast.sites.Patcher.rewards`; a batch is batch_tokens // T edits of one layer, at least one, and half as
+        many each time that memory runs out.
+        """
+        batch = max(1, batch_tokens // len(base.ids))
+        # A batch of resid_post alone need not run the layer itself.
+        after = edits.kind == KINDS.index("resid_post")
+        order = np.lexsort((edits.kind, after, edits.layer))
+        cuts = np.flatnonzero(np.diff(edits.layer[order]) | np.diff(after[order].astype(np.int8))) + 1
+        for some in np.split(order, cuts):
+            if skip[some].all():
+                continue
+            layer = int(edits.layer[some[0]])
+            new = {int(kind): self._values(values, int(kind), layer, len(base.ids)) for kind in set(edits.kind[some])}
+            while len(some):
+                now = some[:batch]
+                try:
+                    out = None if skip[now].all() else self._edited(base, edits[now], new)
+                except RuntimeError as error:
+                    if len(now) == 1 or not _model.out_of_memory(error):
+                        raise
+                    batch = len(now) // 2
+                    continue
+                some = some[batch:]
+                if out is not None:
+                    done(now, out.cpu())
+
+    def least_tokens(self, base: LayerRecord, edits: Edits) -> int:
+        """The rows of one edited run."""
+        return len(base.ids)
+
+    def gradients(
+        self, text: Encoded, read: int, kinds: set[str], metric: Callable[[Tensor], Tensor] | None = None
+    ) -> tuple[LayerRecord, Values]:
+        """One forward of a text alone and one backward: the reward's gradient in every activation of `kinds`.
+
+        Enters `binding.session(grad=True)` itself. No gradient of a parameter is computed; what requires_grad says and
+        .grad holds stays as it is.
+
+        Args:
+            metric: what is differentiated, of the rewards (K,) to a scalar tensor; without it each reward.
+
+        Returns:
+            The run's record, as `record` gives it, and gradients(kind, layer): (T, units, width), or for K > 1
+            rewards without metric (K, T, units, width); 0 where the reward does not depend on the activation.
+
+        Raises:
+            ValueError: layers lack a kind; metric does not return one number that depends on the rewards.
+        """
+        with self.binding.session(grad=True):
+            leaf = Point(self.modules[0], "in").tapped(lambda x: x.detach().requires_grad_())
+            captured: dict[tuple[str, int], Tensor] = {}
+            with leaf:  # the graph begins at the embedding stream, also where no parameter requires grad
+                record, rewards = self._recorded(text, read, kinds, captured)
+            outputs = list(rewards) if metric is None else [_scalar(metric(rewards))]
+            tensors = list({id(x): x for x in captured.values()}.values())  # q, k and v of one projection share theirs
+            which = {id(x): i for i, x in enumerate(tensors)}
+            found = []
+            for i, output in enumerate(outputs):
+                more = i < len(outputs) - 1
+                grads = torch.autograd.grad(output, tensors, retain_graph=more, allow_unused=True)
+                found.append([torch.zeros_like(x) if g is None else g for x, g in zip(tensors, grads)])
+        views = {
+            (kind, layer): [self.points[layer][kind].view(grads[which[id(x)]])[0] for grads in found]
+            for (kind, layer), x in captured.items()
+        }
+
+        def gradient(kind: str, layer: int) -> Tensor:
+            if (kind, layer) not in views:
+                asked = ", ".join(sorted(kinds))
+                raise ValueError(f"Expected a kind and layer asked for before ({asked}), got {kind} of layer {layer}")
+            each = views[kind, layer]
+            return each[0] if len(each) == 1 else torch.stack(each)
+
+        return record, gradient
+
+    def _recorded(
+        self, text: Encoded, read: int, kinds: set[str], captured: dict[tuple[str, int], Tensor] | None
+    ) -> tuple[LayerRecord, Tensor]:
+        """The run of a text alone and its rewards (K,); with `captured`, the tensors at the kinds' points go there."""
+        for kind in kinds:
+            self.units(kind)
+        kept: dict[tuple[str, int], Tensor] = {}
+        tails: list[tuple | None] = [None] * self.layers
+
+        def keep(kind: str, layer: int, x: Tensor) -> None:
+            if captured is not None and kind in kinds:
+                captured[kind, layer] = x
+            # A copy, since the model or a hook may go on to change the tensor.
+            value = self.points[layer][kind].view(x)[0].detach().clone()
+            before = kept.get(("resid_post", layer - 1)) if kind == "resid_pre" else None
+            same = before is not None and before.device == value.device and torch.equal(before, value)
+            kept[kind, layer] = before if before is not None and same else value
+
+        def tail(layer: int, out: Any) -> None:
+            if isinstance(out, tuple):
+                tails[layer] = tuple(x.detach() if isinstance(x, Tensor) else x for x in out[1:])
+
+        with ExitStack() as stack:
+            for layer, module in enumerate(self.modules):
+                hook = module.register_forward_hook(lambda module, args, out, layer=layer: tail(layer, out))
+                stack.callback(hook.remove)
+                for kind in sorted(kinds | {"resid_pre", "resid_post"}):
+                    stack.enter_context(self.points[layer][kind].tapped(partial(keep, kind, layer)))
+            rewards = self._forward(torch.from_numpy(text.ids)[None], text.types, read)[0]
+        return LayerRecord(text.ids, text.types, read, rewards.detach().cpu(), tails, kept), rewards
+
+    def _edited(self, base: LayerRecord, edits: Edits, new: dict[int, Tensor]) -> Tensor:
+        """Rewards (n, K) of n edits of one layer, either of resid_post alone or of other kinds."""
+        layer = int(edits.layer[0])
+        entry = "resid_post" if KINDS[edits.kind[0]] == "resid_post" else "resid_pre"
+        stream = base.activations(entry, layer)[:, 0]
+        ids = torch.from_numpy(base.ids).expand(len(edits), -1)
+        with ExitStack() as stack:
+            # The layers below hand on what they are given, which is then replaced by the recorded stream.
+            for i in range(layer + (entry == "resid_post")):
+                stack.enter_context(_model.replaced_forward(self.modules[i], _passing(base.tails[i])))
+            start = self.points[layer][entry]
+            stack.enter_context(start.tapped(lambda x: stream.to(x.device, x.dtype).expand_as(x).clone()))
+            for kind in np.unique(edits.kind):
+                rows = np.flatnonzero(edits.kind == kind)
+                which, positions = np.nonzero(edits.groups[edits.group[rows]])
+                index = (rows[which], positions, edits.unit[rows][which])
+                point = self.points[layer][KINDS[kind]]
+                stack.enter_context(point.tapped(partial(_replaced, point, index, new[int(kind)])))
+            return self._forward(ids, base.types, base.read)
+
+    def _forward(self, ids: Tensor, types: np.ndarray | None, read: int) -> Tensor:
+        """Rewards (B, K) of texts (B, T) of one length, read at one position."""
+        binding = self.binding
+        ids = ids.to(binding.device)
+        args = [ids, torch.ones_like(ids)]
+        # A decoder that takes token types (GPT-2) looks them up as words; only encoders have them in their inputs.
+        if types is not None and not binding.causal:
+            args.append(torch.from_numpy(types).expand(*ids.shape).to(ids.device))
+        if not binding.head:
+            return binding.pooled(*args)
+        hidden = binding.hidden(*args)
+        batch, length = ids.shape
+        return binding.rewards(hidden, torch.arange(batch, device=hidden.device) * length + read)
+
+    def _values(self, values: Values, kind: int, layer: int, length: int) -> Tensor:
+        new, shape = values(KINDS[kind], layer), (length, *self.units(KINDS[kind]))
+        if tuple(new.shape) != shape:
+            raise ValueError(
+                f"Expected values of {KINDS[kind]} in layer {layer} to be (T, units, width) = {shape}, "
+                f"got {tuple(new.shape)}"
+            )
+        return new
+
+    # Which points are as they seem ---------------------------------------------------------------------------------
+
+    def _try(self) -> None:
+        """Runs a few tokens, leaves the points that they contradict out and notes the sizes of the others."""
+        ids = _model._probe_ids(self.binding.root, self.binding.vocab_size, None, ())
+        seen: list[dict[str, Tensor]] = [{} for _ in self.modules]
+
+        with ExitStack() as stack:
+            for at, tensors in zip(self.points, seen):
+                taps = dict(at)
+                if "resid_mid" in at and at["resid_mid"].side == "out":
+                    taps["sum"] = Point(at["resid_mid"].module, "in")  # given to the norm whose output resid_mid is
+                for kind, point in taps.items():
+                    stack.enter_context(point.tapped(partial(_note, tensors, kind)))
+            self._forward(ids, None, ids.size(1) - 1)
+        for layer, (at, tensors) in enumerate(zip(self.points, seen)):
+            wrong = _not_added(at, tensors)
+            for kind in KINDS:
+                try:
+                    size = self._size(kind, layer, tensors.get(kind), ids.size(1))
+                    if kind in wrong:
+                        raise ValueError(wrong[kind])
+                    if self._sizes.setdefault(kind, size) != size:
+                        raise ValueError(f"{size[0]} units of {size[1]}, as layer 0 has {self._sizes[kind]}")
+                except ValueError as reason:
+                    at.pop(kind, None)
+                    where = f"layer {layer} ({type(self.modules[layer]).__name__})"
+                    self._missing.setdefault(kind, f"Expected {where} to have {kind}: {reason}")
+        for kind in ("resid_pre", "resid_post"):
+            self.units(kind)
+
+    def _size(self, kind: str, layer: int, x: Tensor | None, tokens: int) -> tuple[int, int]:
+        """Units and width of an activation, as seen on a text of some tokens."""
+        point, module = self.points[layer].get(kind), self.modules[layer]
+        if point is None:
+            names = ", ".join(name for name, _ in _PLACES[kind])
+            parts = ", ".join(name for name, _ in module.named_modules() if name)
+            raise ValueError(f"rmfast looks for {names}; its parts: {parts}")
+        if x is None:
+            raise ValueError(f"its {type(point.module).__name__}, which would show it, is not called")
+        if x.shape[:-1] != (1, tokens):
+            raise ValueError(f"got {tuple(x.shape)} for a text of {tokens} tokens")
+        units, width = point.view(x).shape[2:]
+        return units, width
+
+
+def _note(tensors: dict[str, Tensor], kind: str, x: Tensor) -> None:
+    tensors[kind] = x.clone()
+
+
+def _not_added(at: dict[str, Point], seen: dict[str, Tensor]) -> dict[str, str]:
+    """Those of attn_out, mlp_out and resid_mid that are not what their names say, and why."""
+    kinds = ("resid_pre", "resid_mid", "resid_post", "attn_out", "mlp_out")
+    pre, mid, post, attn, mlp = (None if x is None else x.double().cpu() for x in map(seen.get, kinds))
+
+    def adds(total: Tensor | None, *parts: Tensor | None) -> bool:
+        if total is None or any(part is None or part.shape != total.shape for part in parts):
+            return False
+        error, least = (total - sum(parts)).norm(), min(part.norm() for part in parts[1:])  # type: ignore
+        # A wrong part, or one that is scaled, is off by its own size; rounding by that of the sum. NaN tells nothing.
+        return not error > 0.02 * least + torch.finfo(seen["resid_post"].dtype).eps * total.norm()
+
+    if "sum" in seen:
+        given = seen["sum"].double().cpu()
+        wrong, due = ([] if adds(given, pre, attn) else ["resid_mid", "attn_out"]), "the norm behind its attention gets"
+    elif adds(mid, pre, attn) and adds(post, mid, mlp):
+        return {}
+    elif adds(post, pre, attn, mlp):
+        return {} if mid is None else {"resid_mid": "its attention and MLP read the same stream"}
+    else:
+        wrong, due = ["resid_mid", "attn_out", "mlp_out"], "it adds to its stream"
+    return {kind: f"what its attention and MLP give is not what {due}" for kind in wrong if kind in at}
+
+
+def _scalar(value: Any) -> Tensor:
+    if not isinstance(value, Tensor) or value.numel() != 1 or not value.requires_grad:
+        got = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
+        raise ValueError(f"Expected metric to return one number that depends on the rewards, got {got}")
+    return value.reshape(())
+
+
+def _passing(tail: tuple | None) -> Callable[..., Any]:
+    """A layer's forward that hands on what it is given, in the form in which the layer returns it."""
+
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        x = _given(args, kwargs)
+        return x if tail is None else (x, *tail)
+
+    return forward
+
+
+def _replaced(point: Point, index: tuple[np.ndarray, np.ndarray, np.ndarray], new: Tensor, x: Tensor) -> Tensor | None:
+    """x with values new (T, units, width) at index, (rows of the batch, positions, units)."""
+    rows, positions, units = (torch.from_numpy(i.astype(np.int64)).to(x.device) for i in index)
+    if not point.stream:
+        x = x.clone()
+    point.view(x)[rows, positions, units] = new.to(x.device, x.dtype)[positions, units]
+    return None if point.stream else x
+
+
+def gradients(
+    binding: _model.Binding,
+    text: Encoded,
+    read: int,
+    kinds: set[str],
+    metric: Callable[[Tensor], Tensor] | None = None,
+) -> tuple[LayerRecord, Values]:
+    """`LayersPatcher.gradients` of one text; for several texts, make the patcher once."""
+    return LayersPatcher(binding).gradients(text, read, kinds, metric)
