@@ -1,0 +1,392 @@
+"""`PatchSweep`: the rewards of a grid of patched runs, with named axes; to read, rank, draw and keep."""
+
+from __future__ import annotations
+
+import json
+from collections import namedtuple
+from collections.abc import Sequence
+from dataclasses import dataclass, fields, replace
+from itertools import product
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from rmfast.sites import UNITS
+
+__all__ = ["PatchSweep", "span"]
+
+AXES = ("site", "layer", "position", "head", "neuron", "unit", "label")  # the order in any grid
+Value = Literal["effect", "recovered", "rewards"]
+
+_VERSION = 1  # of the files that `save` writes
+_TENSORS = ("rewards", "clean_reward", "corrupted_reward")
+_MOST_TICKS = {"x": 64, "y": 40}  # labels that can still be read on the largest figure, 14 by 9 inches
+
+
+@dataclass(eq=False, repr=False, kw_only=True)
+class PatchSweep:
+    """Rewards of one base run, patched at each site of a grid.
+
+    Attributes:
+        rewards: one dimension for each axis, CPU, fp32 (fp64 for an fp64 model); NaN where a position has no partner in
+            the other run, a site was not screened, or a kind has fewer units than another.
+        axes: names of the dimensions, in the order of `AXES`.
+        coords: coordinates along each axis. site: kinds (`rmfast.sites`); layer, head, neuron, unit, label: ints;
+            position: lists of the base run's token positions that are patched together. A coordinate that is the same
+            in all of the grid has one entry and need not be an axis.
+        clean_reward: (), or (K,) where there is a label axis.
+        corrupted_reward: the same; None where no corrupted text was run.
+        base: "clean" or "corrupted", the run that was patched.
+        mode: what was put in: "denoising", "noising", "zero", "mean", "resample" or "values".
+        tokens, token_ids: of the base run.
+        unpaired: positions of the base run without a partner in the other.
+        run: edits that were run.
+        without_effect: edits that provably change nothing; they carry the base reward.
+        engine: "suffix" (layer and prefix reuse) or "layers" (layer reuse alone).
+        method: "patching", or "attribution" for linear estimates of the same rewards.
+        screen: what chose the sites that were run ({"method", "top", "spearman", "n"}), or None.
+    """
+
+    rewards: Tensor
+    axes: tuple[str, ...]
+    coords: dict[str, list]
+    clean_reward: Tensor
+    corrupted_reward: Tensor | None = None
+    base: str
+    mode: str
+    tokens: list[str]
+    token_ids: list[int]
+    unpaired: int = 0
+    run: int = 0
+    without_effect: int = 0
+    engine: str
+    method: str = "patching"
+    screen: dict[str, Any] | None = None
+
+    def __post_init__(self) -> None:
+        if list(self.axes) != [axis for axis in AXES if axis in self.axes]:
+            raise ValueError(f"Expected axes among {', '.join(AXES)}, in this order, got {self.axes}")
+        shape = tuple(len(self.coords[axis]) for axis in self.axes)
+        if tuple(self.rewards.shape) != shape:
+            raise ValueError(f"Expected rewards of shape {shape} by the coordinates, got {tuple(self.rewards.shape)}")
+        if more := [axis for axis, entries in self.coords.items() if axis not in self.axes and len(entries) != 1]:
+            raise ValueError(f"Expected one coordinate where there is no axis, got more for {', '.join(more)}")
+
+    def __repr__(self) -> str:
+        sizes = " × ".join(f"{axis} {size}" for axis, size in zip(self.axes, self.rewards.shape))
+        kinds = self.coords.get("site", [])
+        parts = [self._mode, *(kinds if len(kinds) == 1 else []), sizes or "one site"]
+        gap = [_number(reward) for reward in (self.base_reward, self.other_reward) if reward is not None]
+        parts.append(f"reward {' -> '.join(gap)}")
+        for row in self.top(1):
+            where = "".join(f"{axis} {getattr(row, axis)} " for axis in self.axes)
+            parts.append(f"strongest {where}{row.token!r} {row.effect:+.4g}")
+        return f"PatchSweep({', '.join(parts)})"
+
+    @property
+    def _mode(self) -> str:
+        return self.mode + (" by attribution" if self.method == "attribution" else "")
+
+    @property
+    def base_reward(self) -> Tensor:
+        """() or (K,): of the run that was patched, as it was."""
+        reward = self.clean_reward if self.base == "clean" else self.corrupted_reward
+        assert reward is not None
+        return reward
+
+    @property
+    def other_reward(self) -> Tensor | None:
+        """() or (K,): of the run that the activations came from; None where they came from none."""
+        return self.corrupted_reward if self.base == "clean" else self.clean_reward
+
+    @property
+    def effect(self) -> Tensor:
+        """`rewards` less the base reward."""
+        return self.rewards - self.base_reward
+
+    @property
+    def recovered(self) -> Tensor:
+        """The effect as a share of the whole gap, other less base reward: 1 is all of it.
+
+        Raises:
+            ValueError: there is no other run.
+        """
+        if self.other_reward is None:
+            raise ValueError(f"Expected a sweep of two runs for recovered, got mode {self.mode!r}, which has one")
+        return self.effect / (self.other_reward - self.base_reward)
+
+    def select(self, **coords: Any) -> PatchSweep:
+        """The part of the grid at these coordinates: `select(layer=3, head=[0, 2])`.
+
+        A single coordinate removes its axis, a list keeps it. A position is an int (the entry that holds this token)
+        or the text that `top` gives for a group ("3-5,7"). Counts (`run`, ...) stay those of the whole sweep.
+
+        Raises:
+            ValueError: the axis or the coordinate is not in the grid.
+        """
+        given: dict[str, Any] = {name: getattr(self, name) for name in _TENSORS}
+        axes, kept = list(self.axes), dict(self.coords)
+        for axis, wanted in coords.items():
+            if axis not in self.axes:
+                raise ValueError(f"Expected an axis of {', '.join(self.axes) or 'none'}, got {axis!r}")
+            several = isinstance(wanted, Sequence | np.ndarray) and not isinstance(wanted, str)
+            places = [self._place(axis, value) for value in (wanted if several else [wanted])]
+            kept[axis] = [self.coords[axis][place] for place in places]
+            index: Any = torch.tensor(places, dtype=torch.int64) if several else places[0]
+            given["rewards"] = given["rewards"][(slice(None),) * axes.index(axis) + (index,)]
+            if axis == "label":
+                for name in ("clean_reward", "corrupted_reward"):
+                    given[name] = None if given[name] is None else given[name][index]
+            if not several:
+                axes.remove(axis)
+        return replace(self, axes=tuple(axes), coords=kept, **given)
+
+    def _place(self, axis: str, wanted: Any) -> int:
+        """Where a coordinate lies along its axis."""
+        entries = self.coords[axis]
+        names = [span(entry) for entry in entries] if axis == "position" else entries
+        if wanted in names:
+            return names.index(wanted)
+        if axis == "position":
+            holding = [place for place, entry in enumerate(entries) if wanted in entry]
+            if len(holding) == 1:
+                return holding[0]
+        shown = ", ".join(map(str, names if len(names) <= 8 else [*names[:4], "...", *names[-3:]]))
+        raise ValueError(f"Expected {axis} to be one of {shown}, got {wanted!r}")
+
+    def top(self, n: int = 10, by: Value = "effect") -> list[Any]:
+        """The n sites of largest |effect| (or of what `by` names), largest first; sites that are NaN are left out.
+
+        Returns:
+            Named tuples of every coordinate, then token, reward, effect and recovered (None without another run). A
+            position is an int, or for a group the text "3-5,7"; token is the text there.
+
+        Raises:
+            ValueError: `by` is of another name, or "recovered" without another run.
+        """
+        size = self._values(by).abs().double().numpy().ravel()
+        order = np.argsort(-size, kind="stable")  # NaN last
+        columns = self._columns(order[~np.isnan(size[order])][:n])
+        row = namedtuple("Site", columns)  # type: ignore[misc]
+        return list(map(row._make, zip(*columns.values())))
+
+    def to_dataframe(self) -> Any:
+        """A pandas DataFrame of all sites in grid order, NaN ones included, with the columns of `top`.
+
+        Raises:
+            ImportError: pandas is not installed.
+        """
+        try:
+            import pandas
+        except ImportError as error:
+            raise ImportError(f"to_dataframe needs pandas (pip install pandas): {error}") from error
+        return pandas.DataFrame(self._columns(np.arange(self.rewards.numel()))).astype({"recovered": float})
+
+    def _columns(self, flat: np.ndarray) -> dict[str, list]:
+        """Coordinates and values of the sites at these places of the flattened grid."""
+        shape = tuple(self.rewards.shape)
+        at = dict(zip(self.axes, np.unravel_index(flat, shape) if shape else ()))
+        names = {axis: self.coords[axis] for axis in AXES if axis in self.coords}
+        columns = {}
+        for axis, entries in names.items():
+            places = at.get(axis, np.zeros(len(flat), np.int64)).tolist()
+            if axis == "position":
+                texts = [self._text(entry) for entry in entries]
+                columns["token"] = [texts[place] for place in places]
+                entries = [span(entry) for entry in entries]
+            columns[axis] = [entries[place] for place in places]
+        columns["token"] = columns.pop("token", [""] * len(flat))  # behind the coordinates
+        columns["reward"] = self.rewards.reshape(-1)[flat].tolist()
+        columns["effect"] = self.effect.reshape(-1)[flat].tolist()
+        known = self.other_reward is not None
+        columns["recovered"] = self.recovered.reshape(-1)[flat].tolist() if known else [None] * len(flat)
+        return columns
+
+    def _text(self, positions: Sequence[int]) -> str:
+        """The tokens at some positions, the middle of a long group left out."""
+        words = [self.tokens[position] for position in positions]
+        return "".join(words) if len(words) <= 4 else f"{words[0]}…{words[-1]}"
+
+    def _values(self, name: str) -> Tensor:
+        if name not in ("effect", "recovered", "rewards"):
+            raise ValueError(f'Expected "effect", "recovered" or "rewards", got {name!r}')
+        return getattr(self, name)
+
+    def save(self, folder: str | Path) -> None:
+        """Write `sweep.safetensors` and `sweep.json` to a folder, made where there is none. `load` gives all back."""
+        path = Path(folder)
+        path.mkdir(parents=True, exist_ok=True)
+        tensors = {name: getattr(self, name) for name in _TENSORS}
+        save_file({k: v.contiguous() for k, v in tensors.items() if v is not None}, path / "sweep.safetensors")
+        rest = {field.name: getattr(self, field.name) for field in fields(self) if field.name not in _TENSORS}
+        text = json.dumps({"format": "rmfast.PatchSweep", "version": _VERSION, **rest}, default=np.generic.item)
+        (path / "sweep.json").write_text(text + "\n", encoding="utf-8")
+
+    @classmethod
+    def load(cls, folder: str | Path) -> PatchSweep:
+        """The sweep that `save` wrote to a folder, exactly.
+
+        Raises:
+            ValueError: the folder holds none, or one of another version.
+        """
+        path = Path(folder)
+        try:
+            rest = json.loads((path / "sweep.json").read_text(encoding="utf-8"))
+            if not isinstance(rest, dict) or rest.pop("format", None) != "rmfast.PatchSweep":
+                raise ValueError("sweep.json is something else")
+            if (version := rest.pop("version", None)) != _VERSION:
+                raise ValueError(f"its version is {version}, this rmfast reads {_VERSION}")
+            rest["axes"] = tuple(rest["axes"])
+            return cls(**{**rest, **load_file(path / "sweep.safetensors")})
+        except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
+            raise ValueError(f"Expected a folder that PatchSweep.save wrote, got {str(path)!r}: {error}") from error
+
+    def plot(self, value: Value = "effect", ax: Any = None, **options: Any) -> Any:
+        """Heat map of layers (rows) by positions (columns), one for each site and label.
+
+        Where there is a unit axis, a cell shows the unit of largest |value|; where all positions are patched jointly,
+        or one is selected, columns are units, or else sites. Colours are centred at 0 (for rewards at the base reward)
+        and share their scale among sites; sites that are NaN are grey.
+
+        Args:
+            value: what is drawn.
+            ax: the matplotlib Axes to draw on, or a sequence of one for each map; default: a new figure.
+            options: for `Axes.imshow`.
+
+        Returns:
+            The Axes, or an array of Axes where there are several maps.
+
+        Raises:
+            ImportError: matplotlib is not installed.
+            ValueError: as many Axes as there are maps were not given; errors of `recovered`.
+        """
+        try:
+            from matplotlib import pyplot
+        except ImportError as error:
+            raise ImportError(f"plot needs matplotlib (pip install matplotlib): {error}") from error
+        maps = self._maps(self._values(value).double().numpy())
+        if ax is None:
+            _, axes = _figure(pyplot, maps)
+        else:
+            axes = np.atleast_1d(np.asarray(ax, dtype=object))
+            if len(axes) != len(maps):
+                raise ValueError(f"Expected ax to be {len(maps)} Axes, one for each map, got {len(axes)}")
+        centres = np.atleast_1d(self.base_reward.double().numpy()) if value == "rewards" else np.zeros(1)
+        for axis, drawn in zip(axes, maps):
+            centre = centres[drawn.label]
+            reach = max((_reach(other.grid - centre) for other in maps if other.label == drawn.label), default=0) or 1
+            limits = {} if "norm" in options else {"vmin": centre - reach, "vmax": centre + reach}
+            given = {
+                "cmap": "RdBu_r",
+                "aspect": "auto",
+                "origin": "lower",
+                "interpolation": "nearest",
+                **limits,
+                **options,
+            }
+            image = axis.imshow(drawn.grid, **given)
+            axis.set_facecolor("0.8")
+            axis.set_title(drawn.title)
+            axis.set_xlabel(drawn.across)
+            axis.set_ylabel("layer")
+            _ticks(axis, "x", drawn.columns)
+            _ticks(axis, "y", list(map(str, self.coords.get("layer", [""]))))
+            axis.figure.colorbar(image, ax=axis, label="reward" if value == "rewards" else value)
+        return axes if len(maps) > 1 else axes[0]
+
+    def _maps(self, values: np.ndarray) -> list[_Map]:
+        """The maps of all sites and labels."""
+        sizes = dict(zip(self.axes, values.shape))
+        unit = next((axis for axis in ("head", "neuron", "unit") if axis in self.axes), "unit")
+        grid = values.reshape([sizes.get(axis, 1) for axis in ("site", "layer", "position", unit, "label")])
+        sites, labels = self.coords.get("site", [""]), self.coords.get("label", [None])
+        positions = self.coords.get("position", [[]])
+        shared = "" if len(positions) > 1 else f", position {span(positions[0])}" if positions[0] else ""
+        maps = []
+        if grid.shape[2] == grid.shape[3] == 1:  # sites side by side
+            for k, label in enumerate(labels):
+                title = self._mode + shared + _label(label)
+                maps.append(_Map(grid[:, :, 0, 0, k].T, list(map(str, sites)), "site", title, k))
+            return maps
+        for (s, site), (k, label) in product(enumerate(sites), enumerate(labels)):
+            part, kind = grid[s, ..., k], UNITS.get(site, unit)
+            if site and site not in UNITS:
+                part = part[..., :1]  # units beyond it are other sites'
+            title = f"{self._mode}: {site or 'sites'}"
+            if grid.shape[2] == 1:
+                names = list(map(str, self.coords[unit][: part.shape[2]])) if part.shape[2] > 1 else [str(site)]
+                across = kind if part.shape[2] > 1 else "site"
+                maps.append(_Map(part[:, 0], names, across, title + shared + _label(label), k))
+                continue
+            if part.shape[2] > 1:
+                title += f", strongest {kind} of each cell"
+            strongest = np.where(np.isnan(part), -1, abs(part)).argmax(-1)[..., None]
+            names = [f"{span(entry)} {self._text(entry)!r}" for entry in positions]
+            maps.append(
+                _Map(np.take_along_axis(part, strongest, -1)[..., 0], names, "position", title + _label(label), k)
+            )
+        return maps
+
+
+@dataclass(frozen=True)
+class _Map:
+    """What one heat map shows: grid (layers, columns), names of the columns, and which label it is of."""
+
+    grid: np.ndarray
+    columns: list[str]
+    across: str
+    title: str
+    label: int
+
+
+def span(positions: Sequence[int]) -> int | str:
+    """A group of positions in short: 5 for a single one, else as "3-5,7"."""
+    if len(positions) == 1:
+        return int(positions[0])
+    runs: list[list[int]] = []
+    for position in positions:
+        if runs and position == runs[-1][1] + 1:
+            runs[-1][1] = position
+        else:
+            runs.append([position, position])
+    return ",".join(str(a) if a == b else f"{a}-{b}" for a, b in runs)
+
+
+def _label(label: int | None) -> str:
+    return "" if label is None else f", label {label}"
+
+
+def _number(reward: Tensor) -> str:
+    return f"{reward.item():.4g}" if reward.dim() == 0 else f"[{', '.join(f'{x:.4g}' for x in reward.tolist())}]"
+
+
+def _reach(values: np.ndarray) -> float:
+    finite = np.abs(values[np.isfinite(values)])
+    return float(finite.max(initial=0))
+
+
+def _figure(pyplot: Any, maps: list[_Map]) -> tuple[Any, np.ndarray]:
+    """A figure with room for the maps: side by side, or one below the other where they are wide."""
+    rows, columns = maps[0].grid.shape[0], max(len(drawn.columns) for drawn in maps)
+    width, height = min(max(3.0 + 0.22 * columns, 5), 14), min(max(2.5 + 0.16 * rows, 3), 9)
+    down, across = (len(maps), 1) if width > 8 else (1, len(maps))
+    figure, axes = pyplot.subplots(
+        down, across, figsize=(width * across, height * down), layout="constrained", squeeze=False
+    )
+    return figure, axes.ravel()
+
+
+def _ticks(axis: Any, which: Literal["x", "y"], names: list[str]) -> None:
+    """Name the ticks, every one or as many as can be read."""
+    step = -(-len(names) // _MOST_TICKS[which])
+    getattr(axis, f"set_{which}ticks")(range(0, len(names), step))
+    labels = getattr(axis, f"set_{which}ticklabels")(names[::step], fontsize=8)
+    for label in labels:
+        label.set_parse_math(False)  # a "$" in a text is no formula
+        if which == "x" and max(map(len, names)) > 3:
+            label.set_rotation(90)
