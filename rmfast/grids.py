@@ -271,25 +271,18 @@ class PatchSweep:
             raise ImportError(f"plot needs matplotlib (pip install matplotlib): {error}") from error
         maps = self._maps(self._values(value).double().numpy())
         if ax is None:
-            _, axes = _figure(pyplot, maps)
+            axes = _axes(pyplot, maps)
         else:
             axes = np.atleast_1d(np.asarray(ax, dtype=object))
             if len(axes) != len(maps):
                 raise ValueError(f"Expected ax to be {len(maps)} Axes, one for each map, got {len(axes)}")
-        centres = np.atleast_1d(self.base_reward.double().numpy()) if value == "rewards" else np.zeros(1)
+        base = np.atleast_1d(self.base_reward.double().numpy())
         for axis, drawn in zip(axes, maps):
-            centre = centres[drawn.label]
-            reach = max((_reach(other.grid - centre) for other in maps if other.label == drawn.label), default=0) or 1
+            centre = base[drawn.label] if value == "rewards" else 0.0
+            reach = max(_reach(other.grid - centre) for other in maps if other.label == drawn.label) or 1.0
             limits = {} if "norm" in options else {"vmin": centre - reach, "vmax": centre + reach}
-            given = {
-                "cmap": "RdBu_r",
-                "aspect": "auto",
-                "origin": "lower",
-                "interpolation": "nearest",
-                **limits,
-                **options,
-            }
-            image = axis.imshow(drawn.grid, **given)
+            style = {"cmap": "RdBu_r", "aspect": "auto", "origin": "lower", "interpolation": "nearest"}
+            image = axis.imshow(drawn.grid, **{**style, **limits, **options})
             axis.set_facecolor("0.8")
             axis.set_title(drawn.title)
             axis.set_xlabel(drawn.across)
@@ -306,7 +299,8 @@ class PatchSweep:
         grid = values.reshape([sizes.get(axis, 1) for axis in ("site", "layer", "position", unit, "label")])
         sites, labels = self.coords.get("site", [""]), self.coords.get("label", [None])
         positions = self.coords.get("position", [[]])
-        shared = "" if len(positions) > 1 else f", position {span(positions[0])}" if positions[0] else ""
+        names = [f"{span(entry)} {self._text(entry)!r}" for entry in positions]
+        shared = f", position {names[0]}" if len(positions) == 1 and positions[0] else ""
         maps = []
         if grid.shape[2] == grid.shape[3] == 1:  # sites side by side
             for k, label in enumerate(labels):
@@ -318,18 +312,15 @@ class PatchSweep:
             if site and site not in UNITS:
                 part = part[..., :1]  # units beyond it are other sites'
             title = f"{self._mode}: {site or 'sites'}"
+            several = part.shape[2] > 1
             if grid.shape[2] == 1:
-                names = list(map(str, self.coords[unit][: part.shape[2]])) if part.shape[2] > 1 else [str(site)]
-                across = kind if part.shape[2] > 1 else "site"
-                maps.append(_Map(part[:, 0], names, across, title + shared + _label(label), k))
-                continue
-            if part.shape[2] > 1:
-                title += f", strongest {kind} of each cell"
-            strongest = np.where(np.isnan(part), -1, abs(part)).argmax(-1)[..., None]
-            names = [f"{span(entry)} {self._text(entry)!r}" for entry in positions]
-            maps.append(
-                _Map(np.take_along_axis(part, strongest, -1)[..., 0], names, "position", title + _label(label), k)
-            )
+                units = [str(i) for i in self.coords[unit]] if several else [str(site)]
+                title += shared + _label(label)
+                maps.append(_Map(part[:, 0], units, kind if several else "site", title, k))
+            else:
+                strongest = np.where(np.isnan(part), -1, abs(part)).argmax(-1)[..., None]
+                title += (f", strongest {kind} of each cell" if several else "") + _label(label)
+                maps.append(_Map(np.take_along_axis(part, strongest, -1)[..., 0], names, "position", title, k))
         return maps
 
 
@@ -370,15 +361,13 @@ def _reach(values: np.ndarray) -> float:
     return float(finite.max(initial=0))
 
 
-def _figure(pyplot: Any, maps: list[_Map]) -> tuple[Any, np.ndarray]:
-    """A figure with room for the maps: side by side, or one below the other where they are wide."""
+def _axes(pyplot: Any, maps: list[_Map]) -> np.ndarray:
+    """Axes of a new figure with room for the maps: side by side, or one below the other where they are wide."""
     rows, columns = maps[0].grid.shape[0], max(len(drawn.columns) for drawn in maps)
     width, height = min(max(3.0 + 0.22 * columns, 5), 14), min(max(2.5 + 0.16 * rows, 3), 9)
     down, across = (len(maps), 1) if width > 8 else (1, len(maps))
-    figure, axes = pyplot.subplots(
-        down, across, figsize=(width * across, height * down), layout="constrained", squeeze=False
-    )
-    return figure, axes.ravel()
+    size = width * across, height * down
+    return pyplot.subplots(down, across, figsize=size, layout="constrained", squeeze=False)[1].ravel()
 
 
 def _ticks(axis: Any, which: Literal["x", "y"], names: list[str]) -> None:

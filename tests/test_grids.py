@@ -330,6 +330,7 @@ def test_labels_are_maps_of_their_own_scale(pyplot):
     axes = grid.plot("rewards")
     assert [sum(axis.images[0].get_clim()) / 2 for axis in axes] == pytest.approx([1, 2])
     assert np.array_equal(drawn(axes[1]), grid.rewards[..., 1].numpy())
+    assert np.array_equal(drawn(grid.plot()[1]), grid.effect[..., 1].numpy())
 
 
 def test_labels_of_long_texts_are_thinned_out(pyplot):
