@@ -173,7 +173,8 @@ def everything_in_fp64() -> Iterator[None]:
 
     Only so is an fp64 model a truth to 1e-10, with slopes that finite differences can find.
     """
-    with mock.patch.object(torch, "float32", torch.float64), mock.patch.object(Tensor, "float", Tensor.double):
+    wide = {"float32": torch.float64, "float": torch.float64}
+    with mock.patch.multiple(torch, **wide), mock.patch.object(Tensor, "float", Tensor.double):
         yield
 
 
