@@ -53,12 +53,13 @@ def _neuron_stats(
     b_lower = _value(tl.sum(tl.where(b_place == (N - 1) // 2, b_key, 0), 1))
     b_upper = _value(tl.sum(tl.where(b_place == N // 2, b_key, 0), 1))
     b_nan = (tl.max(tl.where(m_n, b_key, 0), 1) > 0x7F800000) | (tl.min(b_key, 1) < -0x7F800000)
-    b_median = tl.where(N % 2 == 1, b_lower, (b_lower + b_upper) * 0.5)
+    m_odd = (tl.zeros([BM], tl.int32) + N) % 2 == 1
+    b_median = tl.where(m_odd, b_lower, (b_lower + b_upper) * 0.5)
     tl.store(p_median + o_m, tl.where(b_nan, float("nan"), b_median), mask=m_m)
 
     b_squares = tl.sum((b_rank * b_rank).to(tl.int64), 1).to(tl.float64)
     for i_a in range(A):
-        b_other = tl.load(p_ranks + b_text * A + i_a, mask=m_n, other=0)
+        b_other = tl.load(p_ranks + b_text * A + i_a, mask=m_x, other=0)
         b_sum = tl.sum((b_rank * b_other).to(tl.int64), 1).to(tl.float64)
         b_square = b_squares * tl.load(p_squares + i_a)
         b_value = tl.where(b_square == 0, 0.0, b_sum / tl.sqrt(b_square)).to(tl.float32)
@@ -66,9 +67,12 @@ def _neuron_stats(
 
 
 def config(n: int) -> dict[str, int]:
-    """Tiles of at most 2048 words, 16 for a thread: with twice as many 2048 texts spill."""
+    """Tiles of at most 2048 words, 16 for a thread: with twice as many 2048 texts spill.
+
+    A cap on registers well above the need keeps ptxas from spilling for the sake of one more program per SM.
+    """
     words = triton.next_power_of_2(n)
-    return {"BM": min(64, 2048 // words), "BN": words, "num_warps": 4}
+    return {"BM": min(64, 2048 // words), "BN": words, "num_warps": 4, "maxnreg": 192}
 
 
 def why_not(activations: Tensor) -> str | None:
