@@ -24,7 +24,7 @@ from rmfast import model as _model
 from rmfast.inputs import Encoded
 from rmfast.sites import KINDS, Edits, Values
 
-__all__ = ["LayerRecord", "LayersPatcher", "Point", "gradients", "points"]
+__all__ = ["LayerRecord", "LayersPatcher", "Point", "points"]
 
 Side = Literal["in", "out"]
 
@@ -73,10 +73,13 @@ class Point:
 
     @contextmanager
     def tapped(self, use: Callable[[Tensor], Tensor | None]) -> Iterator[None]:
-        """Calls use(x) on the tensor in the forwards that this thread runs; a tensor that it returns takes x's place.
+        """Calls use(x) on the tensor, once, at the module's next call by this thread; what it returns takes x's place.
 
         Hooks that are there already come before it: it sees, and has the last word on, what they make of the tensor.
         At the stream it comes before them, as what they put in its place is not what the layer adds to.
+
+        Args:
+            use: gets (B, T, n) as the module does, and returns a tensor of that shape or None.
         """
         thread, calls = threading.get_ident(), 0
 
@@ -117,7 +120,7 @@ def _given(args: tuple, kwargs: dict[str, Any]) -> Any:
     return args[0] if args else kwargs[_first_name(kwargs)]
 
 
-# Parts in which a kind is looked for, the first that the layer has: Llama, Qwen, Mistral, Phi, GPT-NeoX, GPT-2, OPT;
+# Parts in which a kind is looked for, the first that the layer has: Llama, Qwen, Mistral, Phi, GPT-NeoX, GPT-2;
 # BERT, RoBERTa, ELECTRA, DeBERTa, DistilBERT, ModernBERT. "" is the layer.
 _PLACES: dict[str, Sequence[tuple[str, Side]]] = {
     "resid_pre": [("", "in")],
@@ -127,7 +130,6 @@ _PLACES: dict[str, Sequence[tuple[str, Side]]] = {
         ("post_attention_layernorm", "in"),
         ("ln_2", "in"),
         ("mlp_norm", "in"),
-        ("final_layer_norm", "in"),
     ],
     "resid_post": [("", "out")],
     "attn_out": [
@@ -142,11 +144,9 @@ _PLACES: dict[str, Sequence[tuple[str, Side]]] = {
         ("mlp", "out"),
         ("output.dense", "out"),
         ("ffn", "out"),
-        ("fc2", "out"),
     ],
     "head_out": [
         ("self_attn.o_proj", "in"),
-        ("self_attn.out_proj", "in"),
         ("self_attn.dense", "in"),
         ("attention.output.dense", "in"),
         ("attention.out_lin", "in"),
@@ -162,7 +162,6 @@ _PLACES: dict[str, Sequence[tuple[str, Side]]] = {
         ("mlp.fc2", "in"),
         ("output.dense", "in"),
         ("ffn.lin2", "in"),
-        ("fc2", "in"),
     ],
     "q": [("self_attn.q_proj", "out"), ("attention.self.query", "out"), ("attention.self.query_proj", "out"),
           ("attention.q_lin", "out")],
@@ -172,9 +171,16 @@ _PLACES: dict[str, Sequence[tuple[str, Side]]] = {
           ("attention.v_lin", "out")],
 }  # fmt: skip
 
-# Projections of q, k and v in one: all of q, then of k, then of v; or the three of each head side by side.
-_FUSED = ("self_attn.qkv_proj", "attn.c_attn", "attn.Wqkv")
-_FUSED_BY_HEAD = ("attention.query_key_value",)
+_ATTENTION = ("self_attn", "attention.self", "attention", "attn")
+
+# Projections of q, k and v in one: all of q, then of k, then of v, with fewer heads of k and v ("grouped") or as many;
+# or the three of each head side by side ("by head").
+_FUSED = {
+    "self_attn.qkv_proj": "grouped",
+    "attn.c_attn": "equal",
+    "attn.Wqkv": "equal",
+    "attention.query_key_value": "by head",
+}
 
 # A norm behind attention and behind the MLP (Gemma 2 and 3, OLMo 2): what they give is what is added to the stream.
 _SANDWICH: dict[str, Sequence[tuple[str, Side]]] = {
@@ -193,9 +199,7 @@ def points(layer: nn.Module) -> dict[str, Point]:
     """
     parts = dict(layer.named_modules())
     sandwich = _SANDWICH if "post_feedforward_layernorm" in parts else {}
-    attention = next(
-        (parts[name] for name in ("self_attn", "attention.self", "attention", "attn") if name in parts), None
-    )
+    attention = next((parts[name] for name in _ATTENTION if name in parts), None)
     heads, kv_heads, size = (None, None, None) if attention is None else _heads(attention)
     found: dict[str, Point] = {}
     for kind, places in _PLACES.items():
@@ -205,24 +209,19 @@ def points(layer: nn.Module) -> dict[str, Point]:
         module, side = parts[place[0]], place[1]
         if kind == "mlp_neuron":
             found[kind] = Point(module, side, width=1)
-        elif kind in ("head_out", "q", "k", "v"):
-            # K/V heads may be fewer than query heads where k_proj is a part by itself (a configuration may name a
-            # number of them that the model does not use).
-            grouped = kind in "kv" and place[0].startswith("self_attn.")
-            found[kind] = Point(module, side, width=size, units=kv_heads if grouped else heads)
-        else:
+        elif kind not in ("head_out", "q", "k", "v"):
             found[kind] = Point(module, side, stream=kind == "resid_mid" and side == "in")
-    if heads is None or size is None:
-        return {kind: point for kind, point in found.items() if kind not in ("head_out", "q", "k", "v")}
-    for name in _FUSED + _FUSED_BY_HEAD:
-        if name in parts and "q" not in found:
-            own = kv_heads if name == "self_attn.qkv_proj" and kv_heads is not None else heads
-            columns = (heads + 2 * own) * size
-            for i, (kind, units, start) in enumerate(
-                (("q", heads, 0), ("k", own, heads * size), ("v", own, (heads + own) * size))
-            ):
-                start, step = (i * size, 3 * size) if name in _FUSED_BY_HEAD else (start, size)
-                found[kind] = Point(parts[name], "out", size, units, start, step, columns)
+        elif heads is not None and size is not None:
+            # k and v have as many heads as fit: a configuration may state a number that the model goes without.
+            found[kind] = Point(module, side, width=size, units=None if kind in "kv" else heads)
+    fused = next((name for name in _FUSED if name in parts), None)
+    if fused is not None and "q" not in found and heads is not None and kv_heads is not None and size is not None:
+        counts = (heads, kv_heads, kv_heads) if _FUSED[fused] == "grouped" else (heads, heads, heads)
+        for i, (kind, units) in enumerate(zip("qkv", counts)):
+            start, step = sum(counts[:i]) * size, size
+            if _FUSED[fused] == "by head":
+                start, step = i * size, 3 * size
+            found[kind] = Point(parts[fused], "out", size, units, start, step, sum(counts) * size)
     return found
 
 
@@ -512,7 +511,7 @@ class LayersPatcher:
                     if kind in wrong:
                         raise ValueError(wrong[kind])
                     if self._sizes.setdefault(kind, size) != size:
-                        raise ValueError(f"{size[0]} units of {size[1]}, as layer 0 has {self._sizes[kind]}")
+                        raise ValueError(f"in units of one size, {self._sizes[kind]}, got {size}")
                 except ValueError as reason:
                     at.pop(kind, None)
                     where = f"layer {layer} ({type(self.modules[layer]).__name__})"
@@ -551,16 +550,14 @@ def _not_added(at: dict[str, Point], seen: dict[str, Tensor]) -> dict[str, str]:
         # A wrong part, or one that is scaled, is off by its own size; rounding by that of the sum. NaN tells nothing.
         return not error > 0.02 * least + torch.finfo(seen["resid_post"].dtype).eps * total.norm()
 
-    if "sum" in seen:
-        given = seen["sum"].double().cpu()
-        wrong, due = ([] if adds(given, pre, attn) else ["resid_mid", "attn_out"]), "the norm behind its attention gets"
+    wrong: tuple[str, ...] = ("resid_mid", "attn_out", "mlp_out")
+    if "sum" in seen:  # the norm behind the MLP has no kind of its own by which mlp_out could be tried as well
+        wrong = () if adds(seen["sum"].double().cpu(), pre, attn) else wrong[:2]
     elif adds(mid, pre, attn) and adds(post, mid, mlp):
-        return {}
+        wrong = ()
     elif adds(post, pre, attn, mlp):
         return {} if mid is None else {"resid_mid": "its attention and MLP read the same stream"}
-    else:
-        wrong, due = ["resid_mid", "attn_out", "mlp_out"], "it adds to its stream"
-    return {kind: f"what its attention and MLP give is not what {due}" for kind in wrong if kind in at}
+    return {kind: "rmfast finds no parts in it that give what it adds to its stream" for kind in wrong if kind in at}
 
 
 def _scalar(value: Any) -> Tensor:
@@ -587,14 +584,3 @@ def _replaced(point: Point, index: tuple[np.ndarray, np.ndarray, np.ndarray], ne
         x = x.clone()
     point.view(x)[rows, positions, units] = new.to(x.device, x.dtype)[positions, units]
     return None if point.stream else x
-
-
-def gradients(
-    binding: _model.Binding,
-    text: Encoded,
-    read: int,
-    kinds: set[str],
-    metric: Callable[[Tensor], Tensor] | None = None,
-) -> tuple[LayerRecord, Values]:
-    """`LayersPatcher.gradients` of one text; for several texts, make the patcher once."""
-    return LayersPatcher(binding).gradients(text, read, kinds, metric)
