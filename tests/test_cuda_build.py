@@ -16,8 +16,15 @@ from rmfast.backends import _library_path
 
 ROOT = Path(__file__).resolve().parent.parent
 SOURCE = """
+#include "rmfast/cuda/patch_rows.cuh"
 #include "rmfast/cuda/reward_head.cuh"
 namespace rmfast::cuda {
+template cudaError_t patch_rows(const PatchRows<double, double>&, cudaStream_t);
+template cudaError_t patch_rows(const PatchRows<float, float>&, cudaStream_t);
+template cudaError_t patch_rows(const PatchRows<bf16, bf16>&, cudaStream_t);
+template cudaError_t patch_rows(const PatchRows<bf16, float>&, cudaStream_t);
+template cudaError_t patch_rows(const PatchRows<f16, f16>&, cudaStream_t);
+template cudaError_t patch_rows(const PatchRows<f16, float>&, cudaStream_t);
 template Status reward_head(const Problem<double>&, const Plan&, void*, int, cudaStream_t);
 template Status reward_head(const Problem<float>&, const Plan&, void*, int, cudaStream_t);
 template Status reward_head(const Problem<bf16>&, const Plan&, void*, int, cudaStream_t);
@@ -84,7 +91,10 @@ def test_no_kernel_spills(kernels):
 
 
 def test_registers_leave_the_warps_that_each_launch_counts_on(kernels):
-    most = {"few_kernel<": 168, "many_kernel<": 176, "recompute": 255, "intervene": 255, "prepare": 64, "cross": 128}
+    most = {
+        "few_kernel<": 168, "many_kernel<": 176, "recompute": 255, "intervene": 255, "prepare": 64, "cross": 128,
+        "patch_rows_kernel<": 64,
+    }  # fmt: skip
     for prefix, registers in most.items():
         assert max(kernel.registers for kernel in named(kernels, prefix)) <= registers, prefix
     for kernel in named(kernels, "few_kernel<"):
@@ -97,6 +107,15 @@ def test_hidden_states_are_read_16_bytes_at_a_time_and_past_l1(kernels):
         rows, unroll, aligned = kernel.name.rstrip(">").split(", ")[2:]
         wide = kernel.count(r"LDG\.E\.NA\.128")
         assert wide >= (int(rows) * int(unroll) if aligned == "true" else 1), kernel.name
+
+
+def test_patched_rows_are_read_and_written_16_bytes_at_a_time(kernels):
+    found = named(kernels, "patch_rows_kernel<")
+    assert len(found) == 12
+    for kernel in found:
+        if kernel.name.endswith("true>"):
+            assert kernel.count(r"LDG\.E\.128") >= 4 and kernel.count(r"STG\.E\.128") >= 8, kernel.name
+            assert not kernel.count(r"STG\.E(?!\.128)"), kernel.name
 
 
 def test_many_dots_go_to_the_tensor_cores_through_async_copies(kernels):
@@ -115,7 +134,8 @@ def test_the_library_loads_where_torch_has_no_cuda():
     code = (
         "import torch, rmfast.ops\n"
         f"torch.ops.load_library({str(path)!r})\n"
-        "assert torch._C._dispatch_has_kernel_for_dispatch_key('rmfast_native::reward_head', 'CUDA')\n"
+        "for op in ('patch_rows', 'reward_head'):\n"
+        "    assert torch._C._dispatch_has_kernel_for_dispatch_key('rmfast_native::' + op, 'CUDA')\n"
         f"print({torch.cuda.is_available()})"
     )
     made = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)

@@ -1,4 +1,4 @@
-"""The CUDA kernels' own source, run on the CPU by tests/cuda_emulator: the claims of test_reward_head without a GPU.
+"""The CUDA kernels' own source, run on the CPU by tests/cuda_emulator: the claims of the ops' tests without a GPU.
 
 What it cannot tell: speed, and how the tensor cores round (the emulator adds 16 exact products, then rounds once).
 """
@@ -6,17 +6,19 @@ What it cannot tell: speed, and how the tensor cores round (the emulator adds 16
 from __future__ import annotations
 
 import ctypes
+import functools
 import os
 import shutil
 import subprocess
 from pathlib import Path
 
 import pytest
+import test_patch_rows
 import test_reward_head as claims
 import torch
 
 import rmfast
-from rmfast.ops import reward_head
+from rmfast.ops import patch_rows, reward_head
 
 ROOT = Path(__file__).resolve().parent.parent
 HERE = ("cpu", "cuda", None)
@@ -24,19 +26,26 @@ TYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]  # the ord
 
 
 @pytest.fixture(scope="session")
-def library(tmp_path_factory):
-    compiler = shutil.which(os.environ.get("CXX", "c++"))
-    if compiler is None:
-        pytest.skip("needs a C++20 compiler")
-    out = tmp_path_factory.mktemp("emulator") / "reward_head.so"
-    source = ROOT / "tests" / "cuda_emulator" / "reward_head.cpp"
-    flags = ["-std=c++20", "-O2", "-fPIC", "-shared", "-ffp-contract=off", "-w", "-DRMFAST_EMULATE_CUDA"]
-    include = [f"-I{ROOT / 'csrc' / 'include'}", f"-I{source.parent}"]
-    made = subprocess.run([compiler, *flags, *include, str(source), "-o", str(out)], capture_output=True, text=True)
-    if "_Float16" in made.stderr:
-        pytest.skip("this compiler has no _Float16")
-    assert made.returncode == 0, made.stderr
-    return ctypes.CDLL(str(out))
+def emulated(tmp_path_factory):
+    """The function that compiles one op's kernels for the CPU."""
+    folder = tmp_path_factory.mktemp("emulator")
+
+    @functools.cache
+    def compile(op: str) -> ctypes.CDLL:
+        compiler = shutil.which(os.environ.get("CXX", "c++"))
+        if compiler is None:
+            pytest.skip("needs a C++20 compiler")
+        out = folder / f"{op}.so"
+        source = ROOT / "tests" / "cuda_emulator" / f"{op}.cpp"
+        flags = ["-std=c++20", "-O2", "-fPIC", "-shared", "-ffp-contract=off", "-w", "-DRMFAST_EMULATE_CUDA"]
+        include = [f"-I{ROOT / 'csrc' / 'include'}", f"-I{source.parent}"]
+        made = subprocess.run([compiler, *flags, *include, str(source), "-o", str(out)], capture_output=True, text=True)
+        if "_Float16" in made.stderr:
+            pytest.skip("this compiler has no _Float16")
+        assert made.returncode == 0, made.stderr
+        return ctypes.CDLL(str(out))
+
+    return compile
 
 
 class Emulator:
@@ -65,8 +74,8 @@ class Emulator:
 
 
 @pytest.fixture
-def emulator(library, monkeypatch):
-    made = Emulator(library)
+def emulator(emulated, monkeypatch):
+    made = Emulator(emulated("reward_head"))
     monkeypatch.setattr(rmfast.backends, "choose", lambda op, device: made)
     return made
 
@@ -190,3 +199,85 @@ def test_fp16_parts_of_small_and_large_weights_keep_their_digits(scale, emulator
     kw |= {"weight": kw["weight"] * scale, "bias": None}
     want = claims.truth(hidden, **kw)
     assert (reward_head(hidden, **kw) - want).abs().max() < 2e-6 * claims.reward_scale(kw)
+
+
+# ----------------------------------------------------------------------------------------------------- patch_rows
+
+
+class EmulatedPatchRows:
+    """The signature of `reference.patch_rows`."""
+
+    def __init__(self, library):
+        self.library = library
+
+    def __call__(self, base, values, base_rows, value_rows, weight, eps, gemma):
+        n, d, same = base_rows.size(0), base.size(1), weight.dtype == base.dtype
+        if not same:
+            weight = weight.to(torch.float64 if base.dtype == torch.float64 else torch.float32)
+        x, y = (torch.full((n, d), -12345.0, dtype=base.dtype) for _ in range(2))
+        tensors = (base, values, base_rows, value_rows, weight, x, y)
+        pointers = (ctypes.c_void_p * 7)(*(t.data_ptr() for t in tensors))
+        sizes = (ctypes.c_int64 * 6)(base.size(0), values.size(0), base.stride(0), values.stride(0), n, d)
+        error = self.library.emulate(TYPES.index(base.dtype), pointers, sizes, ctypes.c_double(eps), gemma, same)
+        assert error == 0, "a launch failed, or some thread left while others waited at a barrier"
+        assert not ((x == -12345.0) | (y == -12345.0)).any()
+        return x, y
+
+
+@pytest.fixture
+def patched(emulated, monkeypatch):
+    made = EmulatedPatchRows(emulated("patch_rows"))
+    monkeypatch.setattr(rmfast.backends, "choose", lambda op, device: made)
+    return made
+
+
+@test_patch_rows.llama_and_gemma
+@test_patch_rows.every_dtype
+def test_patched_rows_are_copied_and_their_norm_agrees_with_fp64(dtype, gemma, patched):
+    test_patch_rows.test_rows_are_copied_and_their_norm_agrees_with_fp64(HERE, dtype, gemma, here, None)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("module", [test_patch_rows.LlamaRMSNorm, test_patch_rows.Gemma2RMSNorm])
+def test_the_norm_of_patched_rows_is_that_of_transformers(module, dtype, patched):
+    test_patch_rows.test_the_norm_is_that_of_transformers(HERE, module, dtype, here)
+
+
+@test_patch_rows.every_dtype
+@pytest.mark.parametrize(
+    "claim",
+    [
+        test_patch_rows.test_copies_keep_every_bit,
+        test_patch_rows.test_a_row_has_the_same_bits_alone_and_in_any_batch_and_alignment,
+        test_patch_rows.test_a_row_too_long_for_registers_is_normed_too,
+    ],
+)
+def test_patched_rows_of_every_dtype(claim, dtype, patched):
+    claim(HERE, dtype, here)
+
+
+@pytest.mark.parametrize(
+    "claim",
+    [
+        test_patch_rows.test_a_weight_of_another_dtype_leaves_the_dtype_of_the_rows,
+        test_patch_rows.test_a_non_finite_row_changes_no_other,
+        test_patch_rows.test_without_values_or_rows_or_both,
+        test_patch_rows.test_rows_of_any_stride_are_read,
+    ],
+)
+def test_patched_rows(claim, patched):
+    claim(HERE, here)
+
+
+def test_patched_rows_out_of_range_give_nan_and_are_not_read(patched):
+    test_patch_rows.check_nan_in_its_own_row_only(patched)
+
+
+@pytest.mark.parametrize("d", [40, 4096], ids=["a warp to a row", "several warps to a row"])
+def test_no_patched_row_hangs_on_which_thread_is_first(d, patched, monkeypatch):
+    args = test_patch_rows.case(7, 3, 2, d)
+    results = []
+    for order in range(4):
+        monkeypatch.setenv("EMULATED_ORDER", str(order))
+        results.append(patch_rows(*args))
+    assert all(torch.equal(a, b) for result in results for a, b in zip(result, results[0]))

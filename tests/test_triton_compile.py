@@ -32,6 +32,7 @@ KERNELS = ("_prepare", "_few", "_many", "_finish", "_backward_fused", "_backward
 @dataclass
 class Compiled:
     name: str
+    ttgir: str
     ptx: str
     sass: str
     shared: int
@@ -95,7 +96,7 @@ def build(launch: tuple, capability: int, tmp_path: Path) -> Compiled:
     registers = int(re.search(r"REG:(\d+)", tool("cuobjdump", "--dump-resource-usage"))[1])
     spills = len(re.findall(r"\b(?:LDL|STL)\b", sass))
     name = f"{kernel.__name__} sm_{capability}"
-    return Compiled(name, compiled.asm["ptx"], sass, compiled.metadata.shared, registers, spills)
+    return Compiled(name, compiled.asm["ttgir"], compiled.asm["ptx"], sass, compiled.metadata.shared, registers, spills)
 
 
 def forward(dtype, d, heads, directions=0, norm=reference.RMS, index=False, rows=False, bias=True, tokens=512):

@@ -1,6 +1,5 @@
 // The op `rmfast_native::reward_head` on CUDA: PyTorch's stable ABI around the kernels of rmfast/cuda.
 #include <cuda_runtime.h>
-#include <dlfcn.h>
 #include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
@@ -10,25 +9,12 @@
 #include <optional>
 
 #include "rmfast/cuda/reward_head.cuh"
+#include "stream.h"
 
 namespace {
 
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
-
-// PyTorch's current stream. Its C function lives in libtorch_cuda, which a CPU build of torch does not have: linked
-// plainly, this library would not load there.
-cudaStream_t current_stream(int32_t device) {
-  using Get = AOTITorchError (*)(int32_t, void**);
-  static const Get get = [] {
-    void* library = dlopen("libtorch_cuda.so", RTLD_LAZY | RTLD_NOLOAD);
-    return reinterpret_cast<Get>(dlsym(library ? library : RTLD_DEFAULT, "aoti_torch_get_current_cuda_stream"));
-  }();
-  STD_TORCH_CHECK(get != nullptr, "reward_head: this process has no libtorch_cuda, so no CUDA stream");
-  void* stream = nullptr;
-  STD_TORCH_CHECK(get(device, &stream) == 0, "reward_head: no current CUDA stream on device ", device);
-  return static_cast<cudaStream_t>(stream);
-}
 
 template <typename A>
 const A* data(const std::optional<Tensor>& t) {
@@ -83,7 +69,7 @@ Tensor run(const Tensor& hidden, const Tensor& weight, const std::optional<Tenso
   // PyTorch's allocator keeps freed memory for its stream: the kernels may still read it when this returns.
   Tensor workspace = torch::stable::new_empty(weight, {plan.bytes}, ScalarType::Byte);
   const rmfast::cuda::Status status =
-      rmfast::cuda::reward_head(p, plan, workspace.data_ptr(), processors, current_stream(device));
+      rmfast::cuda::reward_head(p, plan, workspace.data_ptr(), processors, rmfast::current_stream(device));
   STD_TORCH_CHECK(status.error == cudaSuccess, "reward_head: launching the kernel '", status.kernel,
                   "' failed: ", cudaGetErrorString(status.error));
   return out;

@@ -1,17 +1,18 @@
 """patch_rows in eager PyTorch: the contract of all backends, and what runs where none is built.
 
-On the CPU a fused C++ kernel takes 1.2 to 1.5 times less than this gather (or an `index_copy_` of the replaced rows, if
-that is faster) followed by the C++ `rms_norm`, whose read of x it saves. Milliseconds for n = 8192 rows of a base run of
-128, one thread of a shared 2-core EPYC (AVX-512), memory kept by malloc; medians of three runs of 50 interleaved calls:
+On the CPU a fused C++ kernel takes 1.2 to 1.5 times less than this gather (or an `index_copy_` of the replaced rows,
+where that is faster) followed by the C++ `rms_norm`, whose read of x it saves. Milliseconds for n = 8192 rows of a base
+run of 128, one thread of a shared 2-core EPYC (AVX-512), memory kept by malloc; medians of three runs of 50 interleaved
+calls:
 
     d            512    576   2048  fp32     512    576   2048  bf16
     fused       1.83   2.34   9.80          1.26   1.35   4.54
     in two      2.44   2.62   12.7          1.76   1.91   6.65
     ratio       1.36   1.21   1.31          1.41   1.41   1.46
 
-The ratio is the median of the calls' own; between runs it spread over 1.05 to 1.47 in fp32 and 1.22 to 1.47 in bf16. With
-malloc's defaults outputs above 32 MiB fault in anew at each call, which takes two thirds of it: 1.2 at d = 2048. Small
-calls gain by having one op in place of five: 1.3 times at 1024 rows, 2.4 at 64, 4 at one (bf16, d = 576).
+The ratio is the median of the calls' own; between runs it spread over 1.05 to 1.47 in fp32 and 1.22 to 1.47 in bf16.
+With malloc's defaults outputs above 32 MiB fault in anew at each call, which takes two thirds of it: 1.2 at d = 2048.
+Small calls gain by having one op in place of five: 1.3 times at 1024 rows, 2.4 at 64, 4 at one (bf16, d = 576).
 """
 
 from __future__ import annotations

@@ -1,12 +1,11 @@
 """patch_rows in Triton, with the contract of `reference.py`.
 
-A program takes the rows that `rms_norm` of token_wise gives one of its own, in the same tile and with the same options, so
-that y has the bits of that kernel. Rows are read where they lie, straight from base or values.
+A program takes as many rows as one of token_wise's `rms_norm`, in the same tile and with the same options, so that y
+has the bits of that kernel. Rows are read where they lie, straight from base or values.
 """
 
 from __future__ import annotations
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor

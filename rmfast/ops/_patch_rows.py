@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import os
-
 import torch
 from torch import Tensor
 
 from rmfast import backends as _backends
 from rmfast.kernels.patch_rows import reference as _reference
-from rmfast.ops._library import FLOATS, checked, define, direct, expect, expect_dtype, lib
-from rmfast.ops._token_wise import _eps, _no_grad
+from rmfast.ops._library import FLOATS, checked, define, direct, expect, expect_dtype, lib, readable
+from rmfast.ops._token_wise import _eps, _no_grad, _no_gradient
 
 define(
     "patch_rows",
@@ -44,7 +42,7 @@ def patch_rows(
     eps: float = 1e-6,
     gemma: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    """Rows of a base run's stream, some replaced, and their RMSNorm: what enters a layer of an activation-patching sweep.
+    """Rows of a base run's stream, some replaced, and their RMSNorm: what enters a layer of a patching sweep.
 
     Row i of x is `values[value_rows[i]]`, or `base[base_rows[i]]` where value_rows[i] is −1; y is
     `rms_norm(x, weight, eps=eps, gemma=gemma)`, rounded as there.
@@ -61,8 +59,8 @@ def patch_rows(
 
     Returns:
         x: (n, d) contiguous, base's dtype, copied bit by bit.
-        y: the same shape and dtype. The C++ and Triton kernels give the bits that their `rms_norm` gives for x, so that a
-            row's do not depend on the other rows, on where it lies in memory or on the number of threads.
+        y: the same shape and dtype. C++ and Triton give the bits that their `rms_norm` gives for x. In both and in CUDA
+            C++ a row's bits do not depend on the other rows, on where it lies in memory or on the number of threads.
 
     Raises:
         ValueError: a shape, device or eps that does not fit; a row out of range (on CUDA it gives NaN in that row of x
@@ -98,8 +96,7 @@ def _rows(value: Tensor) -> Tensor:
 
 
 def _check_values(base: Tensor, values: Tensor, base_rows: Tensor, value_rows: Tensor) -> None:
-    """Checks that read tensors: always on the CPU, on CUDA (where they synchronise) only with RMFAST_CHECK=1."""
-    if base_rows.numel() == 0 or (base.device.type != "cpu" and os.environ.get("RMFAST_CHECK") != "1"):
+    if base_rows.numel() == 0 or not readable(base_rows):
         return
     for name, index, least, count in (
         ("base_rows", base_rows, 0, base.size(0)),
@@ -121,10 +118,6 @@ def _patch_rows_fake(base, values, base_rows, *args):
     return base.new_empty(shape), base.new_empty(shape)
 
 
-def _no_gradient(ctx, *grads):
-    raise RuntimeError("patch_rows has no gradient; call it under torch.no_grad() or detach its inputs")
-
-
 lib.impl("patch_rows", _patch_rows, "CompositeExplicitAutograd")
 torch.library.register_fake("rmfast::patch_rows", _patch_rows_fake, lib=lib)
-torch.library.register_autograd("rmfast::patch_rows", _no_gradient, lib=lib)
+torch.library.register_autograd("rmfast::patch_rows", _no_gradient("patch_rows"), lib=lib)
