@@ -202,6 +202,7 @@ setup(
         "rmfast.ops",
         "rmfast.kernels",
         "rmfast.kernels.neuron_stats",
+        "rmfast.kernels.patch_rows",
         "rmfast.kernels.reward_head",
         "rmfast.kernels.suffix_attention",
         "rmfast.kernels.tcrm",

@@ -1,9 +1,19 @@
 """The ops: schema, checks, fakes and autograd. Which kernel runs `rmfast.backends` decides."""
 
 from rmfast.ops._neuron_stats import neuron_stats
+from rmfast.ops._patch_rows import patch_rows
 from rmfast.ops._reward_head import reward_head
 from rmfast.ops._suffix_attention import suffix_attention
 from rmfast.ops._tcrm import tcrm
 from rmfast.ops._token_wise import gated_activation, rms_norm, rotary
 
-__all__ = ["gated_activation", "neuron_stats", "reward_head", "rms_norm", "rotary", "suffix_attention", "tcrm"]
+__all__ = [
+    "gated_activation",
+    "neuron_stats",
+    "patch_rows",
+    "reward_head",
+    "rms_norm",
+    "rotary",
+    "suffix_attention",
+    "tcrm",
+]
