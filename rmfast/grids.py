@@ -171,9 +171,11 @@ class PatchSweep:
         """
         size = self._values(by).abs().double().numpy().ravel()
         order = np.argsort(-size, kind="stable")  # NaN last
-        columns = self._columns(order[~np.isnan(size[order])][:n])
-        row = namedtuple("Site", columns)  # type: ignore[misc]
-        return list(map(row._make, zip(*columns.values())))
+        return self._rows(order[~np.isnan(size[order])][:n])
+
+    def rows(self) -> list[Any]:
+        """All sites in grid order, NaN ones included, as the named tuples of `top`."""
+        return self._rows(np.arange(self.rewards.numel()))
 
     def to_dataframe(self) -> Any:
         """A pandas DataFrame of all sites in grid order, NaN ones included, with the columns of `top`.
@@ -186,6 +188,11 @@ class PatchSweep:
         except ImportError as error:
             raise ImportError(f"to_dataframe needs pandas (pip install pandas): {error}") from error
         return pandas.DataFrame(self._columns(np.arange(self.rewards.numel()))).astype({"recovered": float})
+
+    def _rows(self, flat: np.ndarray) -> list[Any]:
+        columns = self._columns(flat)
+        row = namedtuple("Site", columns)  # type: ignore[misc]
+        return list(map(row._make, zip(*columns.values())))
 
     def _columns(self, flat: np.ndarray) -> dict[str, list]:
         """Coordinates and values of the sites at these places of the flattened grid."""
@@ -311,7 +318,7 @@ class PatchSweep:
             part, kind = grid[s, ..., k], UNITS.get(site, unit)
             if site and site not in UNITS:
                 part = part[..., :1]  # units beyond it are other sites'
-            title = f"{self._mode}: {site or 'sites'}"
+            title = self._mode + (f": {site}" if site else "")
             several = part.shape[2] > 1
             if grid.shape[2] == 1:
                 units = [str(i) for i in self.coords[unit]] if several else [str(site)]

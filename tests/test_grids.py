@@ -156,6 +156,12 @@ def test_rows_of_a_part_still_tell_where_it_is():
     assert (row.site, row.position, row.token) == ("attn_out", 4, " $9")
 
 
+def test_rows_are_all_sites_in_grid_order():
+    grid = sweep("layer", "position")
+    assert [(row.layer, row.position) for row in grid.rows()[:5]] == [(0, 0), (0, 1), (0, "2-3,5"), (0, 4), (2, 0)]
+    assert np.array_equal([row.reward for row in grid.rows()], grid.rewards.flatten().double(), equal_nan=True)
+
+
 def test_top_by_rewards_and_by_recovered():
     grid = sweep("layer", "position", "label")
     assert abs(grid.top(1, by="rewards")[0].reward) == grid.rewards.nan_to_num().abs().max().item()
