@@ -44,6 +44,7 @@ class Contender:
     error: float | None = None
     failure: str | None = None
     repeats: int = 1
+    scale: float = 1  # of a call that does a sample of the work: what all of it would take
     samples: list[float] = field(default_factory=list)
 
     @property
@@ -61,11 +62,11 @@ def _sample(contender: Contender, device: torch.device) -> float:
             call()
         end.record()
         end.synchronize()
-        return start.elapsed_time(end) / repeats
+        return start.elapsed_time(end) / repeats * contender.scale
     begin = time.perf_counter()
     for _ in range(repeats):
         call()
-    return (time.perf_counter() - begin) * 1e3 / repeats
+    return (time.perf_counter() - begin) * 1e3 / repeats * contender.scale
 
 
 def measure(
@@ -81,7 +82,8 @@ def measure(
         if contender.samples:
             continue
         contender.call()
-        contender.repeats = max(1, min(1000, int(sample_seconds * 1e3 / max(_sample(contender, device), 1e-3))))
+        call_ms = _sample(contender, device) / contender.scale
+        contender.repeats = max(1, min(1000, int(sample_seconds * 1e3 / max(call_ms, 1e-3))))
     gc.collect()
     gc.disable()
     try:
@@ -106,11 +108,11 @@ def _checked(maker: Callable, problem: Any, calls: Any, tolerance: float) -> Con
     except Exception as raised:  # a baseline may not run here at all, such as torch.compile without a compiler
         print(f"{type(raised).__name__}: {raised}", file=sys.stderr)
         return Contender(lambda: None, failure=type(raised).__name__)  # its message may hold paths
-    contender = Contender(lambda: function(next(calls)), error=error)
+    contender = Contender(lambda: function(next(calls)), error=error, scale=getattr(function, "scale", 1))
     if not error <= tolerance:
         contender.failure = f"error {error:.1e} > {tolerance:.1e}"
     if seconds > SLOW_SECONDS:
-        contender.samples.append(seconds * 1e3)
+        contender.samples.append(seconds * 1e3 * contender.scale)
     return contender
 
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any, Literal
 
@@ -257,9 +258,7 @@ class RewardModel:
                 raise ValueError(f'Expected engine to be "padded": this model cannot run packed, since {packed}')
             packed = None
         if batch_tokens is None:
-            batch_tokens = _BATCH_TOKENS.get(self.binding.device.type, _BATCH_TOKENS_ACCELERATOR)
-            if packed is not None:
-                batch_tokens = min(batch_tokens, packed.affordable_tokens())
+            batch_tokens = self._default_batch_tokens(packed)
         with self.binding.session(), tqdm(total=len(encoded), unit="text", disable=not progress) as bar:
             run = self._run_padded if packed is None else partial(self._run_packed, packed)
             results: list[Tensor] = run(encoded, read, batch_tokens, bar)
@@ -342,6 +341,119 @@ class RewardModel:
             except Unsupported as reason:
                 self._engine = parts, str(reason)
         return self._engine[1]
+
+    def patch_sweep(
+        self,
+        clean: Any,
+        corrupted: Any = None,
+        *,
+        mode: str | Tensor | Mapping[str, Tensor] = "denoising",
+        sites: str | Sequence[str] = "resid_post",
+        layers: int | Iterable[int] | None = None,
+        positions: str | Iterable[Any] | None = None,
+        heads: int | Iterable[int] | None = None,
+        neurons: int | Iterable[int] | None = None,
+        align: Any = "auto",
+        metric: Callable[[Tensor], Any] | None = None,
+        baseline: Sequence[Any] | None = None,
+        seed: int = 0,
+        screen: Literal["atp"] | None = None,
+        top: int | None = None,
+        batch_tokens: int | None = None,
+        checkpoint: str | os.PathLike[str] | None = None,
+        progress: bool = False,
+        max_length: int | None = None,
+        truncation: Truncation = "error",
+        format: Format | None = None,
+    ) -> Any:
+        """Activation patching over a grid of sites: the reward of a run in which one activation is replaced, for each.
+
+        The *base run* is the corrupted text's for denoising and the clean text's for all other modes. Rewards are those
+        of the full forward with that one replacement; only the rows that it reaches are run (docs/sweep.md).
+
+        Args:
+            clean, corrupted: one text each, in any form that `score` takes, or lists of as many texts. corrupted is
+                None for modes without another run.
+            mode: "denoising" (clean activations into the corrupted run) or "noising" (corrupted ones into the clean
+                run); on the clean run alone "zero", "mean" (of all `baseline` tokens), "resample" (at each position the
+                activations of a random token of `baseline`, by `seed`), or values: a tensor that broadcasts to
+                (layers, units, width), or one for each kind of sites.
+            sites: a kind or several (`rmfast.sites`): "resid_pre", "resid_mid", "resid_post", "attn_out", "mlp_out",
+                "head_out", "mlp_neuron", "q", "k", "v".
+            layers: the layers to sweep, negative from the end; default all.
+            positions: "all" (the default: each by itself), "joint" (all at once), or a list of positions of the base
+                run and of groups (lists, ranges, slices) that are replaced together.
+            heads, neurons: which units of kinds that have them; heads default to all (K/V heads for k and v).
+            align: "auto" (equal lengths position by position; else what both texts begin and end with, and between
+                that the tokens that correspond), "strict" (equal lengths only), or a map from clean to corrupted
+                positions. Positions without a partner are NaN and counted in `unpaired`.
+            metric: a function of the rewards (K,) that gives one number, taken in their place.
+            screen, top: with "atp", only the `top` sites that `attribution_patch` ranks first are run, others are NaN.
+            batch_tokens: most rows that run at once; default as for `score`. An edited run must fit.
+            checkpoint: a file from which an interrupted sweep of the same texts, sites and model goes on.
+            progress: show a progress bar.
+            max_length, truncation, format: as for `score`.
+
+        Returns:
+            A `rmfast.PatchSweep`, or for lists one for each pair.
+
+        Raises:
+            ValueError, TypeError: an argument is wrong, the texts do not differ, or the model's layers lack a part that
+                a kind names.
+        """
+        from rmfast.sweep import patch_sweep  # with scipy, which takes 0.5 s
+
+        return patch_sweep(
+            self, clean, corrupted, mode=mode, sites=sites, layers=layers, positions=positions, heads=heads,
+            neurons=neurons, align=align, metric=metric, baseline=baseline, seed=seed, screen=screen, top=top,
+            batch_tokens=batch_tokens, checkpoint=checkpoint, progress=progress, max_length=max_length,
+            truncation=truncation, format=format,
+        )  # fmt: skip
+
+    def attribution_patch(
+        self,
+        clean: Any,
+        corrupted: Any = None,
+        *,
+        mode: str | Tensor | Mapping[str, Tensor] = "denoising",
+        sites: str | Sequence[str] = "resid_post",
+        layers: int | Iterable[int] | None = None,
+        positions: str | Iterable[Any] | None = None,
+        heads: int | Iterable[int] | None = None,
+        neurons: int | Iterable[int] | None = None,
+        align: Any = "auto",
+        metric: Callable[[Tensor], Any] | None = None,
+        baseline: Sequence[Any] | None = None,
+        seed: int = 0,
+        max_length: int | None = None,
+        truncation: Truncation = "error",
+        format: Format | None = None,
+    ) -> Any:
+        """Attribution patching (AtP): what `patch_sweep` gives, estimated for all sites from one backward pass.
+
+        The effect of a site is taken as the reward's gradient at the base run times the change of the activation.
+        Arguments, results and errors are those of `patch_sweep`.
+        """
+        from rmfast.sweep import attribution_patch
+
+        return attribution_patch(
+            self, clean, corrupted, mode=mode, sites=sites, layers=layers, positions=positions, heads=heads,
+            neurons=neurons, align=align, metric=metric, baseline=baseline, seed=seed, max_length=max_length,
+            truncation=truncation, format=format,
+        )  # fmt: skip
+
+    def _patcher(self) -> Any:
+        """What runs patched texts: the suffix engine where it knows the layers, else the model's own forward."""
+        from rmfast.hooks import LayersPatcher
+        from rmfast.patching import SuffixPatcher
+
+        engine = self._packed_engine()
+        return LayersPatcher(self.binding) if isinstance(engine, str) or engine.why else SuffixPatcher(engine)
+
+    def _default_batch_tokens(self, engine: Engine | None) -> int:
+        """Rows of a batch: as many as pay, and fit into free memory."""
+        most = _BATCH_TOKENS.get(self.binding.device.type, _BATCH_TOKENS_ACCELERATOR)
+        return most if engine is None else min(most, engine.affordable_tokens())
 
     def explain(self) -> str:
         """Which engine scores this model and why, and which backend runs each op on its device."""

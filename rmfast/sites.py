@@ -93,10 +93,21 @@ class Patcher(Protocol):
         ...
 
     def rewards(
-        self, base: Record, edits: Edits, values: Values, batch_tokens: int, done: Callable[[np.ndarray, Tensor], None]
+        self,
+        base: Record,
+        edits: Edits,
+        values: Values,
+        batch_tokens: int,
+        done: Callable[[np.ndarray, Tensor], None],
+        skip: np.ndarray,
     ) -> None:
         """Rewards (n, K) of each edited base run, on the CPU: calls done(indices into edits, rewards) chunk by chunk.
 
-        Rows that no edit reaches are not run. Every edit is run: those without effect are left out by the caller.
+        Chunks depend on the edits and the budget alone, and one of which all are in skip (E,) bool is left out: what is
+        resumed after some chunks gets the same numbers. Edits without effect are left out by the caller.
         """
+        ...
+
+    def least_tokens(self, base: Record, edits: Edits) -> int:
+        """The rows of the largest edited run, which a budget must hold."""
         ...

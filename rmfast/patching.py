@@ -1,0 +1,350 @@
+"""Edited runs on the suffix engine: each is the rows that an edit reaches, over the base run's K and V.
+
+An edit of layer l changes some rows of the stream that enters layer l + 1 (or l, for resid_pre). From there on it is a
+suffix: the base run's rows from the first changed position to the read one, over the base run's K and V before them.
+Layers and positions before are the base run's own (layer and prefix reuse: exact). What the edit makes of its rows
+inside of layer l is computed first, for those rows alone (a *tail*): one row for each position of an edit, or for k and
+v, on which later rows of the layer depend, all rows from the first changed one.
+
+Edits are sorted by the layer that they enter and cut into chunks under a token budget. A chunk runs layer by layer, all
+of its suffixes that have entered in one flat batch, a leading slice of which has been in it for longest. In the last
+layer only the read rows have queries, output and MLP; the final norm and head read them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from rmfast import model as _model
+from rmfast.engine import Engine, Layer, Norm, Run
+from rmfast.inputs import Encoded
+from rmfast.ops import patch_rows
+from rmfast.sites import KINDS, Edits, Values
+
+__all__ = ["SuffixPatcher", "SuffixRecord"]
+
+_CODE = {kind: i for i, kind in enumerate(KINDS)}
+_STREAM = (_CODE["resid_pre"], _CODE["resid_post"])
+_KV = (_CODE["k"], _CODE["v"])
+
+
+@dataclass(eq=False)
+class SuffixRecord:
+    """A run of one text up to its read token, as sites.Record; T is the tokens up to there.
+
+    Attributes:
+        stream: (T, d) entering each layer, and after the last one.
+        parts: by kind, (T, units, width) of each layer.
+        cos, sin: (T, R) of each layer.
+        rotated: q, k (after norms and rotation) and v, (T, H, D), of each layer.
+    """
+
+    ids: np.ndarray
+    read: int
+    reward: Tensor
+    stream: list[Tensor] = field(default_factory=list)
+    parts: dict[str, list[Tensor]] = field(default_factory=dict)
+    cos: list[Tensor] = field(default_factory=list)
+    sin: list[Tensor] = field(default_factory=list)
+    rotated: list[tuple[Tensor, Tensor, Tensor]] = field(default_factory=list)
+
+    def activations(self, kind: str, layer: int) -> Tensor:
+        """(T, units, width) of a kind that was recorded; the stream always is."""
+        if kind in ("resid_pre", "resid_post"):
+            return self.stream[layer + (kind == "resid_post")][:, None]
+        return self.parts[kind][layer]
+
+
+class SuffixPatcher:
+    """sites.Patcher of a causal model whose layers the engine knows by structure."""
+
+    def __init__(self, engine: Engine):
+        assert engine.mode == "fused", engine.why
+        self.engine, self.binding = engine, engine.binding
+        self.layers = len(engine.layers)
+
+    def units(self, kind: str) -> tuple[int, int]:
+        layer = self.engine.layers[0][1]
+        d = layer.norms[0].module.weight.numel()  # type: ignore[operator]
+        head = layer.attn.head_dim
+        if kind in ("head_out", "q"):
+            return layer.attn.o_proj.in_features // head, head
+        if kind in ("k", "v"):
+            if hasattr(layer.attn, "qkv_proj"):
+                return (layer.attn.qkv_proj.out_features - layer.attn.o_proj.in_features) // 2 // head, head
+            return layer.attn.k_proj.out_features // head, head
+        if kind != "mlp_neuron":
+            return 1, d
+        if any(fused.activation is None for _, fused in self.engine.layers):
+            raise ValueError(
+                "Expected sites without mlp_neuron: it needs MLPs of gate_proj, up_proj (or gate_up_proj), down_proj "
+                f"and a SiLU or GELU, got {type(layer.mlp).__name__}"
+            )
+        return layer.mlp.down_proj.in_features, 1
+
+    def record(self, text: Encoded, read: int, kinds: set[str]) -> SuffixRecord:
+        ids = text.ids[: read + 1]
+        record = SuffixRecord(ids, read, torch.empty(0), parts={kind: [] for kind in kinds})
+        binding, device = self.binding, self.binding.device
+        longest = len(text) if any(binding.length_group(len(text))) else 0
+        run = Run(*_suffixes(np.array([0, len(ids)]), np.zeros(1, np.int32), device), pool=_no_pool)
+
+        def recording(layer: Layer) -> Callable[..., Tensor]:
+            def forward(hidden_states: Tensor, *args: Any, position_embeddings: Any = None, **kwargs: Any) -> Tensor:
+                cos, sin = (t[0] for t in position_embeddings)
+                return self._record_layer(record, layer, run, hidden_states[0], cos, sin)[None]
+
+            return forward
+
+        tokens, positions = _move(ids.astype(np.int64), device), torch.arange(len(ids), device=device)
+        forwards = [recording(fused) for _, fused in self.engine.layers]
+        hidden = self.engine.body(tokens, positions, run, forwards, longest)
+        record.stream.append(hidden)
+        record.reward = binding.rewards(hidden[None], torch.tensor([read], device=hidden.device))[0].cpu()
+        return record
+
+    def _record_layer(
+        self, record: SuffixRecord, layer: Layer, run: Run, x: Tensor, cos: Tensor, sin: Tensor
+    ) -> Tensor:
+        """One layer as `Layer.rows`, step by step."""
+
+        def keep(kind: str, value: Tensor) -> None:
+            if kind in record.parts:
+                record.parts[kind].append(value if value.dim() == 3 else value[:, None])
+
+        record.stream.append(x)
+        record.cos.append(cos)
+        record.sin.append(sin)
+        q, k, v = layer.project(layer.enter(x, None)[0])
+        for kind, value in (("q", q), ("k", k), ("v", v)):
+            keep(kind, value)
+        q, k = layer.turn(q, k, cos, sin)
+        record.rotated.append((q, k, v))
+        heads = run.attend(layer.attn, q, k, v, **layer.options)
+        keep("head_out", heads)
+        added = layer.added_by(heads)
+        keep("attn_out", added)
+        middle = x + added
+        keep("resid_mid", middle)
+        y = layer.middle_norm(middle)
+        if "mlp_neuron" in record.parts:
+            neurons = layer.neurons(y)
+            record.parts["mlp_neuron"].append(neurons[..., None])
+            delta = layer.mlp_from(neurons)
+        else:
+            delta = layer.mlp_of(y)
+        keep("mlp_out", delta)
+        return middle + delta
+
+    def rewards(
+        self,
+        base: SuffixRecord,
+        edits: Edits,
+        values: Values,
+        batch_tokens: int,
+        done: Callable[[np.ndarray, Tensor], None],
+        skip: np.ndarray,
+    ) -> None:
+        rows, entry = self._sizes(base, edits)
+        order = np.lexsort((-rows, entry))
+        start = 0
+        while start < len(order):
+            ends = np.cumsum(rows[order[start:]])
+            count = max(1, int(np.searchsorted(ends, batch_tokens, side="right")))
+            some = order[start : start + count]
+            if skip[some].all():
+                start += count
+                continue
+            try:
+                rewards = _Chunk(self, base, edits[some], entry[some], values).run()
+            except RuntimeError as error:
+                if count == 1 or not _model.out_of_memory(error):
+                    raise
+                batch_tokens = int(ends[count - 1]) // 2
+                continue
+            done(some, rewards.cpu())
+            start += count
+
+    def least_tokens(self, base: SuffixRecord, edits: Edits) -> int:
+        """Rows of the largest edit, which a budget must hold."""
+        return int(self._sizes(base, edits)[0].max(initial=0))
+
+    def _sizes(self, base: SuffixRecord, edits: Edits) -> tuple[np.ndarray, np.ndarray]:
+        """Rows that each edit runs at once, at most, and the layer that it enters."""
+        first = edits.groups.argmax(1)[edits.group]
+        entry = edits.layer + (edits.kind != _CODE["resid_pre"])
+        one_row = (entry == self.layers) & ~np.isin(edits.kind, _KV)
+        rows = np.where(one_row, 1, len(base.ids) - first)
+        return rows, entry
+
+
+class _Chunk:
+    """Edits that run together, sorted by the layer they enter."""
+
+    def __init__(self, patcher: SuffixPatcher, base: SuffixRecord, edits: Edits, entry: np.ndarray, values: Values):
+        self.patcher, self.base, self.edits, self.entry, self.values = patcher, base, edits, entry, values
+        self.tokens, self.device = len(base.ids), base.stream[0].device
+        self.first = edits.groups.argmax(1)[edits.group]
+
+    def run(self) -> Tensor:
+        """Rewards (n, K)."""
+        layers, base, d = self.patcher.layers, self.base, self.base.stream[0].size(1)
+        x = y = base.stream[0].new_empty(0, d)
+        delta: Tensor | None = None
+        live = 0
+        for m in range(layers):
+            layer = self.patcher.engine.layers[m][1]
+            if live:
+                y, x = layer.enter(x, delta)
+            if entering := int((self.entry == m).sum()):
+                some = np.arange(live, live + entering)
+                new_x, new_y = self._enter(m, some, layer.norms[0])
+                x, y = (new_x, new_y) if not live else (torch.cat([x, new_x]), torch.cat([y, new_y]))
+                live += entering
+            if not live:
+                continue
+            cu = np.concatenate([[0], np.cumsum(self.tokens - self.first[:live])])
+            run = Run(*_suffixes(cu, self.first[:live], self.device), pool=self._pool(m))
+            if layer.last:
+                run.read_rows = _move(cu[1:] - 1, self.device)
+                run.cu_reads = torch.arange(live + 1, dtype=torch.int32, device=self.device)
+            positions = _move(_positions(self.first[:live], self.tokens), self.device)
+            x, delta = layer.rows(run, y, x, base.cos[m][positions], base.sin[m][positions])
+        out = x if delta is None else x + delta
+        if live < len(self.edits):  # those of the last layer, whose read row alone counts
+            last = self._enter(layers, np.arange(live, len(self.edits)), None)[0]
+            out = torch.cat([out, last])
+        return self.patcher.binding.rewards(out[None], torch.arange(out.size(0), device=out.device))
+
+    def _pool(self, m: int) -> Callable[[nn.Module, Tensor, Tensor], tuple[Tensor, Tensor]]:
+        _, k, v = self.base.rotated[m]
+        pad = -k.size(-1) % 8
+        pool = (nn.functional.pad(k, (0, pad)), nn.functional.pad(v, (0, pad))) if pad else (k, v)
+        return lambda *_: pool
+
+    def _enter(self, m: int, some: np.ndarray, norm: Norm | None) -> tuple[Tensor, Tensor]:
+        """The rows with which edits `some` enter layer m, and their first norm; after the last layer the read rows."""
+        edits, last = self.edits, m == self.patcher.layers
+        first = np.full(len(some), self.tokens - 1) if last else self.first[some]
+        positions = _positions(first, self.tokens)
+        edit = np.repeat(some, self.tokens - first)
+        replaced = edits.groups[edits.group[edit], positions]  # rows that another value stands in for
+        kind = edits.kind[edit]
+        direct = np.isin(kind, _STREAM)
+        # All rows of a tail on k or v are new.
+        replaced |= np.isin(kind, _KV)
+        value_rows = np.full(len(edit), -1)
+        pieces: list[Tensor] = []
+        if direct.any():
+            name, layer = ("resid_pre", m) if (edits.kind[some] == _CODE["resid_pre"]).all() else ("resid_post", m - 1)
+            pieces.append(self.values(name, layer)[: self.tokens, 0])
+            chosen = direct & replaced
+            value_rows[chosen] = positions[chosen]
+        offset = sum(piece.size(0) for piece in pieces)
+        for code in np.unique(kind[~direct]):
+            chosen = (kind == code) & replaced
+            value_rows[chosen] = np.arange(offset, offset + chosen.sum())
+            pieces.append(self._tail(KINDS[code], m - 1, edit[chosen], positions[chosen]))
+            offset += pieces[-1].size(0)
+        base = self.base.stream[m]
+        made = torch.cat(pieces) if len(pieces) > 1 else pieces[0]
+        at, value_at = _move(positions, self.device), _move(value_rows, self.device)
+        if norm is None:
+            rows = base[at]
+            chosen_rows = value_at >= 0
+            rows[chosen_rows] = made[value_at[chosen_rows]]
+            return rows, rows
+        return patch_rows(base, made, at, value_at, **norm.arguments)
+
+    def _tail(self, kind: str, layer_index: int, edit: np.ndarray, position: np.ndarray) -> Tensor:
+        """What edits of one kind inside of a layer make of its output: a row for each (edit, position)."""
+        base, m = self.base, layer_index
+        layer = self.patcher.engine.layers[m][1]
+        at = _move(position, self.device)
+        unit = _move(self.edits.unit[edit], self.device)
+        n = torch.arange(len(edit), device=self.device)
+        x = base.stream[m][at]
+
+        def replaced(rows: Tensor) -> Tensor:
+            """Rows (n, units, width) with their edit's unit taken from the values."""
+            rows = rows.clone()
+            rows[n, unit] = self.values(kind, m)[at, unit].to(rows.dtype)
+            return rows
+
+        if kind == "resid_mid":
+            return self._after_attention(layer, self.values(kind, m)[at, 0])
+        if kind == "attn_out":
+            return self._after_attention(layer, x + self.values(kind, m)[at, 0])
+        if kind == "mlp_out":
+            return base.parts["resid_mid"][m][at, 0] + self.values(kind, m)[at, 0]
+        if kind == "mlp_neuron":
+            neurons = replaced(base.parts[kind][m][at])[..., 0]
+            return base.parts["resid_mid"][m][at, 0] + layer.mlp_from(neurons)
+        if kind == "head_out":
+            heads = replaced(base.parts[kind][m][at])
+        elif kind == "q":
+            heads = self._edited_query(layer, m, replaced(base.parts["q"][m][at]), position)
+        else:
+            heads = self._edited_keys(layer, m, kind, edit, position)
+        return self._after_attention(layer, x + layer.added_by(heads))
+
+    def _after_attention(self, layer: Layer, middle: Tensor) -> Tensor:
+        return middle + layer.mlp_of(layer.middle_norm(middle))
+
+    def _edited_query(self, layer: Layer, m: int, q: Tensor, position: np.ndarray) -> Tensor:
+        """Attention of single rows, each over the base run's keys up to its own."""
+        at = _move(position, self.device)
+        q, _ = layer.turn(q, q[:, :0], self.base.cos[m][at], self.base.sin[m][at])
+        _, k, v = self.base.rotated[m]
+        run = Run(*_suffixes(np.arange(len(position) + 1), position, self.device), pool=self._pool(m))
+        return run.attend(layer.attn, q, k[at], v[at], **layer.options)
+
+    def _edited_keys(self, layer: Layer, m: int, kind: str, edit: np.ndarray, position: np.ndarray) -> Tensor:
+        """Attention of all rows from the first changed one; after the last layer's, of the read rows alone."""
+        base, edits = self.base, self.edits
+        which, index = np.unique(edit, return_inverse=True)
+        first = self.first[which]
+        rows = _positions(first, self.tokens)
+        owner = np.repeat(which, self.tokens - first)
+        at = _move(rows, self.device)
+        changed = np.flatnonzero(edits.groups[edits.group[owner], rows])
+        changed_at = _move(rows[changed], self.device)
+        unit = _move(edits.unit[owner[changed]], self.device)
+        q, k, v = base.rotated[m]
+        own = {"k": k[at], "v": v[at]}
+        new = base.parts[kind][m][changed_at].clone()
+        new[torch.arange(len(changed), device=self.device), unit] = self.values(kind, m)[changed_at, unit].to(new.dtype)
+        if kind == "k":
+            new = layer.turn(new[:, :0], new, base.cos[m][changed_at], base.sin[m][changed_at])[1]
+        own[kind][_move(changed, self.device)] = new
+        cu = np.concatenate([[0], np.cumsum(self.tokens - first)])
+        run = Run(*_suffixes(cu, first, self.device), pool=self._pool(m))
+        run.cu_reads = _move(np.concatenate([[0], np.cumsum(np.bincount(index))]).astype(np.int32), self.device)
+        return run.attend(layer.attn, q[_move(position, self.device)], own["k"], own["v"], **layer.options)
+
+
+def _no_pool(key: nn.Module, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    return k[:0], v[:0]
+
+
+def _move(array: np.ndarray, device: torch.device) -> Tensor:
+    return torch.from_numpy(np.ascontiguousarray(array)).to(device)
+
+
+def _suffixes(cu: np.ndarray, prefix: np.ndarray, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+    """cu_seqlens, prefix_start (one text: 0) and prefix_len."""
+    length = _move(prefix.astype(np.int32), device)
+    return _move(cu.astype(np.int32), device), torch.zeros_like(length), length
+
+
+def _positions(first: np.ndarray, tokens: int) -> np.ndarray:
+    """first[0], ..., tokens - 1, first[1], ..., tokens - 1, ..."""
+    counts = tokens - first
+    ends = np.cumsum(counts)
+    return np.arange(ends[-1] if len(ends) else 0) - np.repeat(ends - tokens, counts)
