@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 import rmfast
-from rmfast.ops import reward_head
+from rmfast.ops import neuron_stats, reward_head
 
 
 def main() -> None:
@@ -26,6 +26,11 @@ def main() -> None:
                         reward_head(hidden, weight, norm=norm, norm_weight=gain, rows=rows, **extra)
                     leaf = hidden.detach().requires_grad_()
                     reward_head(leaf, weight.requires_grad_(), norm="rms", norm_weight=gain).sum().backward()
+    with rmfast.backend("triton"):
+        for n, m in ((2, 3), (37, 70), (600, 5)):
+            buffer = torch.randn(n + 1, m + 3, device="cuda").relu().bfloat16()
+            for x in (buffer[1:, 1 : m + 1], buffer[1:, 1 : m + 1].float(), buffer[1:, 1 : m + 1].T.contiguous().T):
+                neuron_stats(x, torch.randn(n, 3, device="cuda"))
     torch.cuda.synchronize()
     print("ran every kernel")
 
