@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 import rmfast
-from rmfast.ops import neuron_stats, reward_head
+from rmfast.ops import neuron_stats, patch_rows, reward_head
 
 
 def main() -> None:
@@ -26,6 +26,12 @@ def main() -> None:
                         reward_head(hidden, weight, norm=norm, norm_weight=gain, rows=rows, **extra)
                     leaf = hidden.detach().requires_grad_()
                     reward_head(leaf, weight.requires_grad_(), norm="rms", norm_weight=gain).sum().backward()
+                base_rows, value_rows = torch.tensor([[0, 5, 2, 9, 1], [-1, 1, -1, 0, 7]], device="cuda")  # two outside
+                for d in (59, 256, 4104, 20000):
+                    buffer, gain = torch.randn(2, 6, d + 8, device="cuda").to(dtype), torch.randn(d, device="cuda")
+                    for base, values in (buffer[..., :d], buffer[..., 3 : 3 + d]):
+                        patch_rows(base, values, base_rows, value_rows, gain)
+                        patch_rows(base, values, base_rows, value_rows, gain.to(dtype), gemma=True)
     with rmfast.backend("triton"):
         for n, m in ((2, 3), (37, 70), (600, 5)):
             buffer = torch.randn(n + 1, m + 3, device="cuda").relu().bfloat16()
