@@ -1,4 +1,4 @@
-"""Real text, real weights: train a reward head on human ratings, score held-out pairs, look at single tokens.
+"""Real text, real weights: train a reward head on human ratings, score held-out pairs, look at tokens and activations.
 
 Run by `make demo`. Downloads 96 MB once (RMFAST_CACHE, default ~/.cache/rmfast; about 1.2 GB with the models made
 from it), then needs no network and about three minutes on two cores. Pictures and scores go to demo-out/.
@@ -41,6 +41,10 @@ SENTENCES = (
     "A beautiful opening, sadly ruined by a dull and lazy second half.",
     "It is not bad at all; in fact it is one of the funniest films this year.",
 )
+PAIR = (  # one token apart
+    "This film is wonderful, from the first scene to the last.",
+    "This film is terrible, from the first scene to the last.",
+)
 console = Console(highlight=False, soft_wrap=True)
 
 
@@ -71,6 +75,9 @@ def main() -> None:
 
     heading("The reward at every token")
     show_tokens(model, mean)
+
+    heading("Where the difference between two words is carried")
+    patch(model)
     console.print(f"\nDone in {time.perf_counter() - start:.0f} s.")
 
 
@@ -202,6 +209,27 @@ def show_tokens(model: rmfast.RewardModel, mean: float) -> None:
     figure.savefig(OUT / "trajectory.png", dpi=150)
     plt.close(figure)
     console.print(f"plot: {OUT / 'trajectory.png'}")
+
+
+def patch(model: rmfast.RewardModel) -> None:
+    """Put each layer's activation at each token of one text into the run of another, and map how much comes over."""
+    began = time.perf_counter()
+    sweep = model.patch_sweep(*PAIR)
+    seconds = time.perf_counter() - began
+    for text, reward in zip(PAIR, (sweep.clean_reward, sweep.corrupted_reward)):
+        console.print(f"{text} {reward:+.2f}")
+    console.print(
+        f"the residual stream at every layer and token of the second, replaced by the first's: {sweep.run} runs,"
+        f" {sweep.without_effect} sites left out that can't matter, {seconds:.1f} s; the five that bring back most:"
+    )
+    for row in sweep.top(5):
+        console.print(
+            f"  layer {row.layer:>2}, token {row.position:>2} {row.token!r:<12} {row.recovered:7.1%} of the gap"
+        )
+    figure = sweep.plot("recovered").figure
+    figure.savefig(OUT / "sweep.png", dpi=150)
+    plt.close(figure)
+    console.print(f"map: {OUT / 'sweep.png'}")
 
 
 def coloured(words: list[str], rewards: np.ndarray) -> Text:

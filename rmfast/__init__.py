@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from rmfast.backends import BackendError as BackendError
     from rmfast.backends import backend as backend
     from rmfast.backends import explain as explain
+    from rmfast.grids import PatchSweep as PatchSweep
     from rmfast.scoring import RewardModel as RewardModel
     from rmfast.scoring import load as load
 
@@ -24,11 +25,12 @@ _HOME = {
     "backend": "rmfast.backends",
     "BackendError": "rmfast.backends",
     "explain": "rmfast.backends",
+    "PatchSweep": "rmfast.grids",
     "RewardModel": "rmfast.scoring",
     "load": "rmfast.scoring",
 }
 
-__all__ = ["BackendError", "RewardModel", "__version__", "backend", "explain", "load", "ops"]
+__all__ = ["BackendError", "PatchSweep", "RewardModel", "__version__", "backend", "explain", "load", "ops"]
 
 
 def __getattr__(name: str):

@@ -1,10 +1,11 @@
-"""The `rmfast` command: score files of texts in bounded memory, resume, explain.
+"""The `rmfast` command: score files of texts in bounded memory, resume, sweep, explain.
 
 Nothing here imports torch or transformers until a model is needed, so `rmfast --help` stays quick. Annotations are
 read by typer at run time: no `from __future__ import annotations`.
 """
 
 import contextlib
+import csv
 import dataclasses
 import functools
 import hashlib
@@ -12,6 +13,7 @@ import inspect
 import itertools
 import json
 import math
+import re
 import sys
 import time
 import warnings
@@ -36,11 +38,38 @@ Columns = Literal["pairs", "response", "messages", "text"]
 Score = Callable[[list[Any]], Any]  # encoded inputs to a reward, or token rewards, for each
 
 
-@dataclasses.dataclass(frozen=True)
-class Options:
-    """What `score` and `values` share; one command-line option each."""
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ModelOptions:
+    """What all commands that run a model share; one command-line option each."""
 
     model: Annotated[str, typer.Option(help="A model's folder or hub id.")]
+    format: Annotated[
+        Literal["chat", "pair", "concat"] | None,
+        typer.Option(help="How a prompt and a response become one text; default: as the model's tokenizer suggests."),
+    ] = None
+    truncation: Annotated[
+        Literal["error", "left", "right"], typer.Option(help="A text over the limit is an error, or cut on this side.")
+    ] = "error"
+    max_length: Annotated[int | None, typer.Option(min=1, help="Most tokens of a text; default: the model's.")] = None
+    pooling: Annotated[str, typer.Option(help='The token that is read: "auto", "last" or a token id.')] = "auto"
+    dtype: Annotated[
+        Literal["float32", "bfloat16", "float16", "float64"] | None, typer.Option(help="Default: as it is saved.")
+    ] = None
+    device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, ...; default: a GPU if there is one.")] = None
+    batch_tokens: Annotated[int | None, typer.Option(min=1, help="Most tokens that run at once.")] = None
+    backend: Annotated[
+        Literal["cuda", "triton", "cpp", "eager"] | None, typer.Option(help="Default: see `rmfast explain`.")
+    ] = None
+    trust_remote_code: Annotated[bool, typer.Option("--trust-remote-code")] = False
+    revision: Annotated[str | None, typer.Option(help="Of a model on the hub.")] = None
+    gguf_file: Annotated[str | None, typer.Option(help="The GGUF file in the model's folder.")] = None
+    traceback: Annotated[bool, typer.Option("--traceback", help="Show where an error arose.")] = False
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Options(ModelOptions):
+    """What `score` and `values` share besides."""
+
     input: Annotated[Path, typer.Option(help="A .jsonl, .csv or .parquet file.", exists=True, dir_okay=False)]
     output: Annotated[Path, typer.Option(help="The JSONL file to write, or to go on with.", dir_okay=False)]
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Start anew where the output exists.")] = False
@@ -58,39 +87,19 @@ class Options:
     input_format: Annotated[
         Literal["jsonl", "csv", "parquet"] | None, typer.Option(help="Default: by the file's suffix.")
     ] = None
-    format: Annotated[
-        Literal["chat", "pair", "concat"] | None,
-        typer.Option(help="How a prompt and a response become one text; default: as the model's tokenizer suggests."),
-    ] = None
-    truncation: Annotated[
-        Literal["error", "left", "right"], typer.Option(help="A text over the limit is a bad row, or cut on this side.")
-    ] = "error"
-    max_length: Annotated[int | None, typer.Option(min=1, help="Most tokens of a text; default: the model's.")] = None
-    pooling: Annotated[str, typer.Option(help='The token that is read: "auto", "last" or a token id.')] = "auto"
-    dtype: Annotated[
-        Literal["float32", "bfloat16", "float16", "float64"] | None, typer.Option(help="Default: as it is saved.")
-    ] = None
-    device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, ...; default: a GPU if there is one.")] = None
-    batch_tokens: Annotated[int | None, typer.Option(min=1, help="Most tokens that run at once.")] = None
     window: Annotated[int, typer.Option(min=1, help="Rows read, scored by length and written at a time.")] = 512
     engine: Annotated[
         Literal["packed", "padded"] | None, typer.Option(help="Default: packed where the model can run so.")
     ] = None
-    backend: Annotated[
-        Literal["cuda", "triton", "cpp", "eager"] | None, typer.Option(help="Default: see `rmfast explain`.")
-    ] = None
-    trust_remote_code: Annotated[bool, typer.Option("--trust-remote-code")] = False
-    revision: Annotated[str | None, typer.Option(help="Of a model on the hub.")] = None
-    gguf_file: Annotated[str | None, typer.Option(help="The GGUF file in the model's folder.")] = None
-    traceback: Annotated[bool, typer.Option("--traceback", help="Show where an error arose.")] = False
 
 
 def _with_options(command: Callable[..., None]) -> Callable[..., None]:
-    """Give `command(options, **own)` one parameter for every field of Options, and one-line errors.
+    """Give `command(options, **own)` one parameter for every field of its options' class, and one-line errors.
 
     Typer reads a function's signature; writing these 28 parameters out in each command is the alternative.
     """
-    own = list(inspect.signature(command).parameters.values())[1:]
+    first, *own = inspect.signature(command).parameters.values()
+    kind = first.annotation
     shared = [
         inspect.Parameter(
             field.name,
@@ -98,12 +107,12 @@ def _with_options(command: Callable[..., None]) -> Callable[..., None]:
             default=inspect.Parameter.empty if field.default is dataclasses.MISSING else field.default,
             annotation=field.type,
         )
-        for field in dataclasses.fields(Options)
+        for field in dataclasses.fields(kind)
     ]
 
     @functools.wraps(command)
     def run(**given: Any) -> None:
-        options = Options(**{parameter.name: given.pop(parameter.name) for parameter in shared})
+        options = kind(**{parameter.name: given.pop(parameter.name) for parameter in shared})
         try:
             with warnings.catch_warnings():
                 warnings.showwarning = lambda message, *_: typer.echo(f"rmfast: {message}", err=True)  # one line
@@ -115,7 +124,7 @@ def _with_options(command: Callable[..., None]) -> Callable[..., None]:
                 raise
             _fail(" ".join(str(error).split()) or type(error).__name__)
 
-    parameters = [*own, *shared]
+    parameters = sorted([*own, *shared], key=lambda p: p.default is not inspect.Parameter.empty)  # needed ones first
     run.__signature__ = inspect.Signature([p.replace(kind=p.KEYWORD_ONLY) for p in parameters])  # type: ignore[attr-defined]
     run.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
     return run
@@ -148,6 +157,67 @@ def values(
     """Write every input row with the reward at every token of its text."""
     run = Run("values", options, options.output_column or "values", tokens=tokens)
     run.go("token_values")
+
+
+@app.command()
+@_with_options
+def sweep(
+    options: ModelOptions,
+    clean: Annotated[str, typer.Option(help="A text, or @FILE that holds it.")],
+    output: Annotated[Path, typer.Option(help="The folder to write.", file_okay=False)],
+    corrupted: Annotated[str | None, typer.Option(help="The text it is compared with, or @FILE that holds it.")] = None,
+    prompt: Annotated[str | None, typer.Option(help="What both texts respond to, or @FILE that holds it.")] = None,
+    mode: Annotated[
+        Literal["denoising", "noising", "zero", "mean", "resample"],
+        typer.Option(help="What is put in: clean activations into the corrupted run, the reverse; or into the clean."),
+    ] = "denoising",
+    sites: Annotated[str, typer.Option(help="One kind or several, like attn_out,mlp_out.")] = "resid_post",
+    layers: Annotated[str | None, typer.Option(help="Like 0,4-7; default: all.")] = None,
+    positions: Annotated[
+        str, typer.Option(help='"all", "joint" or a list like 3,5,7-9, where a span is patched as one.')
+    ] = "all",
+    heads: Annotated[str | None, typer.Option(help="Like 0,4-7; default: all.")] = None,
+    neurons: Annotated[str | None, typer.Option(help="Those of mlp_neuron, like 0,4-7.")] = None,
+    align: Annotated[Literal["auto", "strict"], typer.Option(help="strict: refuse texts of unequal length.")] = "auto",
+    baseline: Annotated[
+        Path | None, typer.Option(help="Texts of mean and resample: .jsonl, .csv or .parquet.", dir_okay=False)
+    ] = None,
+    seed: Annotated[int, typer.Option(help="Of resample.")] = 0,
+    screen: Annotated[int | None, typer.Option(min=1, help="Run the N sites that attribution ranks first.")] = None,
+    top: Annotated[int, typer.Option(min=0, help="The strongest sites to print.")] = 10,
+    checkpoint: Annotated[
+        Path | None, typer.Option(help="Where finished rewards are kept; default: in the output folder, till the end.")
+    ] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Start anew where the output exists.")] = False,
+) -> None:
+    """Patch every site of a run and write the rewards: the result, a CSV and a heat map (see docs/sweep.md)."""
+    if (output / "sweep.json").exists() and not overwrite:
+        raise ValueError(f"Expected --output to hold no sweep, got {output}; --overwrite starts anew")
+    ask = None if prompt is None else _text(prompt)
+    texts = [_join(ask, _text(given)) for given in (clean, corrupted) if given is not None]
+    chosen = {
+        "mode": mode,
+        "sites": sites.split(",") if "," in sites else sites,
+        "layers": _flat("--layers", layers),
+        "positions": positions if positions in ("all", "joint") else _listed("--positions", positions),
+        "heads": _flat("--heads", heads),
+        "neurons": _flat("--neurons", neurons),
+        "baseline": None if baseline is None else [_baseline(row, baseline) for row in read_rows(baseline)],
+        "screen": None if screen is None else "atp",
+        "top": screen,
+        **{name: getattr(options, name) for name in ("batch_tokens", "max_length", "truncation", "format")},
+    }
+    kept = checkpoint or output / "checkpoint.safetensors"
+    if overwrite:
+        kept.unlink(missing_ok=True)
+    with rmfast.backend(options.backend) if options.backend else contextlib.nullcontext():
+        model = _load(options)
+        progress = sys.stderr.isatty()
+        result = model.patch_sweep(*texts, **chosen, align=align, seed=seed, checkpoint=kept, progress=progress)
+    _write_sweep(result, output)
+    if checkpoint is None:
+        kept.unlink(missing_ok=True)
+    typer.echo(_described(result, top))
 
 
 @app.command()
@@ -389,7 +459,7 @@ class Run:
         tqdm.write(f"{self.options.input.name}, line {line}: {reason}", file=sys.stderr)
 
 
-def _load(options: Options) -> Any:
+def _load(options: ModelOptions) -> Any:
     pooling: str | int = int(options.pooling) if options.pooling.lstrip("-").isdigit() else options.pooling
     given = {name: getattr(options, name) for name in ("dtype", "device", "revision", "gguf_file")}
     return rmfast.load(
@@ -440,6 +510,91 @@ def _join(prompt: Any, response: Any) -> Any:
         return response if response[: len(prompt)] == prompt else [*prompt, *response]
     # Datasets with a text prompt often repeat it as the first turn of the conversation.
     return response if response[0]["role"] != "assistant" else [{"role": "user", "content": prompt}, *response]
+
+
+def _text(given: str) -> str:
+    """A text of the command line, or after @ that of a file, without the newline that ends it."""
+    if not given.startswith("@"):
+        return given
+    return Path(given[1:]).read_bytes().decode().removesuffix("\n").removesuffix("\r")
+
+
+def _listed(name: str, given: str) -> list[int | list[int]]:
+    """3,5,7-9 as [3, 5, [7, 8, 9]]."""
+    found: list[int | list[int]] = []
+    for item in given.split(","):
+        match = re.fullmatch(r"\s*(?:(-?\d+)|(\d+)-(\d+))\s*", item)
+        if match is None:
+            raise ValueError(f"Expected {name} to be numbers and spans like 3,5,7-9, got {given!r}")
+        one, start, end = match.groups()
+        found.append(int(one) if one else list(range(int(start), int(end) + 1)))
+    return found
+
+
+def _flat(name: str, given: str | None) -> list[int] | None:
+    """0,4-6 as [0, 4, 5, 6]."""
+    if given is None:
+        return None
+    return [i for item in _listed(name, given) for i in (item if isinstance(item, list) else [item])]
+
+
+def _baseline(row: Row, path: Path) -> Any:
+    """The text, the conversation or the prompt and response of one row."""
+    try:
+        if row.error:
+            raise BadRow(row.error)
+        if "messages" in row.data:
+            return _cell(row, "messages", parse=True)
+        if "response" in row.data:
+            return _join(_cell(row, "prompt") if row.data.get("prompt") is not None else None, _cell(row, "response"))
+        return _cell(row, "text")
+    except BadRow as error:
+        raise BadRow(f"{path.name}, line {row.line}: {error}") from None
+
+
+def _write_sweep(result: Any, folder: Path) -> None:
+    """Result, table and, where matplotlib is installed, heat map."""
+    result.save(folder)
+    with (folder / "sweep.csv").open("w", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file)
+        rows = result.rows()
+        writer.writerow(rows[0]._fields)
+        writer.writerows([("" if value != value else value) for value in row] for row in rows)
+    try:
+        from matplotlib import pyplot
+
+        pyplot.switch_backend("Agg")
+        warnings.filterwarnings("ignore", message="Glyph .* missing from")  # of a language that the font lacks
+        axes = result.plot()
+    except ImportError as error:
+        typer.echo(f"rmfast: no sweep.png: {error}", err=True)
+    else:
+        figure = (axes if hasattr(axes, "figure") else axes[0]).figure
+        figure.savefig(folder / "sweep.png", dpi=150)
+        pyplot.close(figure)
+
+
+def _described(result: Any, top: int) -> str:
+    """The runs' rewards, what was run, and a table of the strongest sites."""
+    other = {"clean": "corrupted", "corrupted": "clean"}[result.base]
+    lines = [f"base reward ({result.base} text) {_show(result.base_reward)}"]
+    if result.other_reward is not None:
+        lines[0] += f"  other reward ({other} text) {_show(result.other_reward)}"
+    lines.append(f"sites run {result.run}  without effect {result.without_effect}")
+    if result.unpaired:
+        lines[-1] += f"  positions without a partner {result.unpaired}"
+    if result.screen:
+        lines[-1] += f"  Spearman of attribution among them {result.screen['spearman']:.3f}"
+    if rows := result.top(top):
+        names = [name for name in rows[0]._fields if getattr(rows[0], name) is not None]
+        cells = [names] + [[_shown(name, getattr(row, name)) for name in names] for row in rows]
+        widths = [max(map(len, column)) for column in zip(*cells)]
+        lines += ["  ".join(cell.rjust(width) for cell, width in zip(row, widths)) for row in cells]
+    return "\n".join(lines)
+
+
+def _shown(name: str, value: Any) -> str:
+    return repr(value) if name == "token" else _show(value) if isinstance(value, float) else str(value)
 
 
 def _plain(result: Any) -> Any:

@@ -8,8 +8,11 @@ import sys
 from pathlib import Path
 from types import ModuleType
 
+import models
 import numpy as np
 import pytest
+
+import rmfast
 
 
 def example(name: str) -> ModuleType:
@@ -78,3 +81,31 @@ def test_bradley_terry_finds_the_direction_of_the_pairs(monkeypatch):
     better, worse = data.training_pairs(features @ truth, partners=20, rng=rng)
     weight = demo.bradley_terry(features, better, worse)
     assert weight @ truth / np.linalg.norm(weight) / np.linalg.norm(truth) > 0.95
+
+
+@pytest.fixture
+def folder(tmp_path):
+    models.decoder().save_pretrained(tmp_path / "model")
+    models.tokenizer().save_pretrained(tmp_path / "model")
+    return tmp_path / "model"
+
+
+def test_the_map_of_the_demos_pair_is_drawn_and_five_sites_are_printed(folder, tmp_path, monkeypatch, capsys):
+    pytest.importorskip("scipy")
+    pytest.importorskip("matplotlib")
+    monkeypatch.syspath_prepend(Path(__file__).parents[1] / "examples")
+    demo = example("demo")
+    monkeypatch.setattr(demo, "OUT", tmp_path)
+    monkeypatch.setattr(demo, "console", demo.Console(force_terminal=False, soft_wrap=True))
+    demo.patch(rmfast.load(folder))
+    assert (tmp_path / "sweep.png").read_bytes().startswith(b"\x89PNG")
+    assert capsys.readouterr().out.count("% of the gap") == 5
+
+
+def test_the_sweep_example_walks_from_a_pair_to_its_heads(folder, tmp_path, monkeypatch, capsys):
+    pytest.importorskip("matplotlib")
+    monkeypatch.setenv("MPLBACKEND", "Agg")
+    monkeypatch.setattr(sys, "argv", ["sweep.py", "--model", str(folder), "--output", str(tmp_path / "maps")])
+    example("sweep")
+    assert len(list((tmp_path / "maps").glob("*.png"))) == 4
+    assert capsys.readouterr().out.count("PatchSweep(denoising, ") == 4
