@@ -201,6 +201,7 @@ setup(
         "rmfast",
         "rmfast.ops",
         "rmfast.kernels",
+        "rmfast.kernels.binned_mmd",
         "rmfast.kernels.neuron_stats",
         "rmfast.kernels.patch_rows",
         "rmfast.kernels.reward_head",

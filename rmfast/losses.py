@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
+import torch.distributed as dist
 from torch import Tensor
+from torch.nn.functional import logsigmoid
 
+from rmfast.ops import binned_mmd as _binned_mmd
 from rmfast.ops import reward_head, tcrm
-from rmfast.ops._library import expect, readable
+from rmfast.ops._library import FLOATS, expect, expect_dtype, readable
 
-__all__ = ["linear_value_loss", "tcrm_loss"]
+__all__ = ["bin_factor", "binned_mmd", "bradley_terry", "correlation_penalty", "linear_value_loss", "tcrm_loss"]
 
 REDUCTIONS = ("sum", "mean")
 
@@ -147,6 +152,208 @@ def linear_value_loss(
     ).reshape(-1)
     bounds = torch.cat((ranges[:, : texts // 2], ranges[:, texts // 2 :]))
     return _loss(values, values, bounds, smooth, lookahead, reduction, margin)
+
+
+def binned_mmd(
+    x: Tensor,
+    bins: Tensor,
+    *,
+    kernel: str = "rbf",
+    bandwidth: str | float | Sequence[float] = "median",
+    unbiased: bool = False,
+    groups: Tensor | None = None,
+    gather: bool | dist.ProcessGroup = False,
+) -> Tensor:
+    """How much the distribution of x differs between bins: Σ_{m,m'} MMD²(m, m') over all ordered pairs of M bins.
+
+    The regulariser of causal reward modelling (CRM, arXiv 2501.09620): rewards that must not change with a spurious
+    factor Z (length, sycophancy, a group) have the same distribution whatever Z is. Add λ times this to the loss, with
+    `bins = bin_factor(z, M)`. With k the kernel and A_mm' its mean over pairs of a row of bin m and one of bin m',
+
+        Σ_{m,m'} MMD² = Σ_{m,m'} (A_mm + A_m'm' − 2 A_mm') = 2 M Σ_m A_mm − 2 Σ_{m,m'} A_mm'
+
+    Value and gradient come from one pass over tiles of pairs of rows; the kernel matrix is never stored: memory is
+    O(N f).
+
+    Args:
+        x: rewards (N,) or representations (N, f); float64, float32, bfloat16 or float16.
+        bins: int64 (N,), the bin of each row; any number names a bin. M counts the bins that occur.
+        kernel: "rbf", e^{−|a − b|² / (2 h²)}.
+        bandwidth: h. A number; several, for the mean of their kernels; or "median", the median of the distances between
+            at most 512 rows, spread evenly over x (no randomness, and no gradient through it).
+        unbiased: A_mm leaves out a row's pair with itself and divides by n (n − 1), and bins of a single row take no
+            part; MMD² of a bin with itself is 0, as it is when biased.
+        groups: int64 (N,) or None: the conditional form, the sum over groups of the form inside each, as for chosen and
+            rejected responses separately. M is then each group's own.
+        gather: True takes the rows of all ranks of torch.distributed's default group together (or a process group:
+            of its ranks), which may differ in N. Every rank gets the value over all rows, and for its own rows the
+            gradient times the number of ranks, as from `torch.distributed.nn.all_gather` where all ranks scale the
+            value alike: the mean that DistributedDataParallel takes over ranks is then the value's gradient.
+
+    Returns:
+        The sum (), in float32 (float64 for float64 x), differentiable once in x. 0 where fewer than two bins take part.
+        The unbiased one may be negative. A NaN in x makes it NaN.
+
+    Raises:
+        ValueError: a shape, device, kernel or bandwidth that does not fit; no rows; gather without torch.distributed.
+        TypeError: a dtype that is not supported, or an argument that is no tensor.
+        rmfast.BackendError: a backend asked for by name cannot run.
+    """
+    _tensor(x, "x")
+    expect(x.dim() in (1, 2), "x", "of shape (N,) or (N, f)", tuple(x.shape))
+    for name, index in (("bins", bins), *([] if groups is None else [("groups", groups)])):
+        _tensor(index, name, x)
+        expect_dtype(index.dtype == torch.int64, name, "torch.int64", index.dtype)
+        expect(tuple(index.shape) == (x.size(0),), name, f"of shape ({x.size(0)},)", tuple(index.shape))
+    expect(kernel == "rbf", "kernel", '"rbf"', repr(kernel))
+    bandwidths = _bandwidths(bandwidth)
+    if gather is not False:
+        if not (dist.is_available() and dist.is_initialized()):
+            raise ValueError("Expected torch.distributed to be initialised for gather, got no process group")
+        group = None if gather is True else gather
+        x, bins = _gathered(x, group), _gathered(bins, group)
+        groups = None if groups is None else _gathered(groups, group)
+    return _binned_mmd(x, bins, groups, bandwidths=bandwidths, unbiased=unbiased)
+
+
+def bin_factor(z: Tensor, n: int) -> Tensor:
+    """Quantile bins of a factor, such as response lengths: int64 (N,), 0 .. n − 1, for `binned_mmd`.
+
+    A value's bin is ⌊n · (values below it) / N⌋. So the bins are as equal in size as ties allow: equal values share a
+    bin, that of the first of them, and bins may stay empty. NaN counts as infinity.
+
+    Args:
+        z: (N,), any real dtype, N at least 1.
+        n: the number of bins, at least 1.
+
+    Raises:
+        ValueError: a shape or n that does not fit.
+        TypeError: complex or boolean z, or an argument that is no tensor or no int.
+    """
+    _tensor(z, "z")
+    if z.dtype == torch.bool or z.is_complex():
+        raise TypeError(f"Expected z to have a real dtype, got {z.dtype}")
+    expect(z.dim() == 1 and z.size(0) >= 1, "z", "of shape (N,) with N >= 1", tuple(z.shape))
+    if isinstance(n, bool) or not isinstance(n, int):
+        raise TypeError(f"Expected n to be an int, got {type(n).__name__}")
+    expect(n >= 1, "n", "at least 1", n)
+    z = z.detach().contiguous()
+    if z.is_floating_point():
+        z = torch.where(z.isnan(), torch.inf, z)  # bisection is lost beside NaN
+    below = torch.searchsorted(z.sort().values, z).clamp(max=z.size(0) - 1)
+    return below * n // z.size(0)
+
+
+def bradley_terry(
+    chosen: Tensor, rejected: Tensor, margin: Tensor | float | None = None, center: float | None = None
+) -> Tensor:
+    """mean(−log σ(r_w − r_l − margin)) + center · mean((r_w + r_l)²), in plain PyTorch.
+
+    Args:
+        chosen: rewards r_w of the preferred responses, any shape; float64, float32, bfloat16 or float16.
+        rejected: r_l, chosen's shape.
+        margin: chosen's shape, a number, or None for 0.
+        center: at least 0; keeps rewards near 0 (TRL's `center_rewards_coefficient`). None is 0.
+
+    Returns:
+        The loss (), in float32 (float64 for float64 rewards).
+
+    Raises:
+        ValueError: a shape or center that does not fit, or no pairs.
+        TypeError: a dtype that is not supported, or an argument that is no tensor.
+    """
+    chosen, rejected = _wide(chosen, "chosen"), _wide(rejected, "rejected")
+    expect(chosen.numel() > 0, "chosen", "at least one reward", tuple(chosen.shape))
+    expect(rejected.shape == chosen.shape, "rejected", f"of shape {tuple(chosen.shape)}", tuple(rejected.shape))
+    gap = chosen - rejected
+    if isinstance(margin, Tensor):
+        expect(margin.shape == chosen.shape, "margin", f"of shape {tuple(chosen.shape)}", tuple(margin.shape))
+    if margin is not None:
+        gap = gap - margin
+    loss = -logsigmoid(gap).mean()
+    if center is None:
+        return loss
+    expect(center >= 0, "center", "at least 0", center)
+    return loss + center * (chosen + rejected).square().mean()
+
+
+def correlation_penalty(x: Tensor, factor: Tensor) -> Tensor:
+    """|Pearson correlation of x and a factor|, the length penalty of ODIN (arXiv 2402.07319), in plain PyTorch.
+
+    0, with a gradient of 0, where either is constant (up to rounding), so it is never NaN for finite input.
+
+    Args:
+        x: rewards (N,), N at least 1; float64, float32, bfloat16 or float16. Differentiable.
+        factor: (N,), any real dtype.
+
+    Returns:
+        The penalty (), in float32 (float64 for float64 x).
+
+    Raises:
+        ValueError: a shape that does not fit.
+        TypeError: a dtype that is not supported, or an argument that is no tensor.
+    """
+    x = _wide(x, "x")
+    _tensor(factor, "factor", x)
+    expect(x.dim() == 1 and x.size(0) >= 1, "x", "of shape (N,) with N >= 1", tuple(x.shape))
+    expect(factor.shape == x.shape, "factor", f"of shape {tuple(x.shape)}", tuple(factor.shape))
+    x, x_square, x_constant = _centred(x)
+    z, z_square, z_constant = _centred(factor.to(x.dtype))
+    constant = x_constant | z_constant
+    scale = torch.where(constant, 1, x_square).sqrt() * torch.where(constant, 1, z_square).sqrt()
+    return torch.where(constant, 0, (x * z).sum() / scale).abs()
+
+
+def _centred(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """x − mean, its squared length, and whether that is no more than the rounding of a constant's mean leaves."""
+    gap = x - x.mean()
+    square = gap.square().sum()
+    noise = 4 * torch.finfo(x.dtype).eps * x.detach().abs().max()
+    return gap, square, square.detach() <= x.size(0) * noise.square()
+
+
+def _wide(value: Tensor, name: str) -> Tensor:
+    _tensor(value, name)
+    expect_dtype(value.dtype in FLOATS, name, "float64, float32, bfloat16 or float16", value.dtype)
+    return value if value.dtype == torch.float64 else value.float()
+
+
+def _bandwidths(bandwidth: object) -> tuple[float, ...]:
+    if isinstance(bandwidth, str):
+        expect(bandwidth == "median", "bandwidth", '"median", a number or several', repr(bandwidth))
+        return ()
+    several = tuple(bandwidth) if isinstance(bandwidth, (tuple, list)) else (bandwidth,)
+    expect(len(several) >= 1, "bandwidth", '"median", a number or several', bandwidth)
+    for h in several:
+        if isinstance(h, bool) or not isinstance(h, (int, float)):
+            raise TypeError(f'Expected bandwidth to be "median", a float or floats, got {type(h).__name__}')
+    return several
+
+
+class _Gather(torch.autograd.Function):
+    """The rows of all ranks. As each computes the same from them, a rank's own gradient needs no communication."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, sizes: list[int], group: dist.ProcessGroup | None) -> Tensor:
+        rank = dist.get_rank(group)
+        before = sum(sizes[:rank])
+        ctx.rows, ctx.ranks = slice(before, before + sizes[rank]), len(sizes)
+        padded = x.new_zeros(max(sizes), *x.shape[1:])
+        padded[: x.size(0)] = x
+        parts = [torch.empty_like(padded) for _ in sizes]
+        dist.all_gather(parts, padded, group=group)
+        return torch.cat([part[:size] for part, size in zip(parts, sizes)])
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):
+        return ctx.ranks * grad[ctx.rows], None, None
+
+
+def _gathered(x: Tensor, group: dist.ProcessGroup | None) -> Tensor:
+    size = torch.tensor([x.size(0)], device=x.device)
+    sizes = [torch.empty_like(size) for _ in range(dist.get_world_size(group))]
+    dist.all_gather(sizes, size, group=group)
+    return _Gather.apply(x, [int(size) for size in sizes], group)
 
 
 def _loss(chosen, rejected, bounds, smooth, lookahead, reduction, margin) -> tuple[Tensor, dict[str, Tensor]]:

@@ -64,30 +64,76 @@ def test_ranges_outside_of_the_values_give_nan_and_are_not_read():
         assert loss.isnan() and terms[0].isnan() and all(grad.shape == (5,) for grad in grads)
 
 
-# bf16 and fp32, with and without a margin.
-LAUNCHES = {"bf16": (torch.bfloat16, False), "fp16 margin": (torch.float16, True), "fp32 margin": (torch.float32, True)}
+@interpreted
+@pytest.mark.parametrize("features", [None, 1, 5, 48])
+@contract.every_mmd_option
+@every_dtype
+def test_mmd_is_the_papers_sum_over_pairs_of_bins_with_its_gradient(dtype, options, features, use_backend, poisoned):
+    contract.test_mmd_is_the_papers_sum_over_pairs_of_bins_with_its_gradient(
+        TRITON, dtype, options, features, use_backend, poisoned
+    )
+
+
+@interpreted
+@pytest.mark.parametrize("features", [None, 2])
+def test_mmd_of_many_tiles(features, use_backend):
+    contract.test_mmd_of_many_tiles(TRITON, "grouped unbiased", features, use_backend)
+
+
+@interpreted
+@pytest.mark.parametrize("features", [None, 3])
+def test_nan_makes_mmd_nan(features, use_backend):
+    contract.test_nan_makes_mmd_nan(TRITON, features, use_backend)
+
+
+@interpreted
+def test_fewer_than_two_bins_give_zero(use_backend):
+    contract.test_fewer_than_two_bins_give_zero(TRITON, use_backend)
+
+
+def tcrm_call(dtype, margin: bool):
+    from rmfast.kernels.tcrm import triton as kernels
+
+    values, bounds = torch.zeros(100, dtype=dtype), torch.zeros(4, 3, dtype=torch.int64)
+    return kernels, "_tcrm", (values, values, bounds, torch.zeros(3) if margin else None, 0.1, 0.01, True)
+
+
+def mmd_call(features: int, bandwidths: int, need_grad: bool = True):
+    from rmfast.kernels.binned_mmd import triton as kernels
+
+    rows, ranges = torch.zeros(100), torch.zeros(4, 100, dtype=torch.int64)
+    args = torch.zeros(100, features), ranges, rows, rows, torch.zeros(bandwidths), need_grad
+    return kernels, "_line" if features == 1 else "_weigh", args
+
+
+LAUNCHES = {
+    "tcrm bf16": lambda: tcrm_call(torch.bfloat16, False),
+    "tcrm fp16 margin": lambda: tcrm_call(torch.float16, True),
+    "tcrm fp32 margin": lambda: tcrm_call(torch.float32, True),
+    "mmd": lambda: mmd_call(1, 1),
+    "mmd, 5 bandwidths": lambda: mmd_call(1, 5),
+    "mmd without gradient": lambda: mmd_call(1, 1, False),
+    "mmd of representations": lambda: mmd_call(8, 1),
+    "mmd of representations, 5 bandwidths": lambda: mmd_call(8, 5),
+}
 
 
 @compiled
 @pytest.mark.parametrize("capability", [80, 90, 100])
 @pytest.mark.parametrize("launch", LAUNCHES)
-def test_tcrm_compiles_fits_and_does_not_spill(launch, capability, monkeypatch, tmp_path):
+def test_kernels_compile_fit_and_do_not_spill(launch, capability, monkeypatch, tmp_path):
     from test_triton_compile import SHARED, build
 
-    from rmfast.kernels.tcrm import triton as kernels
-
-    dtype, margin = LAUNCHES[launch]
-    seen = []
+    kernels, name, args = LAUNCHES[launch]()
+    kernel, seen = getattr(kernels, name), []
 
     class Recorder:
         def __getitem__(self, grid):
             return lambda *args, **kwargs: seen.append((kernel, args, kwargs))
 
-    kernel = kernels._tcrm
-    monkeypatch.setattr(kernels, "_tcrm", Recorder())
-    values, bounds = torch.zeros(100, dtype=dtype), torch.zeros(4, 3, dtype=torch.int64)
-    kernels.forward(values, values, bounds, torch.zeros(3) if margin else None, 0.1, 0.01, True)
-    got = build(*seen, capability, tmp_path)
+    monkeypatch.setattr(kernels, name, Recorder())
+    kernels.forward(*args)
+    got = build(seen[0], capability, tmp_path)
     print(launch, got)
     assert got.shared <= SHARED[capability], got
     assert got.spills == 0, got

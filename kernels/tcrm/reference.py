@@ -25,7 +25,7 @@ def forward(
     bounds (4, B): first and end of each chosen response, first and end of each rejected one.
     """
     pairs = bounds.size(1)
-    sides = [_side(chosen, *bounds[:2], mean), _side(rejected, *bounds[2:], mean)]
+    sides = [_side(chosen, bounds[0], bounds[1], mean), _side(rejected, bounds[2], bounds[3], mean)]
     gap = sides[0][0] - sides[1][0] if margin is None else sides[0][0] - sides[1][0] - margin
     terms = torch.stack(
         [

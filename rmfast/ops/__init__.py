@@ -1,5 +1,6 @@
 """The ops: schema, checks, fakes and autograd. Which kernel runs `rmfast.backends` decides."""
 
+from rmfast.ops._binned_mmd import binned_mmd
 from rmfast.ops._neuron_stats import neuron_stats
 from rmfast.ops._patch_rows import patch_rows
 from rmfast.ops._reward_head import reward_head
@@ -8,6 +9,7 @@ from rmfast.ops._tcrm import tcrm
 from rmfast.ops._token_wise import gated_activation, rms_norm, rotary
 
 __all__ = [
+    "binned_mmd",
     "gated_activation",
     "neuron_stats",
     "patch_rows",

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from rmfast import backends as _backends
 from rmfast.kernels.tcrm import reference as _reference
+from rmfast.ops import _unit_gradient
 from rmfast.ops._library import checked, define, direct, expect, expect_dtype, lib, readable
 
 define(
@@ -16,7 +17,6 @@ define(
     "(Tensor chosen, Tensor rejected, Tensor bounds, Tensor? margin, float smooth, float lookahead, bool mean) "
     "-> (Tensor, Tensor, Tensor, Tensor)",
 )
-define("tcrm_backward", "(Tensor grad, Tensor unit, Tensor values) -> Tensor")
 
 
 def _triton():
@@ -118,37 +118,6 @@ def _tcrm_fake(chosen, rejected, *args):
     return tuple(chosen.new_empty(shape, dtype=acc) for shape in ((), (3,), chosen.shape, rejected.shape))
 
 
-def _tcrm_backward(grad, unit, values):
-    return (grad * unit).to(values.dtype)
-
-
-def _tcrm_backward_fake(grad, unit, values):
-    return torch.empty_like(unit, dtype=values.dtype)
-
-
-def _setup_context(ctx, inputs, output):
-    _, *others = output
-    ctx.mark_non_differentiable(*others)
-    # The values only tie the backward to them, so that a second derivative raises instead of being 0.
-    ctx.save_for_backward(*inputs[:2], *others[1:])
-
-
-def _backward(ctx, grad, *others):
-    chosen, rejected, *units = ctx.saved_tensors
-    back = torch.ops.rmfast.tcrm_backward
-    grads = (
-        back(grad, unit, values) if needed else None
-        for unit, values, needed in zip(units, (chosen, rejected), ctx.needs_input_grad)
-    )
-    return *grads, *[None] * 5
-
-
-def _no_second_derivative(ctx, *grads):
-    raise RuntimeError("tcrm has no second derivative")
-
-
-for _name, _run, _fake in (("tcrm", _tcrm, _tcrm_fake), ("tcrm_backward", _tcrm_backward, _tcrm_backward_fake)):
-    lib.impl(_name, _run, "CompositeExplicitAutograd")
-    torch.library.register_fake(f"rmfast::{_name}", _fake, lib=lib)
-torch.library.register_autograd("rmfast::tcrm", _backward, setup_context=_setup_context, lib=lib)
-torch.library.register_autograd("rmfast::tcrm_backward", _no_second_derivative, lib=lib)
+lib.impl("tcrm", _tcrm, "CompositeExplicitAutograd")
+torch.library.register_fake("rmfast::tcrm", _tcrm_fake, lib=lib)
+_unit_gradient.register("tcrm", count=2)
