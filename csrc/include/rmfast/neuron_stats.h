@@ -1,5 +1,5 @@
-// Arguments of the CPU neuron statistics, free of torch: raw pointers and sizes. Panels [first, last) of kNeurons columns
-// are one piece of work; a column's result does not depend on the piece it is in.
+// Arguments of the CPU neuron statistics, free of torch: raw pointers and sizes. Panels [first, last) of kNeurons
+// columns are one piece of work; a column's result does not depend on the piece it is in.
 #pragma once
 
 #include <cstdint>
