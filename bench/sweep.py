@@ -44,9 +44,9 @@ class Sweep(Problem):
         self.rm = rmfast.RewardModel(self.model)
         tokens, shared = shape["tokens"], shape["shared"]
         rng = np.random.default_rng(0)
-        clean = rng.integers(scoring.FIRST, self.model.config.vocab_size, tokens)
+        clean: np.ndarray = rng.integers(scoring.FIRST, self.model.config.vocab_size, tokens)
         corrupted = clean.copy()
-        corrupted[[shared, *range(shared + 5, tokens, 9)]] += 1
+        corrupted[np.array([shared, *range(shared + 5, tokens, 9)])] += 1
         corrupted %= self.model.config.vocab_size
         self.inputs = [(clean, corrupted)]
         self.input_bytes = clean.nbytes * 2

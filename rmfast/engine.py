@@ -176,13 +176,19 @@ class Layer:
     def rows(self, run: Run, y: Tensor, x: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
         """The stream and what the MLP has yet to add to it; in the last layer at the run's read rows."""
         read = run.read_rows if self.last else None
+        q, k, v = self.heads(y, cos, sin, read)
+        return self.after_heads(run, q, k, v, x if read is None else x[read])
+
+    def heads(self, y: Tensor, cos: Tensor, sin: Tensor, read: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries (at the rows `read`), keys and values (n, heads, D) of normed rows, as attention takes them."""
         q, k, v = self.project(y, read)
         if read is None:
-            q, k = self.turn(q, k, cos, sin)
-        else:
-            q, _ = self.turn(q, q[:, :0], cos[read], sin[read])
-            _, k = self.turn(k[:, :0], k, cos, sin)
-            x = x[read]
+            return *self.turn(q, k, cos, sin), v
+        q, _ = self.turn(q, q[:, :0], cos[read], sin[read])
+        return q, self.turn(k[:, :0], k, cos, sin)[1], v
+
+    def after_heads(self, run: Run, q: Tensor, k: Tensor, v: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
+        """The stream at the queries' rows x, with attention added, and what the MLP has yet to add to it."""
         attended = self.attn.o_proj(run.attend(self.attn, q, k, v, **self.options).flatten(1))
         if self.sandwich:
             y, x = self.norms[2](attended, x, post=self.norms[1])

@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, cast
 
 import numpy as np
 import safetensors.torch
@@ -167,7 +167,7 @@ class _Options:
         try:
             sizes = {kind: self.patcher.units(kind) for kind in self.kinds}
         except ValueError:  # a part that the suffix engine does not know, but a hook may reach
-            self.patcher = LayersPatcher(self.binding)
+            self.patcher = cast(Patcher, LayersPatcher(self.binding))
             sizes = {kind: self.patcher.units(kind) for kind in self.kinds}
         self.sizes = sizes
         count = self.patcher.layers

@@ -80,23 +80,24 @@ def test_fp32_rewards_are_within_1e_5_of_the_reward_scale(family):
         check(m, sweep, corrupted, lambda kind, layer: oracle.activation(m, clean, kind, layer), kind, 8, 1e-5 * scale)
 
 
-@pytest.mark.parametrize("family", ["llama", "gemma2", "phi3"])
-def test_bf16_is_as_near_to_the_truth_as_hooks_in_bf16(family):
-    exact, rounded = model(family), model(family, torch.bfloat16)
-    exact.load_state_dict(rounded.state_dict())
+def test_bf16_is_as_near_to_the_truth_as_hooks_in_bf16():
     errors, agreements = [], []
-    for seed in range(3):
+    for family, seed in itertools.product(("llama", "qwen3", "gemma2", "gemma3", "phi3"), range(2)):
+        exact, rounded = model(family), model(family, torch.bfloat16)
+        exact.load_state_dict(rounded.state_dict())
         clean, corrupted = pair(24, range(1, 24), seed)
         truth = rmfast.RewardModel(exact).patch_sweep(clean, corrupted, layers=[0, 1]).rewards[:, 1:]
         got = rmfast.RewardModel(rounded).patch_sweep(clean, corrupted, layers=[0, 1]).rewards[:, 1:].double()
         loop = torch.empty_like(truth)
-        for layer, position in itertools.product(range(2), range(1, 24)):
-            new = oracle.activation(rounded, clean, "resid_post", layer)[[position], 0]
-            loop[layer, position - 1] = oracle.oracle(rounded, corrupted, 23, "resid_post", layer, [position], 0, new)
+        for layer in range(2):
+            new = oracle.activation(rounded, clean, "resid_post", layer)[:, 0]
+            for at in range(1, 24):
+                reward = oracle.oracle(rounded, corrupted, 23, "resid_post", layer, [at], 0, new[[at]])
+                loop[layer, at - 1] = reward
         errors.append([float((x - truth).abs().mean()) for x in (got, loop)])
         agreements.append([float(spearmanr(x.flatten(), truth.flatten()).statistic) for x in (got, loop)])
-    ours, theirs = np.mean(errors, 0)
-    assert ours <= theirs
+        assert errors[-1][0] <= errors[-1][1], family
+    # Ranks of single texts turn on a few close neighbours: judged on all.
     ours, theirs = np.mean(agreements, 0)
     assert ours >= theirs
 
