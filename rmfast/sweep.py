@@ -408,7 +408,11 @@ class _Options:
         axes = [*grid.axes, "label"] if labelled else grid.axes
         coords: dict[str, list[Any]] = {"site": self.kinds, "layer": self.layers, "position": grid.spans}
         coords["label"] = list(range(flat.size(1)))
-        coords["unit"] = list(range(grid.shape[-1]))
+        # Heads are numbered alike in all kinds that have them; heads beside neurons are only counted.
+        units = [self.units[kind] for kind in self.kinds if kind in UNITS]
+        longest = max(units, key=len, default=[0])
+        alike = all(some == longest[: len(some)] for some in units)
+        coords["unit"] = longest if alike else list(range(grid.shape[-1]))
         coords |= dict.fromkeys(("head", "neuron"), self.units[self.kinds[0]])
         ids, tokenizer = pair.base.ids.tolist(), self.rm.tokenizer
         base, other = (r if labelled or r is None else r[0] for r in (base, other))
@@ -416,12 +420,12 @@ class _Options:
         return PatchSweep(
             rewards=flat.reshape(*grid.shape, -1) if labelled else flat.reshape(grid.shape),
             axes=tuple(axes),
-            coords={axis: coords[axis] for axis in axes},
+            coords={axis: coords[axis] for axis in ["site", *axes]},
             clean_reward=clean,  # type: ignore[arg-type]
             corrupted_reward=corrupted,
             base="corrupted" if self.mode == "denoising" else "clean",
             mode=self.mode,
-            tokens=[str(i) for i in ids] if tokenizer is None else tokenizer.convert_ids_to_tokens(ids),
+            tokens=[str(i) for i in ids] if tokenizer is None else [tokenizer.decode([i]) for i in ids],
             token_ids=ids,
             unpaired=int((pair.partner < 0).sum()),
             without_effect=len(grid.same),

@@ -133,8 +133,10 @@ def test_layers_heads_and_single_values_select_from_the_grid():
     rm = rmfast.RewardModel(m)
     whole = rm.patch_sweep(clean, corrupted, sites="head_out")
     some = rm.patch_sweep(clean, corrupted, sites="head_out", layers=[-1, 0], heads=2, positions=[12])
-    assert some.coords == {"layer": [2, 0], "position": [[12]], "head": [2]}
+    assert some.coords == {"site": ["head_out"], "layer": [2, 0], "position": [[12]], "head": [2]}
     torch.testing.assert_close(some.rewards, whole.rewards[[2, 0]][:, [12]][:, :, [2]], rtol=1e-10, atol=1e-10)
+    beside = rm.patch_sweep(clean, corrupted, sites=["attn_out", "head_out"], heads=[2, 1], positions="joint")
+    assert beside.coords["unit"] == [2, 1]
 
 
 @pytest.mark.parametrize("mode", ["zero", "mean", "resample", "values"])
