@@ -11,8 +11,9 @@ calls:
     ratio       1.36   1.21   1.31          1.41   1.41   1.46
 
 The ratio is the median of the calls' own; between runs it spread over 1.05 to 1.47 in fp32 and 1.22 to 1.47 in bf16.
-With malloc's defaults outputs above 32 MiB fault in anew at each call, which takes two thirds of it: 1.2 at d = 2048.
-Small calls gain by having one op in place of five: 1.3 times at 1024 rows, 2.4 at 64, 4 at one (bf16, d = 576).
+With malloc's defaults outputs of 16 MiB and more may go back to the system and fault in anew at each call, which then
+takes 6 to 20 times as long either way: 1.13 to 1.26 there. Small calls gain by having one op in place of five: 1.3 times
+at 1024 rows, 2.4 at 64, 4 at one (bf16, d = 576).
 """
 
 from __future__ import annotations
