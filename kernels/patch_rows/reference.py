@@ -12,8 +12,8 @@ calls:
 
 The ratio is the median of the calls' own; between runs it spread over 1.05 to 1.47 in fp32 and 1.22 to 1.47 in bf16.
 With malloc's defaults outputs of 16 MiB and more may go back to the system and fault in anew at each call, which then
-takes 6 to 20 times as long either way: 1.13 to 1.26 there. Small calls gain by having one op in place of five: 1.3 times
-at 1024 rows, 2.4 at 64, 4 at one (bf16, d = 576).
+takes 6 to 20 times as long either way: 1.13 to 1.26 there. Small calls gain by having one op in place of five: 1.3
+times at 1024 rows, 2.4 at 64, 4 at one (bf16, d = 576).
 """
 
 from __future__ import annotations
