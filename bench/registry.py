@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 # Modules of this package, one per op or workload, each with its rows in a list called BENCHMARKS.
-OPS = ("reward_head", "suffix_attention", "token_wise", "patch_rows", "neuron_stats", "scoring")
+OPS = ("reward_head", "suffix_attention", "token_wise", "patch_rows", "neuron_stats", "losses", "scoring", "sweep")
 
 # The L3 of a server CPU is hundreds of MiB: fewer distinct bytes would time the cache.
 ROTATE = 1 << 30
@@ -29,8 +29,10 @@ class Problem(abc.ABC):
     flops: int
     gemm: tuple[int, int, int] | None  # (m, n, k) of the matmul inside, where it can be the limit
     dtype: torch.dtype
+    output_bytes = 0  # of results that all contenders return, and that do not count as memory they take
     tolerance: float  # of ours, for `error`
     baseline_tolerance: float
+    facts: Mapping[str, float] = {}  # figures to print and keep beside the times
 
     @abc.abstractmethod
     def error(self, out: Any) -> float:

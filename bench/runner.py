@@ -172,6 +172,7 @@ def run(
         "rotated_bytes": len(problem.inputs) * problem.input_bytes,
         "bytes": problem.bytes_moved,
         "flops": problem.flops,
+        "facts": dict(problem.facts),
     }
     failures = []
     ours = contenders["ours"]
@@ -257,6 +258,7 @@ def text(row: dict[str, Any]) -> str:
         ratio = f"{c['ms'] / ours:.2f}x" if ours else ""
         note = f"  not counted: {c['failure']}" if "failure" in c else ""
         lines.append(f"  {label:<28}{_ms(c['ms']):>11}{quartiles:>20}{float(c['error']):>10.1e}{ratio:>9}{note}")
+    lines += [f"  {name}: {value:.4g}" for name, value in row["facts"].items()]
     for name, rate in row["limits"].items():
         if ":" in name or name == "copy":
             unit = "GFLOP/s" if name.startswith("gemm") else "GB/s"

@@ -21,6 +21,7 @@ import numpy as np
 import torch
 import transformers
 from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
 
 import rmfast
 from bench import scoring
@@ -68,31 +69,39 @@ class Sweep(Problem):
         self.gemm = (min(4096, tokens * len(self.sites)), config.intermediate_size, config.hidden_size)
         self.tolerance = self.baseline_tolerance = TOLERANCE[self.dtype]
         self.bytes_moved = sum(p.nbytes for p in self.model.model.layers.parameters())
-        self.flops = sum(self._flops(site) for site in self.sites)
+        floors = np.array([self._floor(site) for site in self.sites])
+        matmuls, attention = (int(part) for part in floors.sum(0))
+        self.flops = matmuls + attention
+        self.rm.explain()  # tries the engine out
+        with FlopCounterMode(display=False) as counted:
+            ours(self)(self.inputs[0])
+        block = self.model.model.layers[0]
+        whole = sum(m.weight.numel() for m in block.modules() if isinstance(m, torch.nn.Linear))
+        self.facts = {
+            "GFLOP of the floor (layer and prefix reuse, last-layer skip)": self.flops / 1e9,
+            "GFLOP done": (counted.get_total_flops() + attention) / 1e9,
+            "GFLOP of a forward for each site": 2 * whole * len(layers) * tokens * len(self.sites) / 1e9,
+        }
 
-    def _flops(self, site: Site) -> int:
-        """Multiply-adds, twice, that an exact sweep cannot do without: layer and prefix reuse, last-layer skip."""
+    def _floor(self, site: Site) -> tuple[int, int]:
+        """FLOPs that layer and prefix reuse and the last-layer skip leave of a site: of weights, of attention."""
         kind, layer, at, _ = site
         config, block = self.model.config, self.model.model.layers[0]
-        tokens = len(self.inputs[0][0])
+        tokens, depth = len(self.inputs[0][0]), config.num_hidden_layers
         first = max(at.start, self.shared)
-        reached = [t for t in range(tokens)[at] if t >= self.shared]
-        depth = config.num_hidden_layers
-        if not reached or (layer == depth - 1 and reached[-1] != tokens - 1):
-            return 0
+        rows = tokens - first
+        if at.stop <= first or (layer == depth - 1 and at.stop < tokens):
+            return 0, 0
         sizes = {name: m.weight.numel() for name, m in block.named_modules() if isinstance(m, torch.nn.Linear)}
         whole, kv = sum(sizes.values()), sizes["self_attn.k_proj"] + sizes["self_attn.v_proj"]
         mlp = sum(size for name, size in sizes.items() if name.startswith("mlp"))
         tail = {"attn_out": mlp, "head_out": mlp + sizes["self_attn.o_proj"]}.get(kind, 0)
-        work = tail * (1 if layer == depth - 1 else len(reached))
+        if layer == depth - 1:
+            return 2 * tail, 0
         width = config.num_attention_heads * block.self_attn.head_dim
-        rows = tokens - first
-        if layer < depth - 1:
-            keys = rows * first + rows * (rows + 1) // 2
-            work += (
-                (depth - 2 - layer) * (whole * rows + 2 * width * keys) + kv * rows + whole - kv + 2 * width * tokens
-            )
-        return 2 * work
+        keys = rows * first + rows * (rows + 1) // 2
+        weights = tail * (at.stop - first) + (depth - 2 - layer) * whole * rows + kv * rows + whole - kv
+        return 2 * weights, 4 * width * ((depth - 2 - layer) * keys + tokens)
 
     @functools.cached_property
     def _exact(self) -> Callable[[int], float]:
@@ -112,9 +121,8 @@ def load(shape: Shape, device: torch.device) -> Any:
     if shape["model"] == "SmolLM2-135M":
         return scoring.load(shape, device)
     sizes: Any = json.loads(shape["model"])
-    config = transformers.LlamaConfig(
-        vocab_size=8192, max_position_embeddings=2048, num_labels=1, pad_token_id=0, **sizes
-    )
+    more: Any = {"vocab_size": 8192, "max_position_embeddings": 2048, "num_labels": 1, "pad_token_id": 0}
+    config = transformers.LlamaConfig(**more, **sizes)
     torch.manual_seed(0)
     with torch.device(device):
         return transformers.LlamaForSequenceClassification(config).to(getattr(torch, shape["dtype"])).eval()
