@@ -76,11 +76,11 @@ class Sweep(Problem):
         with FlopCounterMode(display=False) as counted:
             ours(self)(self.inputs[0])
         block = self.model.model.layers[0]
-        whole = sum(m.weight.numel() for m in block.modules() if isinstance(m, torch.nn.Linear))
+        weights = sum(m.weight.numel() for m in block.modules() if isinstance(m, torch.nn.Linear))
         self.facts = {
             "GFLOP of the floor (layer and prefix reuse, last-layer skip)": self.flops / 1e9,
             "GFLOP done": (counted.get_total_flops() + attention) / 1e9,
-            "GFLOP of a forward for each site": 2 * whole * len(layers) * tokens * len(self.sites) / 1e9,
+            "GFLOP of a forward for each site": 2 * weights * len(layers) * tokens * len(self.sites) / 1e9,
         }
 
     def _floor(self, site: Site) -> tuple[int, int]:
