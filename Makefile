@@ -8,7 +8,7 @@ VENV ?= .venv
 BIN = $(VENV)/bin
 READY = $(VENV)/.ready
 
-.PHONY: demo test test-interpreter test-models bench lint format build gpu-check clean
+.PHONY: demo test test-interpreter test-models test-reward-lens bench lint format build gpu-check clean
 
 demo: build
 	$(BIN)/python examples/demo.py
@@ -30,6 +30,12 @@ test-models: build
 		transformers==5.17.0 huggingface_hub==1.31.0 httpx==0.28.1 httpcore==1.0.9
 	PYTHONPATH=$(OLD) OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -q \
 		tests/test_model.py tests/test_inputs.py tests/test_scoring.py tests/test_engine.py tests/test_hooks.py
+
+# reward-lens beside our own: its grids must agree. Laid over the environment without what it needs for other things.
+REWARD_LENS = build/reward-lens-2.0.1
+test-reward-lens: build
+	test -d $(REWARD_LENS) || $(BIN)/pip install -q --no-deps --target $(REWARD_LENS) reward-lens==2.0.1
+	PYTHONPATH=$(REWARD_LENS) OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q tests/test_reward_lens.py
 
 bench: build
 	$(BIN)/python -m bench $(ARGS)

@@ -23,6 +23,7 @@ from typing import Any
 import numpy as np
 import torch
 import transformers
+from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import Tensor
 
 import rmfast
@@ -171,14 +172,17 @@ def best_sorted(p: Scoring) -> Callable[[Texts], Tensor]:
     return lambda texts: _in_batches(p, texts, _longest_first(texts), best)
 
 
-def cross_encoder(p: Scoring) -> Callable[[Texts], Tensor]:
-    """Words are token ids, so that its tokenizer gives back the ids that the others are given."""
-    from sentence_transformers import CrossEncoder
-    from tokenizers import Tokenizer, models, pre_tokenizers
-
+def numbers() -> Any:
+    """A tokenizer whose words are token ids, for peers that take text."""
     words = Tokenizer(models.WordLevel({str(i): i for i in range(LAST + 1)}, unk_token="0"))
     words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=words, pad_token="0")
+    return transformers.PreTrainedTokenizerFast(tokenizer_object=words, pad_token="0")
+
+
+def cross_encoder(p: Scoring) -> Callable[[Texts], Tensor]:
+    from sentence_transformers import CrossEncoder
+
+    tokenizer = numbers()
     with tempfile.TemporaryDirectory() as folder:
         p.model.save_pretrained(folder)
         tokenizer.save_pretrained(folder)

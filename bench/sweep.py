@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import importlib.util
 import itertools
 import json
 from collections.abc import Callable, Sequence
@@ -224,6 +225,29 @@ def loop(batch: int = 1, skipping: bool = False) -> Maker:
     return make
 
 
+def reward_lens(p: Sweep) -> Callable[[Any], Some]:
+    """Its component grid and its head grid, denoising; token ids come to it as words."""
+    from reward_lens import ActivationPatcher
+    from reward_lens.model import RewardModel
+    from reward_lens.model_adapters import get_adapter
+
+    tokenizer = scoring.numbers()
+    tokenizer.chat_template = "{{ messages[1]['content'] }}"
+    theirs = RewardModel(p.model, tokenizer, get_adapter(p.model), p.device)
+    patcher = ActivationPatcher(theirs)
+    clean, corrupted = (" ".join(map(str, ids)) for ids in p.inputs[0])
+
+    def run(texts: Any) -> Some:
+        options: Any = {"mode": "denoising", "show_progress": False}
+        parts = [patcher.patch_all_components("", clean, corrupted, **options).patch_effects]
+        parts[0] = parts[0].reshape(-1, 2).T.ravel()  # its order is attention, MLP, layer by layer
+        parts.append(patcher.patch_all_heads("", clean, corrupted, **options).patch_effects)
+        effects = torch.from_numpy(np.concatenate(parts))
+        return list(range(len(p.sites))), effects + theirs.score("", corrupted)
+
+    return run
+
+
 LLAMA = {"hidden_size": 512, "intermediate_size": 2048, "num_attention_heads": 8, "num_key_value_heads": 4}
 TINY = json.dumps({**LLAMA, "hidden_size": 48, "intermediate_size": 80, "num_hidden_layers": 2})
 
@@ -240,6 +264,8 @@ def _rows(
         }  # fmt: skip
         baselines: dict[str, dict[str, Maker]] = {"hooks": {"": loop()}}
         baselines["batched"] = {str(batch): loop(batch) for batch in BATCHES}
+        if grids == "components, heads" and importlib.util.find_spec("reward_lens"):
+            baselines["reward-lens"] = {"": reward_lens}
         if shared:
             baselines["skipping"] = {"": loop(skipping=True)}
         rows.append(
