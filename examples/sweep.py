@@ -29,7 +29,8 @@ def keep(sweep: rmfast.PatchSweep, name: str) -> None:
     """Print a sweep and its five strongest sites, and save its map."""
     print(sweep)
     for row in sweep.top(5):
-        print("  ", row)
+        where = ", ".join(f"{axis} {getattr(row, axis)}" for axis in sweep.axes)
+        print(f"  {where}, {row.token!r}: {row.recovered:.1%} of the gap")
     sweep.plot("recovered").figure.savefig(args.output / f"{name}.png", dpi=150)
 
 

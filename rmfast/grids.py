@@ -217,7 +217,7 @@ class PatchSweep:
     def _text(self, positions: Sequence[int]) -> str:
         """The tokens at some positions, the middle of a long group left out."""
         words = [self.tokens[position] for position in positions]
-        return "".join(words) if len(words) <= 4 else f"{words[0]}…{words[-1]}"
+        return "".join(words) if len(words) <= 4 else f"{words[0]} … {words[-1]}"
 
     def _values(self, name: str) -> Tensor:
         if name not in ("effect", "recovered", "rewards"):
@@ -384,5 +384,5 @@ def _ticks(axis: Any, which: Literal["x", "y"], names: list[str]) -> None:
     labels = getattr(axis, f"set_{which}ticklabels")(names[::step], fontsize=8)
     for label in labels:
         label.set_parse_math(False)  # a "$" in a text is no formula
-        if which == "x" and max(map(len, names)) > 3:
+        if which == "x" and len("  ".join(names)) > 40:  # what fits side by side on the smallest figure
             label.set_rotation(90)
