@@ -278,8 +278,8 @@ def _rows(
                 baselines=baselines,
                 limit={"cpu": "gemm", "cuda": "gemm"},
                 targets={"cpu": targets[short]},
-                rounds=(3, 20),
-                memory="hooks",
+                rounds=(2 if model else 3, 20),
+                memory=None if model else "hooks",
             )
         )
     return rows
