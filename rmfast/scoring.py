@@ -22,9 +22,9 @@ from rmfast.planner import plan, windows
 
 __all__ = ["Encoded", "InputError", "RewardModel", "load"]
 
-# Tokens of one batch, padding included. A CPU is at its GEMM rate from about 2,000 tokens, and more only adds padding
-# and cache misses; a large GPU wants more rows in flight: 16,384 tokens of an 8B model take about 1.5 GB.
-_BATCH_TOKENS = {"cpu": 4096}
+# Tokens of one batch, padding included. A CPU is at its GEMM rate from about 2,000 tokens, and more only adds padding,
+# cache misses and memory; a large GPU wants more rows in flight: 16,384 tokens of an 8B model take about 1.5 GB.
+_BATCH_TOKENS = {"cpu": 3072}
 _BATCH_TOKENS_ACCELERATOR = 16384
 
 # What starting another batch costs, in tokens: the weights are read once more (a 135M fp32 model on 2 cores: 27 ms, as
@@ -101,7 +101,7 @@ class RewardModel:
                 1-D array or tensor), in any mixture. With a chat template a pair is a user and an assistant turn (the
                 prompt may also be a list of messages). Without one an encoder gets its tokenizer's pair encoding,
                 a decoder prompt + response.
-            batch_tokens: most tokens of one batch, padding included; a longer text is a batch of its own. Default 4,096
+            batch_tokens: most tokens of one batch, padding included; a longer text is a batch of its own. Default 3,072
                 on CPU, 16,384 elsewhere; a batch that does not fit in a GPU's memory is halved.
             max_length: most tokens of one input; default `self.max_length`.
             truncation: what is done to an input over max_length: "error", or cut at the "left" or "right". Tokens that
