@@ -15,7 +15,9 @@ from bench.registry import benchmarks
 
 
 def measured(name: str, label: str, device: str) -> int:
-    """Bytes that a call takes beyond what stood before it: resident memory on a CPU, PyTorch's allocations on a GPU.
+    """Bytes that a call takes beyond what stood before it and `Problem.output_bytes`.
+
+    Resident memory on a CPU, PyTorch's allocations on a GPU.
 
     Raises subprocess.CalledProcessError where the contender fails.
     """
@@ -50,7 +52,7 @@ def main(name: str, label: str, kind: str) -> None:
     problem = benchmark.problem(benchmark.shape, device, 0)
     with torch.set_grad_enabled(problem.grad):
         call = benchmark.contenders()[label](problem)
-        print(_peak(call, problem.memory_input(), device))
+        print(_peak(call, problem.memory_input(), device) - problem.output_bytes)
 
 
 if __name__ == "__main__":

@@ -74,7 +74,7 @@ def tcrm_loss(
         rmfast.BackendError: a backend asked for by name cannot run.
     """
     starts = (None, None) if response_start is None else _two(response_start, "response_start", "(chosen, rejected)")
-    sides = []
+    sides: list[Tensor] = []
     for side, values, cu_seqlens, start in (
         ("chosen", values_chosen, cu_seqlens_chosen, starts[0]),
         ("rejected", values_rejected, cu_seqlens_rejected, starts[1]),
@@ -83,12 +83,12 @@ def tcrm_loss(
         _tensor(values, name)
         expect(values.dim() in (1, 2), name, "of shape (N,) or (B, T)", tuple(values.shape))
         names = f"cu_seqlens_{side}", f"response_start of {side}"
-        sides.append(_ranges(values.shape, cu_seqlens, start, names, values))
-    pairs = [side.size(1) for side in sides]
-    if pairs[0] != pairs[1]:
-        raise ValueError(f"Expected as many rejected texts as chosen ones, {pairs[0]}, got {pairs[1]}")
+        sides += _ranges(values.shape, cu_seqlens, start, names, values)
+    pairs, others = sides[0].size(0), sides[2].size(0)
+    if pairs != others:
+        raise ValueError(f"Expected as many rejected texts as chosen ones, {pairs}, got {others}")
     return _loss(
-        values_chosen.reshape(-1), values_rejected.reshape(-1), torch.cat(sides), smooth, lookahead, reduction, margin
+        values_chosen.reshape(-1), values_rejected.reshape(-1), torch.stack(sides), smooth, lookahead, reduction, margin
     )
 
 
@@ -144,13 +144,14 @@ def linear_value_loss(
     expect(hidden.dim() in (2, 3), "hidden", "of shape (N, d) or (2 B, T, d)", tuple(hidden.shape))
     d = hidden.size(-1)
     expect(tuple(weight.shape) in ((1, d), (d,)), "weight", f"of shape (1, {d}) or ({d},)", tuple(weight.shape))
-    ranges = _ranges(hidden.shape[:-1], cu_seqlens, response_start, ("cu_seqlens", "response_start"), hidden)
-    texts = ranges.size(1)
+    first, end = _ranges(hidden.shape[:-1], cu_seqlens, response_start, ("cu_seqlens", "response_start"), hidden)
+    texts = first.size(0)
     expect(texts % 2 == 0, "cu_seqlens", "of an even number of texts, chosen and rejected", texts)
     values = reward_head(
         hidden, weight.reshape(1, d), bias, norm=norm, norm_weight=norm_weight, norm_bias=norm_bias, eps=eps
     ).reshape(-1)
-    bounds = torch.cat((ranges[:, : texts // 2], ranges[:, texts // 2 :]))
+    half = texts // 2
+    bounds = torch.stack((first[:half], end[:half], first[half:], end[half:]))
     return _loss(values, values, bounds, smooth, lookahead, reduction, margin)
 
 
@@ -365,19 +366,19 @@ def _loss(chosen, rejected, bounds, smooth, lookahead, reduction, margin) -> tup
 
 def _ranges(
     shape: torch.Size, cu_seqlens: Tensor, start: Tensor | None, names: tuple[str, str], like: Tensor
-) -> Tensor:
-    """First token and end of each response, int64 (2, B), in the flattened tokens of `shape`."""
+) -> tuple[Tensor, Tensor]:
+    """First token and end of each response, int64 (B,), in the flattened tokens of `shape`."""
     name, start_name = names
     _tensor(cu_seqlens, name, like)
-    ranges = _masked(shape, cu_seqlens, name) if len(shape) == 2 else _ragged(shape, cu_seqlens, name)
+    first, end = (_masked if len(shape) == 2 else _ragged)(shape, cu_seqlens, name)
     if start is None:
-        return ranges
+        return first, end
     _tensor(start, start_name, like)
     _integers(start, start_name)
-    texts = ranges.size(1)
+    texts = first.size(0)
     expect(tuple(start.shape) == (texts,), start_name, f"of shape ({texts},)", tuple(start.shape))
-    lengths = ranges[1] - ranges[0]
     if readable(start):
+        lengths = end - first
         wrong = (start < 0) | (start >= lengths)
         if wrong.any():
             b = int(wrong.int().argmax())
@@ -386,23 +387,24 @@ def _ranges(
                 f"{int(lengths[b])} tokens"
             )
     # A negative start would reach into the text before; one past the end leaves no token, which the op sees.
-    return torch.stack((torch.where(start < 0, -1, ranges[0] + start), ranges[1]))
+    return torch.where(start < 0, -1, first + start), end
 
 
-def _ragged(shape: torch.Size, cu_seqlens: Tensor, name: str) -> Tensor:
+def _ragged(shape: torch.Size, cu_seqlens: Tensor, name: str) -> tuple[Tensor, Tensor]:
     _integers(cu_seqlens, name)
     expect(
         cu_seqlens.dim() == 1 and cu_seqlens.size(0) >= 2,
         name, "of shape (B + 1,) with B >= 1", tuple(cu_seqlens.shape),
     )  # fmt: skip
     if readable(cu_seqlens):
-        expect(int(cu_seqlens[0]) == 0, f"{name}[0]", "0", int(cu_seqlens[0]))
-        expect(int(cu_seqlens[-1]) == shape[0], f"{name}[-1]", f"{shape[0]}, the number of tokens", int(cu_seqlens[-1]))
+        first, last = cu_seqlens.detach().cpu().numpy()[[0, -1]]  # in NumPy: a tenth of the time of torch's indexing
+        expect(first == 0, f"{name}[0]", "0", first)
+        expect(last == shape[0], f"{name}[-1]", f"{shape[0]}, the number of tokens", last)
     ends = cu_seqlens.to(torch.int64)
-    return torch.stack((ends[:-1], ends[1:]))
+    return ends[:-1], ends[1:]
 
 
-def _masked(shape: torch.Size, mask: Tensor, name: str) -> Tensor:
+def _masked(shape: torch.Size, mask: Tensor, name: str) -> tuple[Tensor, Tensor]:
     if mask.dtype != torch.bool:
         raise TypeError(f"Expected {name} to have dtype torch.bool for padded values, got {mask.dtype}")
     expect(mask.shape == shape, name, f"of shape {tuple(shape)}", tuple(mask.shape))
@@ -419,7 +421,7 @@ def _masked(shape: torch.Size, mask: Tensor, name: str) -> Tensor:
                     f"{int(wrong.int().argmax())}"
                 )
     row = torch.arange(texts, device=mask.device) * width
-    return torch.stack((torch.where(end - first == count, row + first, -1), row + end))
+    return torch.where(end - first == count, row + first, -1), row + end
 
 
 def _two(value: object, name: str, what: str) -> tuple:

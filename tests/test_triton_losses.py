@@ -53,15 +53,13 @@ def test_tcrm_of_padded_values(reduction, use_backend):
 def test_ranges_outside_of_the_values_give_nan_and_are_not_read():
     from rmfast.kernels.tcrm import triton as kernels
 
-    for bounds in (
-        [[0, 2], [2, 9], [0, 3], [3, 5]],
-        [[0, 2], [2, 5], [0, 3], [3, 3]],
-        [[-4, 2], [2, 5], [0, 3], [3, 5]],
-    ):
-        loss, terms, *grads = kernels.forward(
-            torch.ones(8)[:5], torch.zeros(8)[:5], torch.tensor(bounds), None, 0.1, 0.01, True
-        )
-        assert loss.isnan() and terms[0].isnan() and all(grad.shape == (5,) for grad in grads)
+    for first, end in (([0, 2], [2, 9]), ([0, 2], [2, 2]), ([0, -2], [2, 5])):
+        bounds = torch.tensor([first, end, [0, 3], [3, 5]])
+        args = torch.ones(8)[:5], torch.zeros(8)[:5], bounds, None, 0.1, 0.01, True
+        loss, terms = kernels.forward(*args)
+        assert loss.isnan() and terms[0].isnan()
+        _, rejected = kernels.backward(torch.ones(()), *args)
+        assert rejected[4].isnan() and rejected[:4].isfinite().all()
 
 
 @interpreted
@@ -91,11 +89,14 @@ def test_fewer_than_two_bins_give_zero(use_backend):
     contract.test_fewer_than_two_bins_give_zero(TRITON, use_backend)
 
 
-def tcrm_call(dtype, margin: bool):
+def tcrm_call(dtype, margin: bool, backward: bool = False):
     from rmfast.kernels.tcrm import triton as kernels
 
     values, bounds = torch.zeros(100, dtype=dtype), torch.zeros(4, 3, dtype=torch.int64)
-    return kernels, "_tcrm", (values, values, bounds, torch.zeros(3) if margin else None, 0.1, 0.01, True)
+    args = values, values, bounds, torch.zeros(3) if margin else None, 0.1, 0.01, True
+    if backward:
+        return kernels, "_backward", lambda: kernels.backward(torch.ones(()), *args)
+    return kernels, "_forward", lambda: kernels.forward(*args)
 
 
 def mmd_call(features: int, bandwidths: int, need_grad: bool = True):
@@ -103,13 +104,15 @@ def mmd_call(features: int, bandwidths: int, need_grad: bool = True):
 
     rows, ranges = torch.zeros(100), torch.zeros(4, 100, dtype=torch.int64)
     args = torch.zeros(100, features), ranges, rows, rows, torch.zeros(bandwidths), need_grad
-    return kernels, "_line" if features == 1 else "_weigh", args
+    return kernels, "_line" if features == 1 else "_weigh", lambda: kernels.forward(*args)
 
 
 LAUNCHES = {
     "tcrm bf16": lambda: tcrm_call(torch.bfloat16, False),
     "tcrm fp16 margin": lambda: tcrm_call(torch.float16, True),
     "tcrm fp32 margin": lambda: tcrm_call(torch.float32, True),
+    "tcrm backward bf16": lambda: tcrm_call(torch.bfloat16, False, True),
+    "tcrm backward fp32 margin": lambda: tcrm_call(torch.float32, True, True),
     "mmd": lambda: mmd_call(1, 1),
     "mmd, 5 bandwidths": lambda: mmd_call(1, 5),
     "mmd without gradient": lambda: mmd_call(1, 1, False),
@@ -124,7 +127,7 @@ LAUNCHES = {
 def test_kernels_compile_fit_and_do_not_spill(launch, capability, monkeypatch, tmp_path):
     from test_triton_compile import SHARED, build
 
-    kernels, name, args = LAUNCHES[launch]()
+    kernels, name, call = LAUNCHES[launch]()
     kernel, seen = getattr(kernels, name), []
 
     class Recorder:
@@ -132,7 +135,7 @@ def test_kernels_compile_fit_and_do_not_spill(launch, capability, monkeypatch, t
             return lambda *args, **kwargs: seen.append((kernel, args, kwargs))
 
     monkeypatch.setattr(kernels, name, Recorder())
-    kernels.forward(*args)
+    call()
     got = build(seen[0], capability, tmp_path)
     print(launch, got)
     assert got.shared <= SHARED[capability], got

@@ -14,13 +14,15 @@ namespace {
 
 constexpr double kLog2E = 1.4426950408889634;
 
-// The mean's sum of kernels of a vector of squared distances; `slope` is that of rate times kernel.
-template <class A>
+// The sum of kernels over rates of a vector of squared distances; `slope` is that of rate times kernel, and for a single
+// rate the kernel itself: the rate is then a factor of all gradients.
+template <class A, bool Single>
 struct Kernels {
   const A* rates;
   int64_t count;
 
   inline V<A> operator()(V<A> squares, V<A>* slope) const {
+    if (Single) return *slope = exp2(squares * (rates[0] * A(-kLog2E)));
     V<A> sum = {}, weighted = {};
     for (int64_t h = 0; h < count; ++h) {
       const V<A> e = exp2(squares * (rates[h] * A(-kLog2E)));
@@ -39,10 +41,10 @@ inline V<A> counted() {
   return out;
 }
 
-// The columns of a tile, padded with rows that weigh nothing.
+// The columns of a tile, padded with rows that weigh nothing, and their weights beside a row of one bin.
 template <class A>
 struct Columns {
-  alignas(64) A x[kTile], alpha[kTile], grad[kTile];
+  alignas(64) A x[kTile], alpha[kTile], weight[kTile], grad[kTile];
   int64_t n;
 
   Columns(const A* x_, const A* alpha_, const Tile& tile) : n(tile.column_end - tile.column) {
@@ -52,35 +54,36 @@ struct Columns {
       grad[j] = 0;
     }
   }
+
+  // For rows with these coefficients, whose bin ends at this column.
+  void weigh(A same, A cross, int64_t end) {
+    int64_t j = 0;
+    for (; j < (end < n ? end : n); ++j) weight[j] = same;
+    for (; j < kTile; ++j) weight[j] = cross * alpha[j];
+  }
 };
 
-// M rows from i on against a tile's columns, or on the diagonal one row against those behind it.
-template <class A, int M, bool Grad, bool Diagonal>
-inline void line_rows(const BinnedLine& a, const Kernels<A>& kernels, int64_t i, int64_t column, Columns<A>& columns,
-                      double* value, double* grad) {
-  A x[M], same[M], cross[M], end[M];
-  for (int m = 0; m < M; ++m) {
-    const int64_t stop = a.bins.bin_end[i + m] - column;
-    x[m] = static_cast<const A*>(a.x)[i + m];
-    same[m] = static_cast<const A*>(a.bins.same)[i + m];
-    cross[m] = A(-2) * static_cast<const A*>(a.bins.alpha)[i + m];
-    end[m] = A(stop < columns.n ? stop : columns.n);
-  }
+// M rows of one bin from i on against a tile's columns, or on the diagonal one row against those behind it.
+template <class A, int M, bool Single, bool Grad, bool Diagonal>
+inline void line_rows(const BinnedLine& a, const Kernels<A, Single>& kernels, int64_t i, int64_t column,
+                      Columns<A>& columns, double* value, double* grad) {
+  A x[M];
+  for (int m = 0; m < M; ++m) x[m] = static_cast<const A*>(a.x)[i + m];
   V<A> total = {}, sums[M] = {};
   const V<A> first = counted<A>();
   for (int64_t j = Diagonal ? (i + 1 - column) / W<A> * W<A> : 0; j < columns.n; j += W<A>) {
-    const V<A> xj = load(columns.x + j), alpha = load(columns.alpha + j), index = first + A(j);
-    V<A> back = load(columns.grad + j);
+    const V<A> xj = load(columns.x + j);
+    V<A> weight = load(columns.weight + j), back = load(columns.grad + j);
+    if (Diagonal) weight = first + A(j) > A(i - column) ? weight : V<A>{};
 #pragma GCC unroll 4
     for (int m = 0; m < M; ++m) {
-      const V<A> gap = x[m] - xj;
-      V<A> slope, weight = index < end[m] ? splat(same[m]) : cross[m] * alpha;
-      if (Diagonal) weight = index > A(i - column) ? weight : V<A>{};
-      total += weight * kernels(gap * gap, &slope);
+      V<A> slope;
+      const V<A> gap = x[m] - xj, kernel = kernels(gap * gap, &slope);
+      total += weight * kernel;
       if (Grad) {
-        const V<A> push = weight * slope * gap;
-        sums[m] += push;
-        back += push;
+        const V<A> push = weight * slope;
+        sums[m] += push * gap;
+        back += push * gap;
       }
     }
     if (Grad) store(columns.grad + j, back);
@@ -90,37 +93,45 @@ inline void line_rows(const BinnedLine& a, const Kernels<A>& kernels, int64_t i,
     for (int m = 0; m < M; ++m) grad[i + m] += double(sum<A>(sums[m]));
 }
 
-template <class A, bool Grad>
-void line_tile(const BinnedLine& a, const Kernels<A>& kernels, const Tile& tile, double* value, double* grad) {
-  Columns<A> columns(static_cast<const A*>(a.x), static_cast<const A*>(a.bins.alpha), tile);
-  int64_t i = tile.row;
-  if (tile.row == tile.column) {
-    for (; i < tile.row_end; ++i) line_rows<A, 1, Grad, true>(a, kernels, i, tile.column, columns, value, grad);
-  } else {
-    for (; i + 4 <= tile.row_end; i += 4)
-      line_rows<A, 4, Grad, false>(a, kernels, i, tile.column, columns, value, grad);
-    for (; i < tile.row_end; ++i) line_rows<A, 1, Grad, false>(a, kernels, i, tile.column, columns, value, grad);
+template <class A, bool Single, bool Grad>
+void line_tile(const BinnedLine& a, const Kernels<A, Single>& kernels, const Tile& tile, double* value, double* grad) {
+  const A *alpha = static_cast<const A*>(a.bins.alpha), *same = static_cast<const A*>(a.bins.same);
+  Columns<A> columns(static_cast<const A*>(a.x), alpha, tile);
+  for (int64_t i = tile.row; i < tile.row_end;) {
+    const int64_t end = a.bins.bin_end[i], stop = end < tile.row_end ? end : tile.row_end;
+    columns.weigh(same[i], A(-2) * alpha[i], end - tile.column);
+    if (tile.row == tile.column) {
+      for (; i < stop; ++i)
+        line_rows<A, 1, Single, Grad, true>(a, kernels, i, tile.column, columns, value, grad);
+    } else {
+      for (; i + 4 <= stop; i += 4)
+        line_rows<A, 4, Single, Grad, false>(a, kernels, i, tile.column, columns, value, grad);
+      for (; i < stop; ++i)
+        line_rows<A, 1, Single, Grad, false>(a, kernels, i, tile.column, columns, value, grad);
+    }
   }
   if (Grad)
     for (int64_t j = 0; j < columns.n; ++j) grad[tile.column + j] -= double(columns.grad[j]);
 }
 
-template <class A>
+template <class A, bool Single>
 void line(const BinnedLine& a, int64_t first, int64_t last) {
-  const Kernels<A> kernels{static_cast<const A*>(a.bins.rates), a.bins.count};
+  const Kernels<A, Single> kernels{static_cast<const A*>(a.bins.rates), a.bins.count};
   for (int64_t s = first; s < last; ++s) {
     double* grad = a.grad ? a.grad + s * a.bins.rows : nullptr;
     a.value[s] = 0;
     if (grad) memset(grad, 0, a.bins.rows * sizeof(double));
     for (int64_t t = s; t < a.tile_count; t += a.slots)
-      grad ? line_tile<A, true>(a, kernels, a.tiles[t], a.value + s, grad)
-           : line_tile<A, false>(a, kernels, a.tiles[t], a.value + s, grad);
+      grad ? line_tile<A, Single, true>(a, kernels, a.tiles[t], a.value + s, grad)
+           : line_tile<A, Single, false>(a, kernels, a.tiles[t], a.value + s, grad);
+    if (Single && grad)
+      for (int64_t i = 0; i < a.bins.rows; ++i) grad[i] *= double(kernels.rates[0]);
   }
 }
 
 template <class A>
 void weigh(const BinnedTile& a, int64_t first, int64_t last) {
-  const Kernels<A> kernels{static_cast<const A*>(a.bins.rates), a.bins.count};
+  const Kernels<A, false> kernels{static_cast<const A*>(a.bins.rates), a.bins.count};
   const A *squares = static_cast<const A*>(a.squares), *alpha = static_cast<const A*>(a.bins.alpha);
   const V<A> count = counted<A>();
   // A place in the tile of a row among all, at most its width.
@@ -158,7 +169,11 @@ void weigh(const BinnedTile& a, int64_t first, int64_t last) {
 }
 
 void any_line(const BinnedLine& a, int64_t first, int64_t last) {
-  a.bins.dtype == DType::f64 ? line<double>(a, first, last) : line<float>(a, first, last);
+  const bool single = a.bins.count == 1;
+  if (a.bins.dtype == DType::f64)
+    single ? line<double, true>(a, first, last) : line<double, false>(a, first, last);
+  else
+    single ? line<float, true>(a, first, last) : line<float, false>(a, first, last);
 }
 
 void any_weigh(const BinnedTile& a, int64_t first, int64_t last) {

@@ -1,4 +1,7 @@
-"""The TCRM loss in eager PyTorch: the contract of all backends, and what runs where none is built."""
+"""The TCRM loss in eager PyTorch: the contract of all backends, and what runs where none is built.
+
+bounds (4, B): first and end of each chosen response, first and end of each rejected one.
+"""
 
 from __future__ import annotations
 
@@ -19,27 +22,44 @@ def forward(
     smooth: float,
     lookahead: float,
     mean: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Loss (), its terms (3,), and its gradients in `chosen` and `rejected`, in the accumulation dtype.
-
-    bounds (4, B): first and end of each chosen response, first and end of each rejected one.
-    """
-    pairs = bounds.size(1)
+) -> tuple[Tensor, Tensor]:
+    """Loss () and its terms (3,), in the accumulation dtype."""
     sides = [_side(chosen, bounds[0], bounds[1], mean), _side(rejected, bounds[2], bounds[3], mean)]
-    gap = sides[0][0] - sides[1][0] if margin is None else sides[0][0] - sides[1][0] - margin
+    pairs = bounds.size(1)
     terms = torch.stack(
         [
-            -logsigmoid(gap).mean(),
+            -logsigmoid(_gap(sides, margin)).mean(),
             torch.stack([(weight * step * step).sum() for _, step, _, weight in sides]).sum() / pairs,
             torch.stack([(weight * ahead * ahead).sum() for _, _, ahead, weight in sides]).sum() / pairs,
         ]
     )
-    slope = torch.sigmoid(-gap) / pairs
+    return terms[0] + smooth * terms[1] + lookahead * terms[2], terms
+
+
+def backward(
+    grad: Tensor,
+    chosen: Tensor,
+    rejected: Tensor,
+    bounds: Tensor,
+    margin: Tensor | None,
+    smooth: float,
+    lookahead: float,
+    mean: bool,
+) -> tuple[Tensor, Tensor]:
+    """Gradients in chosen and rejected, in their dtype, of a loss with gradient `grad` ()."""
+    sides = [_side(chosen, bounds[0], bounds[1], mean), _side(rejected, bounds[2], bounds[3], mean)]
+    scale = grad / bounds.size(1)
+    slope = scale * torch.sigmoid(-_gap(sides, margin))
     grads = []
-    for (_, step, ahead, weight), end, sign in zip(sides, (bounds[1], bounds[3]), (-1, 1)):
-        grad = 2 / pairs * weight * (smooth * step + lookahead * ahead)
-        grads.append(grad.index_copy(0, (end - 1).clamp(0, grad.size(0) - 1), sign * slope))
-    return terms[0] + smooth * terms[1] + lookahead * terms[2], terms, grads[0], grads[1]
+    for (_, step, ahead, weight), end, final in zip(sides, (bounds[1], bounds[3]), (-slope, slope)):
+        out = 2 * scale * weight * (smooth * step + lookahead * ahead)
+        grads.append(out.index_copy(0, (end - 1).clamp(0, out.size(0) - 1), final).to(chosen.dtype))
+    return grads[0], grads[1]
+
+
+def _gap(sides: list[tuple[Tensor, ...]], margin: Tensor | None) -> Tensor:
+    gap = sides[0][0] - sides[1][0]
+    return gap if margin is None else gap - margin
 
 
 def _side(values: Tensor, first: Tensor, end: Tensor, mean: bool) -> tuple[Tensor, ...]:

@@ -11,7 +11,6 @@ from torch import Tensor
 
 from rmfast import backends as _backends
 from rmfast.kernels.binned_mmd import reference as _reference
-from rmfast.ops import _unit_gradient
 from rmfast.ops._library import FLOATS, checked, define, direct, expect, expect_dtype, lib, native
 
 MEDIAN_ROWS = 512  # 131,000 distances; of 2,048 rows the median alone takes longer than all else for N = 8,192
@@ -20,6 +19,7 @@ define(
     "binned_mmd",
     "(Tensor x, Tensor bins, Tensor? groups, float[] bandwidths, bool unbiased, bool need_grad) -> (Tensor, Tensor)",
 )
+define("binned_mmd_backward", "(Tensor grad, Tensor unit, Tensor x) -> Tensor")
 # What C++ brings to the reference's pass: rows of one number, and what lies between the matmuls of longer ones.
 native.define(
     "binned_mmd_line(Tensor x, Tensor ranges, Tensor alpha, Tensor same, Tensor rates, bool need_grad) "
@@ -151,6 +151,35 @@ def _binned_mmd_fake(x, bins, groups, bandwidths, unbiased, need_grad):
     return x.new_empty((), dtype=acc), x.new_empty(x.shape if need_grad else (0,), dtype=acc)
 
 
-lib.impl("binned_mmd", _binned_mmd, "CompositeExplicitAutograd")
-torch.library.register_fake("rmfast::binned_mmd", _binned_mmd_fake, lib=lib)
-_unit_gradient.register("binned_mmd", count=1)
+def _binned_mmd_backward(grad, unit, x):
+    if unit.shape != x.shape:
+        raise RuntimeError("binned_mmd was called without need_grad, so it has no gradient")
+    return (grad * unit).to(x.dtype)
+
+
+def _binned_mmd_backward_fake(grad, unit, x):
+    return x.new_empty(x.shape)
+
+
+def _setup_context(ctx, inputs, output):
+    ctx.mark_non_differentiable(output[1])
+    # x only ties the backward to it, so that a second derivative raises instead of being 0.
+    ctx.save_for_backward(output[1], inputs[0])
+
+
+def _backward(ctx, grad, _):
+    return torch.ops.rmfast.binned_mmd_backward(grad, *ctx.saved_tensors), *[None] * 5
+
+
+def _no_second_derivative(ctx, *grads):
+    raise RuntimeError("binned_mmd has no second derivative")
+
+
+for _name, _run, _fake in (
+    ("binned_mmd", _binned_mmd, _binned_mmd_fake),
+    ("binned_mmd_backward", _binned_mmd_backward, _binned_mmd_backward_fake),
+):
+    lib.impl(_name, _run, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"rmfast::{_name}", _fake, lib=lib)
+torch.library.register_autograd("rmfast::binned_mmd", _backward, setup_context=_setup_context, lib=lib)
+torch.library.register_autograd("rmfast::binned_mmd_backward", _no_second_derivative, lib=lib)

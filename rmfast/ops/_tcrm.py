@@ -1,4 +1,4 @@
-"""`tcrm`: the loss of temporally coherent reward modelling and its gradient, in one pass over the values."""
+"""`tcrm`: the loss of temporally coherent reward modelling, and its gradient, each in one pass over the values."""
 
 from __future__ import annotations
 
@@ -9,27 +9,34 @@ from torch import Tensor
 
 from rmfast import backends as _backends
 from rmfast.kernels.tcrm import reference as _reference
-from rmfast.ops import _unit_gradient
 from rmfast.ops._library import checked, define, direct, expect, expect_dtype, lib, readable
 
-define(
-    "tcrm",
-    "(Tensor chosen, Tensor rejected, Tensor bounds, Tensor? margin, float smooth, float lookahead, bool mean) "
-    "-> (Tensor, Tensor, Tensor, Tensor)",
-)
+_INPUTS = "Tensor chosen, Tensor rejected, Tensor bounds, Tensor? margin, float smooth, float lookahead, bool mean"
+
+define("tcrm", f"({_INPUTS}) -> (Tensor, Tensor)")
+define("tcrm_backward", f"(Tensor grad, {_INPUTS}) -> (Tensor, Tensor)")
 
 
-def _triton():
-    from rmfast.kernels.tcrm import triton
+def _triton(name: str):
+    def load():
+        from rmfast.kernels.tcrm import triton
 
-    return triton.forward
+        return getattr(triton, name)
+
+    return load
 
 
 _backends.register(
     "tcrm",
-    triton=_triton,
+    triton=_triton("forward"),
     cpp=lambda: torch.ops.rmfast_native.tcrm.default,
     eager=lambda: _reference.forward,
+)
+_backends.register(
+    "tcrm_backward",
+    triton=_triton("backward"),
+    cpp=lambda: torch.ops.rmfast_native.tcrm_backward.default,
+    eager=lambda: _reference.backward,
 )
 
 
@@ -89,22 +96,24 @@ def tcrm(
         chosen.contiguous(), rejected.contiguous(), bounds.contiguous(),
         None if margin is None else margin.to(acc).contiguous(), float(smooth), float(lookahead), bool(mean),
     )  # fmt: skip
-    return (_tcrm(*args) if direct(args) else torch.ops.rmfast.tcrm(*args))[:2]
+    return _tcrm(*args) if direct(args) else torch.ops.rmfast.tcrm(*args)
 
 
 def _check_values(chosen: Tensor, rejected: Tensor, bounds: Tensor) -> None:
     if not readable(bounds):
         return
-    ranges = bounds.cpu().numpy()
-    for name, tokens, (first, end) in (("chosen", chosen, ranges[:2]), ("rejected", rejected, ranges[2:])):
-        wrong = (first < 0) | (first >= end) | (end > tokens.size(0))
-        wrong[1:] |= first[1:] < end[:-1]
-        if wrong.any():
-            b = wrong.argmax()
-            raise ValueError(
-                f"Expected the {name} responses to be ascending ranges of one or more of {tokens.size(0)} tokens, got "
-                f"tokens {first[b]} up to {end[b]} for response {b}"
-            )
+    ranges = bounds.cpu().numpy().reshape(2, 2, -1)
+    first, end = ranges[:, 0], ranges[:, 1]
+    wrong = (first < 0) | (first >= end)
+    wrong[:, 1:] |= first[:, 1:] < end[:, :-1]
+    wrong |= end > [[chosen.size(0)], [rejected.size(0)]]
+    if wrong.any():
+        side, b = divmod(int(wrong.argmax()), bounds.size(1))
+        name, tokens = (("chosen", chosen), ("rejected", rejected))[side]
+        raise ValueError(
+            f"Expected the {name} responses to be ascending ranges of one or more of {tokens.size(0)} tokens, got "
+            f"tokens {first[side, b]} up to {end[side, b]} for response {b}"
+        )
 
 
 def _tcrm(*args):
@@ -113,11 +122,40 @@ def _tcrm(*args):
     return _backends.choose("tcrm", chosen.device.type)(*args)
 
 
-def _tcrm_fake(chosen, rejected, *args):
+def _tcrm_fake(chosen, *args):
     acc = _reference.accumulator(chosen.dtype)
-    return tuple(chosen.new_empty(shape, dtype=acc) for shape in ((), (3,), chosen.shape, rejected.shape))
+    return chosen.new_empty((), dtype=acc), chosen.new_empty(3, dtype=acc)
 
 
-lib.impl("tcrm", _tcrm, "CompositeExplicitAutograd")
-torch.library.register_fake("rmfast::tcrm", _tcrm_fake, lib=lib)
-_unit_gradient.register("tcrm", count=2)
+def _tcrm_backward(grad, chosen, *args):
+    return _backends.choose("tcrm_backward", chosen.device.type)(grad, chosen, *args)
+
+
+def _tcrm_backward_fake(grad, chosen, rejected, *args):
+    return chosen.new_empty(chosen.shape), rejected.new_empty(rejected.shape)
+
+
+def _setup_context(ctx, inputs, output):
+    ctx.mark_non_differentiable(output[1])
+    ctx.save_for_backward(*inputs[:4])
+    ctx.options = inputs[4:]
+    # The backward may run in a thread of autograd's, which does not see this one's choice.
+    ctx.backend = _backends.requested()
+
+
+def _backward(ctx, grad, _):
+    args = (grad, *ctx.saved_tensors, *ctx.options)
+    with _backends.backend(ctx.backend):
+        grads = _tcrm_backward(*args) if direct(args) else torch.ops.rmfast.tcrm_backward(*args)
+    return *grads, *[None] * 5
+
+
+def _no_second_derivative(ctx, *grads):
+    raise RuntimeError("tcrm has no second derivative")
+
+
+for _name, _run, _fake in (("tcrm", _tcrm, _tcrm_fake), ("tcrm_backward", _tcrm_backward, _tcrm_backward_fake)):
+    lib.impl(_name, _run, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"rmfast::{_name}", _fake, lib=lib)
+torch.library.register_autograd("rmfast::tcrm", _backward, setup_context=_setup_context, lib=lib)
+torch.library.register_autograd("rmfast::tcrm_backward", _no_second_derivative, lib=lib)

@@ -13,7 +13,7 @@ struct Responses {
   const void* values;  // (tokens,)
   int64_t tokens;
   const int64_t *first, *end;  // (pairs,)
-  void* grad;                  // (tokens,) in the accumulation type
+  void* grad;                  // (tokens,) in the values' type; backward only
 };
 
 struct Tcrm {
@@ -23,14 +23,16 @@ struct Tcrm {
   const void* margin;  // (pairs,) in the accumulation type, or null
   double smooth, lookahead;
   bool mean;
-  double* terms;  // (pairs, 3): Bradley-Terry, smoothness, lookahead
+  double* terms;  // (pairs, 3): Bradley-Terry, smoothness, lookahead; forward only
+  double grad;    // of the loss; backward only
 };
 
 // One table for each instruction set that the library was built for.
 struct TcrmIsa {
   const char* name;
   bool (*supported)();
-  void (*run)(const Tcrm&, int64_t first, int64_t last);
+  void (*forward)(const Tcrm&, int64_t first, int64_t last);
+  void (*backward)(const Tcrm&, int64_t first, int64_t last);
 };
 
 }  // namespace rmfast
