@@ -176,9 +176,10 @@ def best_sorted(p: Scoring) -> Callable[[Texts], Tensor]:
 
 def numbers() -> Any:
     """A tokenizer whose words are token ids, for peers that take text."""
-    words = Tokenizer(models.WordLevel({str(i): i for i in range(LAST + 1)}, unk_token="0"))
+    vocabulary = {"<pad>": PAD} | {str(i): i for i in range(1, LAST + 1)}  # "0" as a special token would split "10"
+    words = Tokenizer(models.WordLevel(vocabulary, unk_token="<pad>"))
     words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    return transformers.PreTrainedTokenizerFast(tokenizer_object=words, pad_token="0")
+    return transformers.PreTrainedTokenizerFast(tokenizer_object=words, pad_token="<pad>")
 
 
 def cross_encoder(p: Scoring) -> Callable[[Texts], Tensor]:

@@ -320,8 +320,8 @@ class LayersPatcher:
             raise ValueError(self._missing[kind])
         return self._sizes[kind]
 
-    def record(self, text: Encoded, read: int, kinds: set[str]) -> LayerRecord:
-        """Runs a text alone and keeps the activations of `kinds`; inside `binding.session()`.
+    def record(self, text: Encoded, read: int, kinds: set[str], base: bool = True) -> LayerRecord:
+        """Runs a text alone and keeps the activations of `kinds`; inside `binding.session()`. Any serves as a base.
 
         Args:
             read: where the reward is read; a model that pools by itself reads where it does.

@@ -88,7 +88,7 @@ class SuffixPatcher:
             )
         return layer.mlp.down_proj.in_features, 1
 
-    def record(self, text: Encoded, read: int, kinds: set[str]) -> SuffixRecord:
+    def record(self, text: Encoded, read: int, kinds: set[str], base: bool = True) -> SuffixRecord:
         ids = text.ids[: read + 1]
         record = SuffixRecord(ids, read, torch.empty(0), parts={kind: [] for kind in kinds})
         binding, device = self.binding, self.binding.device
@@ -98,7 +98,7 @@ class SuffixPatcher:
         def recording(layer: Layer) -> Callable[..., Tensor]:
             def forward(hidden_states: Tensor, *args: Any, position_embeddings: Any = None, **kwargs: Any) -> Tensor:
                 cos, sin = (t[0] for t in position_embeddings)
-                return self._record_layer(record, layer, run, hidden_states[0], cos, sin)[None]
+                return self._record_layer(record, layer, run, hidden_states[0], cos, sin, base)[None]
 
             return forward
 
@@ -110,7 +110,7 @@ class SuffixPatcher:
         return record
 
     def _record_layer(
-        self, record: SuffixRecord, layer: Layer, run: Run, x: Tensor, cos: Tensor, sin: Tensor
+        self, record: SuffixRecord, layer: Layer, run: Run, x: Tensor, cos: Tensor, sin: Tensor, base: bool
     ) -> Tensor:
         """One layer as `Layer.rows`, step by step."""
 
@@ -119,13 +119,14 @@ class SuffixPatcher:
                 record.parts[kind].append(value if value.dim() == 3 else value[:, None])
 
         record.stream.append(x)
-        record.cos.append(cos)
-        record.sin.append(sin)
         q, k, v = layer.project(layer.enter(x, None)[0])
         for kind, value in (("q", q), ("k", k), ("v", v)):
             keep(kind, value)
         q, k = layer.turn(q, k, cos, sin)
-        record.rotated.append((q, k, v))
+        if base:
+            record.cos.append(cos)
+            record.sin.append(sin)
+            record.rotated.append((q, k, v))
         heads = run.attend(layer.attn, q, k, v, **layer.options)
         keep("head_out", heads)
         added = layer.added_by(heads)
@@ -155,7 +156,7 @@ class SuffixPatcher:
         order = np.lexsort((-rows, entry))
         start = 0
         while start < len(order):
-            ends = np.cumsum(rows[order[start:]])
+            ends = np.cumsum(rows[order[start : start + batch_tokens]])  # each is a row at least
             count = max(1, int(np.searchsorted(ends, batch_tokens, side="right")))
             some = order[start : start + count]
             if skip[some].all():

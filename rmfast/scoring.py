@@ -334,7 +334,9 @@ class RewardModel:
         """The packed engine of the model as it is now, or why there is none."""
         if torch.is_autocast_enabled(self.binding.device.type):
             return "autocast is on, whose choice of dtypes is the modules' own"
-        parts = tuple((module, _model._hooked(module)) for module in self.binding.body.modules())
+        parts = tuple(
+            (module, _model._hooked(module), module.__dict__.get("forward")) for module in self.binding.body.modules()
+        )
         if self._engine is None or self._engine[0] != parts:  # new, or changed since (modules replaced, hooks)
             try:
                 self._engine = parts, Engine(self.binding)

@@ -88,8 +88,8 @@ class Patcher(Protocol):
         """Units of a layer and values of each; ValueError where the model's layers lack the part, naming it."""
         ...
 
-    def record(self, text: Encoded, read: int, kinds: set[str]) -> Record:
-        """Runs a text alone and keeps the activations of `kinds`, and what `rewards` needs of them as a base."""
+    def record(self, text: Encoded, read: int, kinds: set[str], base: bool = True) -> Record:
+        """Runs a text alone and keeps the activations of `kinds`, and of a base run what `rewards` needs of it."""
         ...
 
     def rewards(

@@ -14,7 +14,7 @@ import os
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, cast
 
@@ -173,7 +173,7 @@ class _Options:
         count = self.patcher.layers
         self.layers = list(range(count)) if layers is None else _indices("layers", layers, count)
         self.units = {kind: self._units(kind, sizes[kind][0], heads, neurons) for kind in self.kinds}
-        self.positions = positions
+        self.positions = positions if isinstance(positions, str | int | None) else list(positions)
         self.align, self.metric, self.seed = align, metric, seed
         if metric is not None and not callable(metric):
             raise TypeError(f"Expected metric to be a function of the rewards (K,), got {type(metric).__name__}")
@@ -185,7 +185,7 @@ class _Options:
             self.given = self._given(self.given)
         self._mean: dict[tuple[str, int], Tensor] | None = None
 
-    @property
+    @cached_property
     def hooked(self) -> LayersPatcher:
         """What takes gradients."""
         return self.patcher if isinstance(self.patcher, LayersPatcher) else LayersPatcher(self.binding)
@@ -253,7 +253,10 @@ class _Options:
         other_read = self._read(other)
         if self.causal:
             partner[partner > other_read] = -1  # behind the token that is read nothing is run
-        return _Pair(base, other, read, other_read, partner, int(np.append(alike, False).argmin()))
+        first = int(np.append(alike, False).argmin())
+        if self.binding.length_group(len(base)) != self.binding.length_group(len(other)):
+            first = 0  # other rotary frequencies: the runs differ from the first token on
+        return _Pair(base, other, read, other_read, partner, first)
 
     def _read(self, text: Encoded) -> int:
         """Where the reward is read; a model that pools by itself reads where it does."""
@@ -342,7 +345,12 @@ class _Options:
             partner = torch.from_numpy(pair.partner[:tokens].clip(0))
             return lru_cache(4)(lambda kind, layer: _at(other.activations(kind, layer), partner))
         if self.mode == "zero":
-            return lambda kind, layer: torch.zeros_like(base.activations(kind, layer))
+
+            def zeros(kind: str, layer: int) -> Tensor:
+                like = base.activations(kind, layer)
+                return like.new_zeros(()).expand_as(like)
+
+            return zeros
         if self.mode == "resample":
             return self._resampled(tokens)
         if self.mode == "mean" and self._mean is None:
@@ -360,7 +368,7 @@ class _Options:
         assert self.baseline is not None
         total: dict[tuple[str, int], Tensor] = {}
         for text in self.baseline:
-            record = self.patcher.record(text, len(text) - 1, set(self.kinds))
+            record = self.patcher.record(text, len(text) - 1, set(self.kinds), base=False)
             for key in ((kind, layer) for kind in self.kinds for layer in self.layers):
                 part = record.activations(*key).double().sum(0)
                 total[key] = total[key] + part if key in total else part
@@ -375,7 +383,7 @@ class _Options:
         token = (rng.random(tokens) * np.array([len(self.baseline[i]) for i in text])).astype(np.int64)
         found: dict[tuple[str, int], Tensor] = {}
         for i in np.unique(text):
-            record = self.patcher.record(self.baseline[i], len(self.baseline[i]) - 1, set(self.kinds))
+            record = self.patcher.record(self.baseline[i], len(self.baseline[i]) - 1, set(self.kinds), base=False)
             here = np.flatnonzero(text == i)
             for key in ((kind, layer) for kind in self.kinds for layer in self.layers):
                 rows = record.activations(*key)
@@ -458,7 +466,9 @@ def _sweep(
     cells = grid.cells[torch.from_numpy(chosen)]
     with options.binding.session():
         base = patcher.record(pair.base, pair.base_read, options.recorded)
-        other = None if pair.other is None else patcher.record(pair.other, pair.other_read, set(options.kinds))
+        other = None
+        if pair.other is not None:
+            other = patcher.record(pair.other, pair.other_read, set(options.kinds), base=False)
         edits = grid.edits[chosen]
         edits = replace(edits, groups=edits.groups[:, : len(base.ids)])
         budget = _budget(options.rm, patcher, base, edits, batch_tokens)
@@ -466,7 +476,8 @@ def _sweep(
         flat[grid.same] = base.reward
         done = np.zeros(len(edits), bool)
         if saved is not None:
-            done, rewards = saved.of(number, len(edits), base.reward)
+            runs = torch.stack([base.reward, base.reward if other is None else other.reward])
+            done, rewards, budget = saved.of(number, cells, runs, budget)
             flat[cells[torch.from_numpy(done)]] = rewards[torch.from_numpy(done)]
 
         def finish(some: np.ndarray, rewards: Tensor) -> None:
@@ -479,7 +490,8 @@ def _sweep(
         bar.update(int(done.sum()))
         if not done.all():
             patcher.rewards(base, edits, options.values(pair, base, other), budget, finish, done)
-    two = [None if record is None else options.measured(record.reward[None])[0] for record in (base, other)]
+    flat = flat.clone()  # outside of inference mode: an ordinary tensor
+    two = [None if record is None else options.measured(record.reward.clone()[None])[0] for record in (base, other)]
     result = options.result(
         pair, grid, options.measured(flat), *two, run=len(edits), method="patching", screen=None  # type: ignore[arg-type]
     )  # fmt: skip
@@ -608,21 +620,37 @@ class _Checkpoint:
 
     def __init__(self, path: Path, fingerprint: str) -> None:
         self.path, self.fingerprint = path, fingerprint
+        self.refusal = (
+            f"Expected {path.name} to be a checkpoint of this very sweep (texts, sites, mode and model), got one of "
+            "another. Remove it, or give another path"
+        )
         self.tensors: dict[str, Tensor] = {}
         self.written = time.monotonic()
         if path.exists():
             with safetensors.safe_open(path, "pt") as file:
                 if (file.metadata() or {}).get("fingerprint") != fingerprint:
-                    raise ValueError(
-                        f"Expected {path.name} to be a checkpoint of this very sweep (texts, sites, mode and model), "
-                        "got one of another. Remove it, or give another path"
-                    )
+                    raise ValueError(self.refusal)
                 self.tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
 
-    def of(self, number: int, edits: int, like: Tensor) -> tuple[np.ndarray, Tensor]:
-        """Which of a pair's edits are done, and their rewards (edits, K)."""
-        done = self.tensors.setdefault(f"done.{number}", torch.zeros(edits, dtype=torch.bool))
-        return done.numpy().copy(), self.tensors.setdefault(f"rewards.{number}", like.new_zeros(edits, len(like)))
+    def of(self, number: int, cells: Tensor, runs: Tensor, budget: int) -> tuple[np.ndarray, Tensor, int]:
+        """Which of a pair's edits are done, their rewards (edits, K) and the budget that they were cut into chunks by.
+
+        The rewards of the two runs tell what no fingerprint of the texts and weights does: adapters, hooks, the token
+        that is read.
+        """
+        fresh = {
+            "cells": cells.clone(),
+            "runs": runs.clone(),
+            "done": torch.zeros(len(cells), dtype=torch.bool),
+            "rewards": runs.new_zeros(len(cells), runs.size(1)),
+            "budget": torch.tensor(budget),
+        }
+        found = {name: self.tensors.setdefault(f"{name}.{number}", tensor) for name, tensor in fresh.items()}
+        near = torch.allclose(found["runs"], runs, rtol=1e-4, atol=1e-5, equal_nan=True)
+        if not torch.equal(found["cells"], cells) or not near:
+            self.tensors = {}
+            raise ValueError(self.refusal)
+        return found["done"].numpy().copy(), found["rewards"], int(found["budget"])
 
     def add(self, number: int, some: np.ndarray, rewards: Tensor) -> None:
         at = torch.from_numpy(some)
@@ -634,6 +662,8 @@ class _Checkpoint:
     def write(self) -> None:
         partial = self.path.with_name(self.path.name + ".partial")
         self.path.parent.mkdir(parents=True, exist_ok=True)
+        if not self.tensors:
+            return
         safetensors.torch.save_file(self.tensors, partial, {"fingerprint": self.fingerprint})
         os.replace(partial, self.path)
         self.written = time.monotonic()

@@ -11,6 +11,7 @@ import models as M
 import numpy as np
 import pytest
 import torch
+import transformers
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -361,3 +362,35 @@ def test_under_autocast_the_modules_choose_the_dtypes():
         assert "not packed: autocast is on" in rm.explain()
         rm.score(inputs)
     assert torch.equal(rm.score(inputs), want)
+
+
+def test_attention_that_scales_by_position_is_not_taken_for_llama_s():
+    config = transformers.Ministral3Config(
+        vocab_size=272, hidden_size=48, intermediate_size=80, num_hidden_layers=2, num_attention_heads=4, head_dim=12,
+        num_key_value_heads=2, max_position_embeddings=128, num_labels=1, pad_token_id=M.PAD,
+        rope_parameters={
+            "rope_type": "yarn", "rope_theta": 10000.0, "factor": 8.0, "original_max_position_embeddings": 16,
+            "llama_4_scaling_beta": 0.5,
+        },
+    )  # fmt: skip
+    model = M.randomised(transformers.Ministral3ForSequenceClassification(config))
+    rm = rmfast.RewardModel(model)
+    texts = M.token_ids([10, 60, 100])
+    want = torch.stack([M.alone(model, text)[0] for text in texts])
+    M.assert_rewards(rm.score(texts), want, M.reward_scale(model))
+    assert "last positions" in rm.explain()
+
+
+def test_layers_without_attention_of_their_own_are_not_packed_in_any_dtype():
+    model = M.decoder("llama", num_hidden_layers=3).bfloat16()
+    model.model.layers[2] = model.model.layers[1]
+    assert "only 2 of its 3 layers have attention of their own" in rmfast.RewardModel(model).explain()
+
+
+def test_a_forward_put_on_an_instance_later_is_seen():
+    model = M.decoder("llama")
+    rm, texts = rmfast.RewardModel(model), M.token_ids([5, 9])
+    before = rm.score(texts)
+    model.model.layers[0].mlp.forward = torch.zeros_like
+    torch.testing.assert_close(rm.score(texts), rm.score(texts, engine="padded"), rtol=1e-5, atol=1e-5)
+    assert not torch.allclose(rm.score(texts), before)
