@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
+    from rmfast.attribution import Attribution as Attribution
     from rmfast.backends import BackendError as BackendError
     from rmfast.backends import backend as backend
     from rmfast.backends import explain as explain
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
 
 # Loaded at first use: `import rmfast` alone costs no import of torch or transformers.
 _HOME = {
+    "Attribution": "rmfast.attribution",
     "backend": "rmfast.backends",
     "BackendError": "rmfast.backends",
     "explain": "rmfast.backends",
@@ -30,7 +32,17 @@ _HOME = {
     "load": "rmfast.scoring",
 }
 
-__all__ = ["BackendError", "PatchSweep", "RewardModel", "__version__", "backend", "explain", "load", "ops"]
+__all__ = [
+    "Attribution",
+    "BackendError",
+    "PatchSweep",
+    "RewardModel",
+    "__version__",
+    "backend",
+    "explain",
+    "load",
+    "ops",
+]
 
 
 def __getattr__(name: str):

@@ -444,6 +444,43 @@ class RewardModel:
             truncation=truncation, format=format,
         )  # fmt: skip
 
+    def attribute(
+        self,
+        inputs: Any,
+        *,
+        components: str | Sequence[str] = ("embedding", "attn_out", "mlp_out"),
+        positions: Literal["last", "all"] = "last",
+        norm: Literal["final", "raw"] = "final",
+        max_length: int | None = None,
+        truncation: Truncation = "error",
+        format: Format | None = None,
+    ) -> Any:
+        """Direct attribution: the reward of a text as a sum over components, from one forward of the model.
+
+        Args:
+            inputs: one text, of any form that `score` takes, or a list of texts.
+            components: of "embedding" (the stream that enters the first layer), "attn_out" or in its place "head_out"
+                (heads, and the output projection's bias), "mlp_out" or in its place "mlp_neuron" (neurons, and the down
+                projection's bias).
+            positions: "last", the token at which `score` reads, or "all": the rewards of `token_values`.
+            norm: "final" takes the final norm, its scale frozen at what it is, into every contribution: they sum to the
+                reward. "raw" leaves it out, w·o_c (arXiv 2604.26130): their sum is not the reward.
+            max_length, truncation, format: as for `score`.
+
+        Returns:
+            A `rmfast.Attribution`, or for a list one for each text.
+
+        Raises:
+            ValueError, TypeError: an argument is wrong; the model's head is not one linear map of a token's stream, its
+                layers lack a part, or their parts do not add up to the stream (BERT).
+        """
+        from rmfast.attribution import attribute
+
+        return attribute(
+            self, inputs, components=components, positions=positions, norm=norm, max_length=max_length,
+            truncation=truncation, format=format,
+        )  # fmt: skip
+
     def _patcher(self) -> Any:
         """What runs patched texts: the suffix engine where it knows the layers, else the model's own forward."""
         from rmfast.hooks import LayersPatcher

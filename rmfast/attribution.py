@@ -1,0 +1,430 @@
+"""Direct attribution: what every component of a model adds to its reward.
+
+The stream h_L that the final norm and the head w read is a sum: the embedding, and what attention and MLP of each layer
+add to it. With the norm's scale s frozen at what it is on the whole stream, the reward is the sum of their parts:
+
+    reward = Σ_c s · (γ⊙w)·o_c + b      s = 1 / rms(h_L); 1 + γ for Gemma
+    layer norm: the same with each o_c less its own mean, s = 1 / σ(h_L), and β·w + b as the constant
+
+A head adds W_O x_h, so its part is the dot of its own output x_h with a *projector* W_Oᵀ(γ⊙w), made once for a layer.
+An MLP neuron's is the same with the down projection. Neither is ever an array of (tokens, heads, d). A norm between
+projection and stream (Gemma 2 and 3) has its scale frozen as well. All of it is read while the model's own forward
+runs; no activation is kept.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from functools import partial
+from itertools import chain, product
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from rmfast import model as _model
+from rmfast.grids import PatchSweep
+from rmfast.hooks import LayersPatcher, Point
+from rmfast.inputs import Encoded
+from rmfast.kernels.reward_head.reference import LAYER, NONE, NORMS, fold_bias, fold_gain
+from rmfast.ops import reward_head
+from rmfast.sites import UNITS
+from rmfast.sweep import _several
+
+if TYPE_CHECKING:
+    from rmfast.scoring import RewardModel
+
+__all__ = ["Attribution", "attribute"]
+
+# What each component is in the result, in the order of the forward; and what it is a part of.
+_GIVES = {
+    "embedding": ("embedding",),
+    "attn_out": ("attn_out",),
+    "head_out": ("head_out", "attn_bias"),
+    "mlp_out": ("mlp_out",),
+    "mlp_neuron": ("mlp_neuron", "mlp_bias"),
+}
+_WHOLE = {"head_out": "attn_out", "mlp_neuron": "mlp_out"}
+
+# Elements of the product of units and projector that are held at once: a core's share of the cache (4,096 tokens of 32
+# heads of 64: 9 ms against 55 ms in one piece and 34 ms by einsum); a GPU wants larger launches.
+_CHUNK_ELEMENTS = {"cpu": 1 << 18}
+_CHUNK_ELEMENTS_ACCELERATOR = 1 << 26
+
+
+@dataclass(eq=False, repr=False, kw_only=True)
+class Attribution:
+    """The reward of one text as a sum over components, at the token where it is read or at every token.
+
+    Attributes:
+        contributions: by component, those that were asked for: "embedding", "attn_out" or "head_out" and "attn_bias",
+            "mlp_out" or "mlp_neuron" and "mlp_bias". CPU, fp32 (fp64 for an fp64 model). The biases are those of the
+            output and the down projection, 0 where there is none.
+        axes: for each of them the names of its dimensions: "layer" (but for the embedding), "position" (where every
+            token is read), "head" or "neuron", "label" (for K > 1).
+        constant: () or (K,), what belongs to no component: the head's bias, and a final layer norm's β·w.
+        rewards: ([T,] [K]), the model's own.
+        norm: "final", or "raw" for contributions that leave the final norm out.
+        read: the token where the reward is read.
+        tokens, token_ids: of the text.
+    """
+
+    contributions: dict[str, Tensor]
+    axes: dict[str, tuple[str, ...]]
+    constant: Tensor
+    rewards: Tensor
+    norm: str
+    read: int
+    tokens: list[str]
+    token_ids: list[int]
+
+    def __repr__(self) -> str:
+        at = "every token" if self._every else f"token {self.read} {self.tokens[self.read]!r}"
+        parts = ", ".join(f"{name} {' × '.join(map(str, x.shape))}".rstrip() for name, x in self.contributions.items())
+        return f"Attribution(norm {self.norm!r}, at {at} of {len(self.tokens)}, {parts})"
+
+    @property
+    def _every(self) -> bool:
+        return any("position" in axes for axes in self.axes.values())
+
+    @property
+    def total(self) -> Tensor:
+        """([T,] [K]): the constant and all contributions that were asked for.
+
+        With embedding, attention and MLPs among them it is the reward for norm="final"; for norm="raw" it is w·h_L + b,
+        which is not.
+        """
+        total = self.constant.double()
+        for name, x in self.contributions.items():
+            summed = [i for i, axis in enumerate(self.axes[name]) if axis not in ("position", "label")]
+            total = total + (x.double().sum(summed) if summed else x.double())
+        return total.to(self.constant.dtype)
+
+    def of(self, component: str) -> Tensor:
+        """The contributions of a component; of "attn_out" and "mlp_out" also where they are there as heads or neurons.
+
+        Raises:
+            ValueError: the component was not asked for.
+        """
+        if component in self.contributions:
+            return self.contributions[component]
+        for units, whole in _WHOLE.items():
+            if component == whole and units in self.contributions:
+                x, bias = (self.contributions[name] for name in _GIVES[units])
+                return (x.double().sum(self.axes[units].index(UNITS[units])) + bias.double()).to(x.dtype)
+        raise ValueError(f"Expected a component among {', '.join(self.contributions)}, got {component!r}")
+
+    def like(self, sweep: PatchSweep) -> Tensor:
+        """Contributions at the read token in the layout of a sweep's `rewards`, to hold against its `effect`.
+
+        Does attribution predict patching? For a pair, the difference of both texts' contributions beside what patching
+        the same components, at all positions jointly, does.
+
+        Raises:
+            ValueError: this attribution is of every token, or lacks a kind that was swept; the grid has several
+                positions, kinds of different units, or a metric's numbers in place of the labels.
+        """
+        if self._every:
+            raise ValueError('Expected an attribution at the read token (positions="last"), got one at every token')
+        if len(sweep.coords["position"]) != 1 or "unit" in sweep.coords:
+            raise ValueError(
+                'Expected a sweep of one group of positions (positions="joint") and of kinds with the same units, got '
+                f"axes {', '.join(sweep.axes)}, positions {len(sweep.coords['position'])}"
+            )
+        if ("label" in sweep.coords) != (self.constant.dim() == 1):
+            raise ValueError(f"Expected a sweep of the rewards themselves, {self.constant.numel()}, without metric")
+        grid = torch.stack([self.of(site)[sweep.coords["layer"]] for site in sweep.coords["site"]])
+        for axis in ("head", "neuron"):
+            grid = grid[:, :, sweep.coords[axis]] if axis in sweep.coords else grid
+        grid = grid[..., sweep.coords["label"]] if "label" in sweep.coords else grid
+        return grid.reshape(sweep.rewards.shape)
+
+
+def attribute(
+    rm: RewardModel,
+    inputs: Any,
+    *,
+    components: str | Sequence[str] = ("embedding", "attn_out", "mlp_out"),
+    positions: Literal["last", "all"] = "last",
+    norm: Literal["final", "raw"] = "final",
+    **encoding: Any,
+) -> Attribution | list[Attribution]:
+    """See `RewardModel.attribute`."""
+    named = [components] if isinstance(components, str) else list(components)
+    if not named or len(set(named)) < len(named) or not set(named) <= set(_GIVES):
+        raise ValueError(f"Expected components to be different ones of {', '.join(_GIVES)}, got {components!r}")
+    for units, whole in _WHOLE.items():
+        if units in named and whole in named:
+            raise ValueError(f"Expected components with {whole} or {units}, which it is the sum of, got both")
+    for name, value, known in (("positions", positions, ("last", "all")), ("norm", norm, ("final", "raw"))):
+        if value not in known:
+            raise ValueError(f'Expected {name} to be "{known[0]}" or "{known[1]}", got {value!r}')
+    many = _several(inputs)
+    texts = rm.encode(list(inputs) if many else [inputs], **encoding)
+    parts = _Parts(rm, [name for name in _GIVES if name in named], norm)
+    results = [
+        parts.attribution(text, rm._position(text.ids, i, None), positions == "all") for i, text in enumerate(texts)
+    ]
+    return results if many else results[0]
+
+
+@dataclass(frozen=True)
+class _Norm:
+    """A norm as a linear map: for a row x it is scale(x) times that map, and a constant."""
+
+    kind: int = NONE
+    gain: Tensor | None = None
+    bias: Tensor | None = None
+    eps: float = 0.0
+
+    def back(self, directions: Tensor) -> Tensor:
+        """Directions (K, d) of what it gives, as directions of what it is given, but for the scale."""
+        directions = fold_gain(directions, self.kind, self.gain)
+        return directions - directions.mean(-1, keepdim=True) if self.kind == LAYER else directions
+
+    def constant(self, directions: Tensor, bias: Tensor | None = None) -> Tensor:
+        """(K,): what its own bias adds along the directions, and theirs."""
+        return fold_bias(directions, bias, self.kind, self.bias)
+
+    def scale(self, x: Tensor, dtype: torch.dtype) -> Tensor:
+        """(n, d) -> (n, 1) in dtype."""
+        if self.kind == NONE:
+            return x.new_ones(x.size(0), 1, dtype=dtype)
+        x = x.to(dtype)
+        x = x - x.mean(-1, keepdim=True) if self.kind == LAYER else x
+        return torch.rsqrt(x.square().mean(-1, keepdim=True) + self.eps)
+
+
+@dataclass(frozen=True)
+class _Units:
+    """How the heads, or the neurons, of one layer reach the stream: through a projection and the norm behind it."""
+
+    given: Point  # their outputs, given to the projection
+    result: Point  # what the projection gives
+    projector: Tensor  # (K, units, width)
+    bias: Tensor  # (K,), of the projection
+    norm: _Norm
+    constant: Tensor  # (K,), of the norm
+
+
+class _Parts:
+    """A model's components as directions in them; made once for any number of texts."""
+
+    def __init__(self, rm: RewardModel, names: list[str], norm: str):
+        self.rm, self.names, self.norm = rm, names, norm
+        linear = _linear_head(rm.binding)
+        self.patcher = LayersPatcher(rm.binding)
+        self.binding = binding = self.patcher.binding
+        _check_norm(binding, norm)
+        for kind in {"attn_out", "mlp_out", *(name for name in names if name in _WHOLE)}:
+            self.patcher.units(kind)
+        self._stored = next(p.dtype for p in binding.root.parameters() if p.is_floating_point())
+        self.dtype = torch.float64 if self._stored == torch.float64 else torch.float32
+        with binding.session(grad=True), torch.no_grad():
+            weight, bias = (None if x is None else x.detach().to(self.dtype) for x in (linear.weight, linear.bias))
+            assert weight is not None
+            given = binding.norm_arguments(weight.device) if norm == "final" else {"norm": None}
+            self.final = self._norm(**given)
+            self.direction = self.final.back(weight)  # (K, d)
+            self.constant = self.final.constant(weight, bias)
+            self.units = {
+                (kind, layer): self._units(kind, layer)
+                for kind in names
+                if kind in _WHOLE
+                for layer in range(self.patcher.layers)
+            }
+
+    def _units(self, kind: str, layer: int) -> _Units:
+        point, added = self.patcher.points[layer][kind], self.patcher.points[layer][_WHOLE[kind]].module
+        held = next(chain(point.module.parameters(), point.module.buffers()), self.direction)
+        direction = self.direction.to(self.binding.device if held.is_meta else held.device)
+        norm = _Norm()
+        if not any(module is point.module for module in added.modules()):
+            norm = self._behind(_model.active(added), direction.device)
+        units, width = self.patcher.units(kind)
+        projector, bias = _transposed(point.module, norm.back(direction), units * width, self._stored)
+        result = Point(point.module, "out")
+        return _Units(point, result, projector.unflatten(-1, (units, width)), bias, norm, norm.constant(direction))
+
+    def _behind(self, module: nn.Module, device: torch.device) -> _Norm:
+        """The norm between a projection and the stream."""
+        weight: Any = getattr(module, "weight", self.direction)
+        noise = torch.randn(1, 4, self.direction.size(-1), generator=torch.Generator().manual_seed(0)).to(weight)
+        kind = None if _model._hooked(module) else _model._norm_kind(_model.Call("", module, noise, None))
+        if kind is None:
+            raise ValueError(
+                "Expected the norm behind attention or MLP to be an RMS or layer norm with a readable weight and no "
+                f"hooks, got {type(module).__name__}; attn_out and mlp_out need none"
+            )
+        gain, bias = (
+            None if x is None else x.to(device) for x in (_model._gain(module), getattr(module, "bias", None))
+        )
+        return self._norm(kind, gain, bias, _model._eps(module))
+
+    def _norm(
+        self, norm: str | None, norm_weight: Tensor | None = None, norm_bias: Tensor | None = None, eps: float = 0.0
+    ) -> _Norm:
+        """From `reward_head`'s arguments."""
+        gain, bias = (None if x is None else x.detach().to(self.dtype) for x in (norm_weight, norm_bias))
+        return _Norm(NORMS[norm], gain, bias, eps)
+
+    def attribution(self, text: Encoded, read: int, every: bool) -> Attribution:
+        dots, stream, rewards, tolerance = self._run(text, slice(None) if every else slice(read, read + 1))
+        scale = self.final.scale(stream, self.dtype)  # (n, 1)
+        absent = {axis for axis, there in (("position", every), ("label", len(self.constant) > 1)) if not there}
+
+        def result(x: Tensor, *axes: str) -> tuple[Tensor, tuple[str, ...]]:
+            x = x.squeeze([i for i, axis in enumerate(axes) if axis in absent])
+            return x.cpu(), tuple(axis for axis in axes if axis not in absent)
+
+        def layers(name: str) -> Tensor:
+            return torch.stack([dots[name, layer].to(scale.device) for layer in range(self.patcher.layers)])
+
+        found: dict[str, tuple[Tensor, tuple[str, ...]]] = {}
+        for component in self.names:
+            if component == "embedding":
+                found["embedding"] = result(dots["embedding", 0] * scale, "position", "label")
+                continue
+            parts = {name: layers(name) for name in _GIVES[component]}
+            if component in _WHOLE:
+                units, bias = parts.values()
+                self._check_sum(component, units, bias, layers(_WHOLE[component]), tolerance)
+            for name, x in parts.items():
+                unit = [UNITS[name]] if name in UNITS else []
+                found[name] = result(x * (scale[..., None] if unit else scale), "layer", "position", *unit, "label")
+        ids, tokenizer = text.ids.tolist(), self.rm.tokenizer
+        return Attribution(
+            contributions={name: x for name, (x, _) in found.items()},
+            axes={name: axes for name, (_, axes) in found.items()},
+            constant=result(self.constant.clone(), "label")[0],
+            rewards=result(rewards.clone(), "position", "label")[0],
+            norm=self.norm,
+            read=read,
+            tokens=[str(i) for i in ids] if tokenizer is None else [tokenizer.decode([i]) for i in ids],
+            token_ids=ids,
+        )
+
+    def _run(self, text: Encoded, rows: slice) -> tuple[dict[tuple[str, int], Tensor], Tensor, Tensor, float]:
+        """Runs a text alone and reads some rows of it.
+
+        Returns:
+            By component and layer the dots with the directions, (n, K) or (n, units, K), the final norm's scale left
+            out; the stream (n, d) that this norm is given; the rewards (n, K); how far sums may be off, relatively.
+        """
+        dots: dict[tuple[str, int], Tensor] = {}
+        total: Tensor | None = None
+        bits = 64  # of the least precise part
+
+        def part(name: str, layer: int, x: Tensor) -> None:
+            nonlocal total, bits
+            x = x[0, rows]
+            bits = min(bits, torch.finfo(x.dtype).bits)
+            dots[name, layer] = reward_head(x, self.direction.to(x.device))
+            total = x.to(self.dtype) if total is None else total + x.to(total)
+
+        def given(name: str, layer: int, x: Tensor) -> None:
+            units = self.units[name, layer]
+            dots[name, layer] = _dots(units.given.view(x)[0, rows], units.projector)
+
+        def result(name: str, layer: int, x: Tensor) -> None:
+            units = self.units[name, layer]
+            scale = units.norm.scale(x[0, rows], self.dtype)
+            dots[name, layer] *= scale[..., None]
+            dots[_GIVES[name][1], layer] = units.bias * scale + units.constant
+
+        points = self.patcher.points
+        with self.binding.session(), ExitStack() as stack:
+            stack.enter_context(points[0]["resid_pre"].tapped(partial(part, "embedding", 0)))
+            for name, layer in product(("attn_out", "mlp_out"), range(self.patcher.layers)):
+                stack.enter_context(points[layer][name].tapped(partial(part, name, layer)))
+            for (name, layer), units in self.units.items():
+                stack.enter_context(units.given.tapped(partial(given, name, layer)))
+                stack.enter_context(units.result.tapped(partial(result, name, layer)))
+            hidden = self._hidden(text)
+            rewards = self.binding.rewards(hidden, torch.arange(len(text), device=hidden.device)[rows])
+            stream = hidden[0, rows].to(self.dtype)
+        # A part that is left out is off by its own size; bf16, in many layers, by a few percent. NaN tells nothing.
+        tolerance = 1e-3 if bits >= 32 else 0.1
+        if total is None or (total - stream).norm() > tolerance * stream.norm():
+            raise ValueError(
+                "Expected layers that add their attention and MLP to the residual stream, so that the reward is a sum "
+                f"over them; those of {type(self.binding.root).__name__} ({type(self.patcher.modules[0]).__name__}) do "
+                "not: they normalise the sum, or have other parts"
+            )
+        return dots, stream, rewards, tolerance
+
+    def _hidden(self, text: Encoded) -> Tensor:
+        ids = torch.from_numpy(text.ids)[None].to(self.binding.device)
+        args = [ids, torch.ones_like(ids)]
+        # A decoder that takes token types (GPT-2) looks them up as words; only encoders have them in their inputs.
+        if text.types is not None and not self.binding.causal:
+            args.append(torch.from_numpy(text.types)[None].to(ids.device))
+        return self.binding.hidden(*args)
+
+    def _check_sum(self, kind: str, units: Tensor, bias: Tensor, whole: Tensor, tolerance: float) -> None:
+        error = (units.sum(2) + bias - whole).norm()
+        if whole.isfinite().all() and not error <= tolerance * max(units.norm(), whole.norm()):
+            raise ValueError(
+                f"Expected {kind} to make {_WHOLE[kind]} through a linear map and a norm behind it alone; behind the "
+                f"{type(self.units[kind, 0].given.module).__name__} of {type(self.patcher.modules[0]).__name__}, or in "
+                "its hooks, there is more"
+            )
+
+
+def _linear_head(binding: _model.Binding) -> nn.Linear:
+    name = type(binding.root).__name__
+    if not binding.head:
+        raise ValueError(
+            f"{name} pools by itself: attribute needs a head that reads one token's stream, a single nn.Linear"
+        )
+    linear = _model.plain_linear(binding.head)
+    if linear is None:
+        found = ", ".join(type(_model.active(module)).__name__ for module in binding.head)
+        raise ValueError(
+            f"Expected the head of {name} to be a single nn.Linear with a readable weight and no hooks, so that the "
+            f"reward is a sum over components, got {found}"
+        )
+    return linear
+
+
+def _check_norm(binding: _model.Binding, norm: str) -> None:
+    if binding.norm is None:
+        return
+    kind = type(_model.active(binding.norm)).__name__
+    if not binding.leaves_norm_out:
+        raise ValueError(f"Expected the body and its final norm ({kind}) to be without hooks")
+    if norm == "final" and (binding.norm_kind is None or not _model._readable(_model.active(binding.norm))):
+        raise ValueError(
+            f'Expected the final norm to be an RMS or layer norm with a readable weight, or norm="raw", got {kind}'
+        )
+
+
+def _transposed(module: nn.Module, directions: Tensor, columns: int, stored: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Directions (K, d) in what a linear module gives as (K, columns) in what it is given, and its bias there (K,).
+
+    By the module's own forward and its gradient, so that Linear, GPT-2's Conv1D and adapters (LoRA) are all alike; in
+    the directions' dtype, but where the weights are quantised or offloaded and can only be run as they are.
+    """
+    weights, dtype = {}, stored
+    if _model._readable(module) and all(x.is_floating_point() for x in chain(module.parameters(), module.buffers())):
+        dtype = directions.dtype  # a copy of weights made in inference mode, which autograd may not save
+        weights = {name: p.detach().to(dtype, copy=p.is_inference()) for name, p in module.named_parameters()}
+    x = directions.new_zeros(1, len(directions), columns, dtype=dtype).requires_grad_()
+    with torch.enable_grad():
+        out = torch.func.functional_call(module, weights, (x,))
+    (grad,) = torch.autograd.grad(out, x, directions.to(out)[None])
+    return grad[0].to(directions), directions @ out[0, 0].detach().to(directions)
+
+
+def _dots(x: Tensor, projector: Tensor) -> Tensor:
+    """(n, units, width) and (K, units, width) -> (n, units, K), some rows at a time."""
+    projector = projector.to(x.device)
+    out = projector.new_empty(*x.shape[:2], len(projector))
+    elements = _CHUNK_ELEMENTS.get(x.device.type, _CHUNK_ELEMENTS_ACCELERATOR)
+    rows = max(1, elements // projector[0].numel())
+    for some, into in zip(x.split(rows), out.split(rows)):
+        for k, directions in enumerate(projector):
+            torch.sum(some * directions, -1, out=into[..., k])
+    return out
