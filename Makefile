@@ -29,7 +29,8 @@ test-models: build
 	test -d $(OLD) || $(BIN)/pip install -q --no-deps --target $(OLD) \
 		transformers==5.17.0 huggingface_hub==1.31.0 httpx==0.28.1 httpcore==1.0.9
 	PYTHONPATH=$(OLD) OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -q \
-		tests/test_model.py tests/test_inputs.py tests/test_scoring.py tests/test_engine.py tests/test_hooks.py
+		tests/test_model.py tests/test_inputs.py tests/test_scoring.py tests/test_engine.py tests/test_hooks.py \
+		tests/test_attribution.py
 
 # reward-lens beside our own: its grids must agree. Laid over the environment without what it needs for other things.
 REWARD_LENS = build/reward-lens-2.0.1
