@@ -41,13 +41,14 @@ __all__ = [
     "backend",
     "explain",
     "load",
+    "losses",
     "ops",
 ]
 
 
 def __getattr__(name: str):
-    if name == "ops":
-        return importlib.import_module("rmfast.ops")
+    if name in ("losses", "ops"):
+        return importlib.import_module(f"rmfast.{name}")
     if name in _HOME:
         value = getattr(importlib.import_module(_HOME[name]), name)
         globals()[name] = value

@@ -29,7 +29,8 @@ step "tests of the ops on the GPU" 240 "$PY" -m pytest -q --maxfail=20 -p no:cac
   tests/test_reward_head.py tests/test_triton_reward_head.py tests/test_cuda_reward_head.py \
   tests/test_suffix_attention.py tests/test_triton_suffix_attention.py \
   tests/test_token_wise.py tests/test_triton_token_wise.py \
-  tests/test_neuron_stats.py tests/test_triton_neuron_stats.py tests/test_patch_rows.py
+  tests/test_neuron_stats.py tests/test_triton_neuron_stats.py tests/test_patch_rows.py \
+  tests/test_losses.py
 sanitizer=$(command -v compute-sanitizer || echo /usr/local/cuda/bin/compute-sanitizer)
 if [ -x "$sanitizer" ]; then
   for tool in memcheck racecheck; do

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 import rmfast
+from rmfast.losses import binned_mmd, tcrm_loss
 from rmfast.ops import neuron_stats, patch_rows, reward_head
 
 
@@ -37,6 +38,14 @@ def main() -> None:
             buffer = torch.randn(n + 1, m + 3, device="cuda").relu().bfloat16()
             for x in (buffer[1:, 1 : m + 1], buffer[1:, 1 : m + 1].float(), buffer[1:, 1 : m + 1].T.contiguous().T):
                 neuron_stats(x, torch.randn(n, 3, device="cuda"))
+        for dtype in (torch.bfloat16, torch.float32):
+            values = torch.randn(2, 2061, device="cuda").to(dtype)[:, 1:].requires_grad_()
+            ends = torch.tensor([0, 5, 6, 2060], device="cuda")
+            tcrm_loss(*values, ends, ends, margin=torch.rand(3, device="cuda"))[0].backward()
+            for shape in ((150,), (150, 3)):
+                x = torch.randn(shape, device="cuda").to(dtype).requires_grad_()
+                index = torch.arange(150, device="cuda")
+                binned_mmd(x, index % 7, groups=index % 2, bandwidth=[0.5, 2.0]).backward()
     torch.cuda.synchronize()
     print("ran every kernel")
 

@@ -93,7 +93,7 @@ def test_tcrm_is_the_papers_formula_with_its_gradient(backend, dtype, reduction,
 
     wide = [v.detach().cpu().double().requires_grad_() for v in values]
     parts = [list(v.split(lengths)) for v, lengths in zip(wide, LENGTHS)]
-    truth, true_terms = written_out(*parts, 0.3, 0.05, reduction, gaps)
+    truth, true_terms = written_out(*parts, 0.3, 0.05, reduction, None if gaps is None else gaps.cpu())
     (5 * truth).backward()
     assert loss.dtype == (torch.float64 if dtype == torch.float64 else torch.float32) and loss.shape == ()
     close(loss, truth.detach(), dtype)
