@@ -43,7 +43,7 @@ def tcrm_loss(
     and the result the mean over pairs. So a final value gets its gradient from L_BT alone, any other one from the
     token behind it and from the final one. A response of one token has L_BT only.
 
-    Loss and gradient come from one pass over the values; the backward scales that gradient. Memory is O(N).
+    One pass over the values forward and one backward, with nothing kept between them but the values.
 
     Args:
         values_chosen: the head's output at every token: (N,), all chosen texts one behind the other, or (B, T), padded.
@@ -64,7 +64,7 @@ def tcrm_loss(
         The loss, in float32 (float64 for float64 values), differentiable once in both values; and its three terms
         before their weights, detached: "bradley_terry", "smoothness" and "lookahead", means over pairs.
 
-        A NaN at any token of a response makes the loss NaN, and with it the gradients of its own pair.
+        A NaN at any token of a response makes the loss NaN, and the gradients in its own pair that depend on it.
 
     Raises:
         ValueError: a shape, device or weight that does not fit, or no pairs; cu_seqlens that fall or don't end at N, a
