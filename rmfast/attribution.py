@@ -27,11 +27,10 @@ from torch import Tensor, nn
 from rmfast import model as _model
 from rmfast.grids import PatchSweep
 from rmfast.hooks import LayersPatcher, Point
-from rmfast.inputs import Encoded
+from rmfast.inputs import Encoded, several
 from rmfast.kernels.reward_head.reference import LAYER, NONE, NORMS, fold_bias, fold_gain
 from rmfast.ops import reward_head
 from rmfast.sites import UNITS
-from rmfast.sweep import _several
 
 if TYPE_CHECKING:
     from rmfast.scoring import RewardModel
@@ -161,7 +160,7 @@ def attribute(
     for name, value, known in (("positions", positions, ("last", "all")), ("norm", norm, ("final", "raw"))):
         if value not in known:
             raise ValueError(f'Expected {name} to be "{known[0]}" or "{known[1]}", got {value!r}')
-    many = _several(inputs)
+    many = several(inputs)
     texts = rm.encode(list(inputs) if many else [inputs], **encoding)
     parts = _Parts(rm, [name for name in _GIVES if name in named], norm)
     results = [

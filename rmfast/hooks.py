@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -320,13 +320,15 @@ class LayersPatcher:
             raise ValueError(self._missing[kind])
         return self._sizes[kind]
 
-    def record(self, text: Encoded, read: int, kinds: set[str], base: bool = True) -> LayerRecord:
-        """Runs a text alone and keeps the activations of `kinds`; inside `binding.session()`. Any serves as a base.
+    def record(
+        self, text: Encoded, read: int, kinds: set[str], layers: Collection[int] | None = None, base: bool = True
+    ) -> LayerRecord:
+        """Runs a text alone and keeps `kinds` in `layers` (None: all); inside `binding.session()`. Any is a base.
 
         Args:
             read: where the reward is read; a model that pools by itself reads where it does.
         """
-        return self._recorded(text, read, kinds, None)[0]
+        return self._recorded(text, read, kinds, layers, None)[0]
 
     def rewards(
         self,
@@ -391,7 +393,7 @@ class LayersPatcher:
             leaf = Point(self.modules[0], "in").tapped(lambda x: x.detach().requires_grad_())
             captured: dict[tuple[str, int], Tensor] = {}
             with leaf:  # the graph begins at the embedding stream, also where no parameter requires grad
-                record, rewards = self._recorded(text, read, kinds, captured)
+                record, rewards = self._recorded(text, read, kinds, None, captured)
             outputs = list(rewards) if metric is None else [_scalar(metric(rewards))]
             tensors = list({id(x): x for x in captured.values()}.values())  # q, k and v of one projection share theirs
             which = {id(x): i for i, x in enumerate(tensors)}
@@ -415,8 +417,9 @@ class LayersPatcher:
         return record, gradient
 
     def _recorded(
-        self, text: Encoded, read: int, kinds: set[str], captured: dict[tuple[str, int], Tensor] | None
-    ) -> tuple[LayerRecord, Tensor]:
+        self, text: Encoded, read: int, kinds: set[str], layers: Collection[int] | None,
+        captured: dict[tuple[str, int], Tensor] | None,
+    ) -> tuple[LayerRecord, Tensor]:  # fmt: skip
         """The run of a text alone and its rewards (K,); with `captured`, the tensors at the kinds' points go there."""
         for kind in kinds:
             self.units(kind)
@@ -440,7 +443,8 @@ class LayersPatcher:
             for layer, module in enumerate(self.modules):
                 hook = module.register_forward_hook(lambda module, args, out, layer=layer: tail(layer, out))
                 stack.callback(hook.remove)
-                for kind in sorted(kinds | {"resid_pre", "resid_post"}):
+                here = kinds if layers is None or layer in layers else set()
+                for kind in sorted(here | {"resid_pre", "resid_post"}):
                     stack.enter_context(self.points[layer][kind].tapped(partial(keep, kind, layer)))
             rewards = self._forward(torch.from_numpy(text.ids)[None], text.types, read)[0]
         return LayerRecord(text.ids, text.types, read, rewards.detach().cpu(), tails, kept), rewards

@@ -48,6 +48,11 @@ class Text:
     second: str | None = None
 
 
+def several(inputs: Any) -> bool:
+    """Whether inputs is a list of them, not one of them: chat messages, token ids."""
+    return isinstance(inputs, list) and bool(inputs) and not isinstance(inputs[0], dict | int | np.integer)
+
+
 def encode(
     inputs: Sequence[Any],
     tokenizer: Any,

@@ -13,7 +13,7 @@ layer only the read rows have queries, output and MLP; the final norm and head r
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -39,23 +39,23 @@ class SuffixRecord:
     """A run of one text up to its read token, as sites.Record; T is the tokens up to there.
 
     Attributes:
-        stream: (T, d) entering each layer, and after the last one.
-        parts: by kind, (T, units, width) of each layer.
-        cos, sin: (T, R) of each layer.
-        rotated: q, k (after norms and rotation) and v, (T, H, D), of each layer.
+        stream: (T, d) by the layer that it enters, L after the last one.
+        parts: (T, units, width) by kind and layer.
+        cos, sin: (T, R) by layer.
+        rotated: q, k (after norms and rotation) and v, (T, H, D), by layer.
     """
 
     ids: np.ndarray
     read: int
     reward: Tensor
-    stream: list[Tensor] = field(default_factory=list)
-    parts: dict[str, list[Tensor]] = field(default_factory=dict)
-    cos: list[Tensor] = field(default_factory=list)
-    sin: list[Tensor] = field(default_factory=list)
-    rotated: list[tuple[Tensor, Tensor, Tensor]] = field(default_factory=list)
+    stream: dict[int, Tensor] = field(default_factory=dict)
+    parts: dict[str, dict[int, Tensor]] = field(default_factory=dict)
+    cos: dict[int, Tensor] = field(default_factory=dict)
+    sin: dict[int, Tensor] = field(default_factory=dict)
+    rotated: dict[int, tuple[Tensor, Tensor, Tensor]] = field(default_factory=dict)
 
     def activations(self, kind: str, layer: int) -> Tensor:
-        """(T, units, width) of a kind that was recorded; the stream always is."""
+        """(T, units, width) of a kind and layer that were recorded."""
         if kind in ("resid_pre", "resid_post"):
             return self.stream[layer + (kind == "resid_post")][:, None]
         return self.parts[kind][layer]
@@ -88,45 +88,55 @@ class SuffixPatcher:
             )
         return layer.mlp.down_proj.in_features, 1
 
-    def record(self, text: Encoded, read: int, kinds: set[str], base: bool = True) -> SuffixRecord:
+    def record(
+        self, text: Encoded, read: int, kinds: set[str], layers: Collection[int] | None = None, base: bool = True
+    ) -> SuffixRecord:
         ids = text.ids[: read + 1]
-        record = SuffixRecord(ids, read, torch.empty(0), parts={kind: [] for kind in kinds})
+        record = SuffixRecord(ids, read, torch.empty(0), parts={kind: {} for kind in kinds})
         binding, device = self.binding, self.binding.device
         longest = len(text) if any(binding.length_group(len(text))) else 0
         run = Run(*_suffixes(np.array([0, len(ids)]), np.zeros(1, np.int32), device), pool=_no_pool)
+        asked = range(self.layers) if layers is None else layers
+        if base:  # what the lowest edit enters, and all that it then runs through
+            streams: Collection[int] = range(min(asked, default=self.layers), self.layers + 1)
+        else:
+            offsets = [offset for kind, offset in (("resid_pre", 0), ("resid_post", 1)) if kind in kinds]
+            streams = {layer + offset for layer in asked for offset in offsets}
 
-        def recording(layer: Layer) -> Callable[..., Tensor]:
+        def recording(m: int, layer: Layer) -> Callable[..., Tensor]:
             def forward(hidden_states: Tensor, *args: Any, position_embeddings: Any = None, **kwargs: Any) -> Tensor:
-                cos, sin = (t[0] for t in position_embeddings)
-                return self._record_layer(record, layer, run, hidden_states[0], cos, sin, base)[None]
+                x, cos, sin = hidden_states[0], *(t[0] for t in position_embeddings)
+                if m in streams:
+                    record.stream[m] = x
+                    if base:
+                        record.cos[m], record.sin[m] = cos, sin
+                return self._record_layer(record, m, layer, run, x, cos, sin, m in asked)[None]
 
             return forward
 
         tokens, positions = _move(ids.astype(np.int64), device), torch.arange(len(ids), device=device)
-        forwards = [recording(fused) for _, fused in self.engine.layers]
+        forwards = [recording(m, fused) for m, (_, fused) in enumerate(self.engine.layers)]
         hidden = self.engine.body(tokens, positions, run, forwards, longest)
-        record.stream.append(hidden)
+        if self.layers in streams:
+            record.stream[self.layers] = hidden
         record.reward = binding.rewards(hidden[None], torch.tensor([read], device=hidden.device))[0].cpu()
         return record
 
     def _record_layer(
-        self, record: SuffixRecord, layer: Layer, run: Run, x: Tensor, cos: Tensor, sin: Tensor, base: bool
+        self, record: SuffixRecord, m: int, layer: Layer, run: Run, x: Tensor, cos: Tensor, sin: Tensor, kinds: bool
     ) -> Tensor:
-        """One layer as `Layer.rows`, step by step."""
+        """One layer as `Layer.rows`, step by step; its kinds are kept where `kinds`."""
 
         def keep(kind: str, value: Tensor) -> None:
-            if kind in record.parts:
-                record.parts[kind].append(value if value.dim() == 3 else value[:, None])
+            if kinds and kind in record.parts:
+                record.parts[kind][m] = value if value.dim() == 3 else value[:, None]
 
-        record.stream.append(x)
         q, k, v = layer.project(layer.enter(x, None)[0])
         for kind, value in (("q", q), ("k", k), ("v", v)):
             keep(kind, value)
         q, k = layer.turn(q, k, cos, sin)
-        if base:
-            record.cos.append(cos)
-            record.sin.append(sin)
-            record.rotated.append((q, k, v))
+        if m in record.cos:
+            record.rotated[m] = (q, k, v)
         heads = run.attend(layer.attn, q, k, v, **layer.options)
         keep("head_out", heads)
         added = layer.added_by(heads)
@@ -134,9 +144,9 @@ class SuffixPatcher:
         middle = x + added
         keep("resid_mid", middle)
         y = layer.middle_norm(middle)
-        if "mlp_neuron" in record.parts:
+        if kinds and "mlp_neuron" in record.parts:
             neurons = layer.neurons(y)
-            record.parts["mlp_neuron"].append(neurons[..., None])
+            keep("mlp_neuron", neurons[..., None])
             delta = layer.mlp_from(neurons)
         else:
             delta = layer.mlp_of(y)
@@ -190,13 +200,13 @@ class _Chunk:
 
     def __init__(self, patcher: SuffixPatcher, base: SuffixRecord, edits: Edits, entry: np.ndarray, values: Values):
         self.patcher, self.base, self.edits, self.entry, self.values = patcher, base, edits, entry, values
-        self.tokens, self.device = len(base.ids), base.stream[0].device
+        self.tokens, self.device = len(base.ids), patcher.binding.device
         self.first = edits.groups.argmax(1)[edits.group]
 
     def run(self) -> Tensor:
         """Rewards (n, K)."""
         layers, base = self.patcher.layers, self.base
-        x = base.stream[0][:0]
+        x = base.stream[layers][:0]
         delta: Tensor | None = None
         live = 0
         for m in range(layers):

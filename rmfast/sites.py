@@ -18,7 +18,7 @@ A layer that normalises its sums instead (BERT) has as resid_mid and resid_post 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -88,8 +88,11 @@ class Patcher(Protocol):
         """Units of a layer and values of each; ValueError where the model's layers lack the part, naming it."""
         ...
 
-    def record(self, text: Encoded, read: int, kinds: set[str], base: bool = True) -> Record:
-        """Runs a text alone and keeps the activations of `kinds`, and of a base run what `rewards` needs of it."""
+    def record(
+        self, text: Encoded, read: int, kinds: set[str], layers: Collection[int] | None = None, base: bool = True
+    ) -> Record:
+        """Runs a text alone and keeps the activations of `kinds` in `layers` (None: all), and of a base run what
+        `rewards` needs for edits in these layers."""
         ...
 
     def rewards(

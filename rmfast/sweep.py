@@ -27,7 +27,7 @@ from tqdm.auto import tqdm
 
 from rmfast.grids import PatchSweep
 from rmfast.hooks import LayersPatcher
-from rmfast.inputs import Encoded
+from rmfast.inputs import Encoded, several
 from rmfast.patching import SuffixPatcher
 from rmfast.sites import KINDS, UNITS, Edits, Patcher, Record, Values
 
@@ -227,7 +227,7 @@ class _Options:
         return self.rm.encode(texts, **self.encoding)
 
     def pairs(self, clean: Any, corrupted: Any) -> tuple[list[_Pair], bool]:
-        many = _several(clean)
+        many = several(clean)
         cleans = self._encode("clean", list(clean) if many else [clean])
         if self.mode not in _PAIRED:
             if corrupted is not None:
@@ -235,7 +235,7 @@ class _Options:
             return [self._pair(text, None) for text in cleans], many
         if corrupted is None:
             raise ValueError(f"Expected a corrupted text with mode {self.mode!r}")
-        if _several(corrupted) != many or (many and len(corrupted) != len(clean)):
+        if several(corrupted) != many or (many and len(corrupted) != len(clean)):
             raise ValueError("Expected clean and corrupted to be one text each, or lists of the same length")
         others = self._encode("corrupted", list(corrupted) if many else [corrupted])
         ordered = zip(cleans, others) if self.mode == "noising" else zip(others, cleans)
@@ -368,7 +368,7 @@ class _Options:
         assert self.baseline is not None
         total: dict[tuple[str, int], Tensor] = {}
         for text in self.baseline:
-            record = self.patcher.record(text, len(text) - 1, set(self.kinds), base=False)
+            record = self.patcher.record(text, len(text) - 1, set(self.kinds), self.layers, base=False)
             for key in ((kind, layer) for kind in self.kinds for layer in self.layers):
                 part = record.activations(*key).double().sum(0)
                 total[key] = total[key] + part if key in total else part
@@ -383,7 +383,7 @@ class _Options:
         token = (rng.random(tokens) * np.array([len(self.baseline[i]) for i in text])).astype(np.int64)
         found: dict[tuple[str, int], Tensor] = {}
         for i in np.unique(text):
-            record = self.patcher.record(self.baseline[i], len(self.baseline[i]) - 1, set(self.kinds), base=False)
+            record = self.patcher.record(self.baseline[i], len(self.baseline[i]) - 1, set(self.kinds), self.layers, base=False)
             here = np.flatnonzero(text == i)
             for key in ((kind, layer) for kind in self.kinds for layer in self.layers):
                 rows = record.activations(*key)
@@ -394,10 +394,12 @@ class _Options:
 
     def fingerprint(self, pairs: list[_Pair], *more: Any) -> str:
         """Of all that a sweep's numbers depend on."""
-        digest = hashlib.sha256(repr((self.mode, self.kinds, self.layers, self.units, self.seed, more)).encode())
+        asked = (self.mode, self.kinds, self.layers, self.units, self.seed, more)
+        digest = hashlib.sha256(repr(asked).encode())
         arrays: list[np.ndarray] = [text.ids for text in self.baseline or ()]
         for pair in pairs:
-            arrays += [pair.base.ids, pair.partner, self.grid(pair).edits.groups]
+            digest.update(repr((_spans(self.positions, len(pair.base)), pair.base_read, pair.first)).encode())
+            arrays += [pair.base.ids, pair.partner]
             arrays += [pair.other.ids] if pair.other is not None else []
         arrays += [tensor.detach().double().cpu().numpy() for tensor in (self.given or {}).values()]
         for name, p in self.binding.root.named_parameters():
@@ -465,10 +467,10 @@ def _sweep(
         chosen = np.sort(np.argsort(-size.numpy(), kind="stable")[: screen[0]])
     cells = grid.cells[torch.from_numpy(chosen)]
     with options.binding.session():
-        base = patcher.record(pair.base, pair.base_read, options.recorded)
+        base = patcher.record(pair.base, pair.base_read, options.recorded, options.layers)
         other = None
         if pair.other is not None:
-            other = patcher.record(pair.other, pair.other_read, set(options.kinds), base=False)
+            other = patcher.record(pair.other, pair.other_read, set(options.kinds), options.layers, base=False)
         edits = grid.edits[chosen]
         edits = replace(edits, groups=edits.groups[:, : len(base.ids)])
         budget = _budget(options.rm, patcher, base, edits, batch_tokens)
@@ -514,7 +516,7 @@ def _estimate(options: _Options, pair: _Pair) -> PatchSweep:
     metric = options.metric and (lambda rewards: torch.as_tensor(options.metric(rewards)))  # type: ignore[misc]
     base, slopes = hooked.gradients(pair.base, pair.base_read, kinds, metric)
     with options.binding.session():
-        other = None if pair.other is None else hooked.record(pair.other, pair.other_read, kinds)
+        other = None if pair.other is None else hooked.record(pair.other, pair.other_read, kinds, options.layers)
         values = options.values(pair, base, other)
         edits = grid.edits
         two = [None if record is None else options.measured(record.reward[None])[0] for record in (base, other)]
@@ -543,11 +545,6 @@ def _estimate(options: _Options, pair: _Pair) -> PatchSweep:
 
 def _at(rows: Tensor, index: Tensor) -> Tensor:
     return rows[index.to(rows.device)]
-
-
-def _several(texts: Any) -> bool:
-    """Whether texts is a list of inputs, not one of them: chat messages, token ids."""
-    return isinstance(texts, list) and bool(texts) and not isinstance(texts[0], dict | int | np.integer)
 
 
 def _indices(name: str, given: Any, count: int) -> list[int]:
