@@ -65,7 +65,7 @@ class Attribution:
             token is read), "head" or "neuron", "label" (for K > 1).
         constant: () or (K,), what belongs to no component: the head's bias, and a final layer norm's β·w.
         rewards: ([T,] [K]), the model's own.
-        norm: "final", or "raw" for contributions that leave the final norm out.
+        norm: "frozen", or "raw" for contributions that leave the final norm out.
         read: the token where the reward is read.
         tokens, token_ids: of the text.
     """
@@ -92,8 +92,8 @@ class Attribution:
     def total(self) -> Tensor:
         """([T,] [K]): the constant and all contributions that were asked for.
 
-        With embedding, attention and MLPs among them it is the reward for norm="final"; for norm="raw" it is w·h_L + b,
-        which is not.
+        With embedding, attention and MLPs among them it is the reward for norm="frozen"; for norm="raw" it is
+        w·h_L + b, which is not.
         """
         total = self.constant.double()
         for name, x in self.contributions.items():
@@ -147,7 +147,7 @@ def attribute(
     *,
     components: str | Sequence[str] = ("embedding", "attn_out", "mlp_out"),
     positions: Literal["last", "all"] = "last",
-    norm: Literal["final", "raw"] = "final",
+    norm: Literal["frozen", "raw"] = "frozen",
     **encoding: Any,
 ) -> Attribution | list[Attribution]:
     """See `RewardModel.attribute`."""
@@ -157,7 +157,7 @@ def attribute(
     for units, whole in _WHOLE.items():
         if units in named and whole in named:
             raise ValueError(f"Expected components with {whole} or {units}, which it is the sum of, got both")
-    for name, value, known in (("positions", positions, ("last", "all")), ("norm", norm, ("final", "raw"))):
+    for name, value, known in (("positions", positions, ("last", "all")), ("norm", norm, ("frozen", "raw"))):
         if value not in known:
             raise ValueError(f'Expected {name} to be "{known[0]}" or "{known[1]}", got {value!r}')
     many = several(inputs)
@@ -178,6 +178,15 @@ class _Norm:
     bias: Tensor | None = None
     eps: float = 0.0
 
+    @classmethod
+    def of(
+        cls, dtype: torch.dtype, norm: str | None, norm_weight: Tensor | None = None, norm_bias: Tensor | None = None,
+        eps: float = 0.0,
+    ) -> _Norm:  # fmt: skip
+        """From `reward_head`'s arguments."""
+        gain, bias = (None if x is None else x.detach().to(dtype) for x in (norm_weight, norm_bias))
+        return cls(NORMS[norm], gain, bias, eps)
+
     def back(self, directions: Tensor) -> Tensor:
         """Directions (K, d) of what it gives, as directions of what it is given, but for the scale."""
         directions = fold_gain(directions, self.kind, self.gain)
@@ -197,6 +206,47 @@ class _Norm:
 
 
 @dataclass(frozen=True)
+class FrozenHead:
+    """The final norm and a linear head as a linear map of the stream h, the norm's scale frozen at some h_L:
+
+        reward = scale(h_L) · direction·h + constant, for any part h of h_L; for h = h_L the model's own
+
+    Attributes:
+        norm: the final norm; one that does nothing for norm="raw", whose scale is 1.
+        direction: (K, d), γ⊙w, less its own mean for a layer norm: h need not be centred.
+        constant: (K,), the head's bias and β·w.
+        dtype: of them and of `scale`: fp32, fp64 for an fp64 model.
+    """
+
+    norm: _Norm
+    direction: Tensor
+    constant: Tensor
+    dtype: torch.dtype
+
+    @classmethod
+    def of(cls, binding: _model.Binding, norm: Literal["frozen", "raw"]) -> FrozenHead:
+        """Reads the model's weights as they are now.
+
+        Raises:
+            ValueError: the head is not a single readable nn.Linear, or the norm is of no known kind or hooked.
+        """
+        linear = _linear(binding)
+        check_norm(binding, norm)
+        stored = next(p.dtype for p in binding.root.parameters() if p.is_floating_point())
+        dtype = torch.float64 if stored == torch.float64 else torch.float32
+        with binding.session(grad=True), torch.no_grad():
+            weight, bias = (None if x is None else x.detach().to(dtype) for x in (linear.weight, linear.bias))
+            assert weight is not None
+            given = binding.norm_arguments(weight.device) if norm == "frozen" else {"norm": None}
+            final = _Norm.of(dtype, **given)
+            return cls(final, final.back(weight), final.constant(weight, bias), dtype)
+
+    def scale(self, stream: Tensor) -> Tensor:
+        """(n, d) -> (n, 1), the norm's scale on these streams."""
+        return self.norm.scale(stream, self.dtype)
+
+
+@dataclass(frozen=True)
 class _Units:
     """How the heads, or the neurons, of one layer reach the stream: through a projection and the norm behind it."""
 
@@ -213,21 +263,15 @@ class _Parts:
 
     def __init__(self, rm: RewardModel, names: list[str], norm: str):
         self.rm, self.names, self.norm = rm, names, norm
-        linear = _linear_head(rm.binding)
+        _linear(rm.binding)  # refused before anything runs
         self.patcher = LayersPatcher(rm.binding)
         self.binding = binding = self.patcher.binding
-        _check_norm(binding, norm)
+        self.head = FrozenHead.of(binding, norm)
         for kind in {"attn_out", "mlp_out", *(name for name in names if name in _WHOLE)}:
             self.patcher.units(kind)
         self._stored = next(p.dtype for p in binding.root.parameters() if p.is_floating_point())
-        self.dtype = torch.float64 if self._stored == torch.float64 else torch.float32
+        self.direction, self.constant, self.dtype = self.head.direction, self.head.constant, self.head.dtype
         with binding.session(grad=True), torch.no_grad():
-            weight, bias = (None if x is None else x.detach().to(self.dtype) for x in (linear.weight, linear.bias))
-            assert weight is not None
-            given = binding.norm_arguments(weight.device) if norm == "final" else {"norm": None}
-            self.final = self._norm(**given)
-            self.direction = self.final.back(weight)  # (K, d)
-            self.constant = self.final.constant(weight, bias)
             self.units = {
                 (kind, layer): self._units(kind, layer)
                 for kind in names
@@ -260,18 +304,11 @@ class _Parts:
         gain, bias = (
             None if x is None else x.to(device) for x in (_model._gain(module), getattr(module, "bias", None))
         )
-        return self._norm(kind, gain, bias, _model._eps(module))
-
-    def _norm(
-        self, norm: str | None, norm_weight: Tensor | None = None, norm_bias: Tensor | None = None, eps: float = 0.0
-    ) -> _Norm:
-        """From `reward_head`'s arguments."""
-        gain, bias = (None if x is None else x.detach().to(self.dtype) for x in (norm_weight, norm_bias))
-        return _Norm(NORMS[norm], gain, bias, eps)
+        return _Norm.of(self.dtype, kind, gain, bias, _model._eps(module))
 
     def attribution(self, text: Encoded, read: int, every: bool) -> Attribution:
         dots, stream, rewards, tolerance = self._run(text, slice(None) if every else slice(read, read + 1))
-        scale = self.final.scale(stream, self.dtype)  # (n, 1)
+        scale = self.head.scale(stream)  # (n, 1)
         absent = {axis for axis, there in (("position", every), ("label", len(self.constant) > 1)) if not there}
 
         def result(x: Tensor, *axes: str) -> tuple[Tensor, tuple[str, ...]]:
@@ -372,29 +409,28 @@ class _Parts:
             )
 
 
-def _linear_head(binding: _model.Binding) -> nn.Linear:
+def _linear(binding: _model.Binding) -> nn.Linear:
     name = type(binding.root).__name__
     if not binding.head:
-        raise ValueError(
-            f"{name} pools by itself: attribute needs a head that reads one token's stream, a single nn.Linear"
-        )
+        raise ValueError(f"{name} pools by itself: expected a head that reads one token's stream, a single nn.Linear")
     linear = _model.plain_linear(binding.head)
     if linear is None:
         found = ", ".join(type(_model.active(module)).__name__ for module in binding.head)
         raise ValueError(
             f"Expected the head of {name} to be a single nn.Linear with a readable weight and no hooks, so that the "
-            f"reward is a sum over components, got {found}"
+            f"reward is linear in the stream but for its norm, got {found}"
         )
     return linear
 
 
-def _check_norm(binding: _model.Binding, norm: str) -> None:
+def check_norm(binding: _model.Binding, norm: str) -> None:
+    """ValueError for a final norm with hooks, which then can't be left out, or (norm="frozen") of no known kind."""
     if binding.norm is None:
         return
     kind = type(_model.active(binding.norm)).__name__
     if not binding.leaves_norm_out:
         raise ValueError(f"Expected the body and its final norm ({kind}) to be without hooks")
-    if norm == "final" and (binding.norm_kind is None or not _model._readable(_model.active(binding.norm))):
+    if norm == "frozen" and (binding.norm_kind is None or not _model._readable(_model.active(binding.norm))):
         raise ValueError(
             f'Expected the final norm to be an RMS or layer norm with a readable weight, or norm="raw", got {kind}'
         )

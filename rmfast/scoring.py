@@ -450,7 +450,7 @@ class RewardModel:
         *,
         components: str | Sequence[str] = ("embedding", "attn_out", "mlp_out"),
         positions: Literal["last", "all"] = "last",
-        norm: Literal["final", "raw"] = "final",
+        norm: Literal["frozen", "raw"] = "frozen",
         max_length: int | None = None,
         truncation: Truncation = "error",
         format: Format | None = None,
@@ -463,8 +463,8 @@ class RewardModel:
                 (heads, and the output projection's bias), "mlp_out" or in its place "mlp_neuron" (neurons, and the down
                 projection's bias).
             positions: "last", the token at which `score` reads, or "all": the rewards of `token_values`.
-            norm: "final" takes the final norm, its scale frozen at what it is, into every contribution: they sum to the
-                reward. "raw" leaves it out, w·o_c (arXiv 2604.26130): their sum is not the reward.
+            norm: "frozen" takes the final norm, its scale frozen at what it is, into every contribution: they sum to
+                the reward. "raw" leaves it out, w·o_c (arXiv 2604.26130): their sum is not the reward.
             max_length, truncation, format: as for `score`.
 
         Returns:

@@ -144,12 +144,12 @@ def test_the_token_that_is_read_is_the_one_that_score_reads(fp64):
 # The parts ------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("norm", ["final", "raw"])
+@pytest.mark.parametrize("norm", ["frozen", "raw"])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_parts_are_the_dots_of_what_hooks_see(family, norm, fp64):
     m = model(family, labels=2)
     found = rmfast.RewardModel(m).attribute(IDS, positions="all", norm=norm)
-    direction = slope(m, IDS) if norm == "final" else head(m).weight.detach()[:, None]
+    direction = slope(m, IDS) if norm == "frozen" else head(m).weight.detach()[:, None]
     for name, kind in (("embedding", "resid_pre"), ("attn_out", "attn_out"), ("mlp_out", "mlp_out")):
         parts = torch.stack([O.activation(m, IDS, kind, layer)[:, 0] for layer in range(3)])
         want = torch.einsum("ltd,ktd->ltk", parts, direction.expand(-1, len(IDS), -1))
@@ -180,7 +180,7 @@ def test_a_unit_s_part_is_what_the_block_gives_for_it_alone(family, kind, whole,
                 torch.testing.assert_close(found.of(kind)[layer, :, unit], want, rtol=1e-8, atol=1e-9)
 
 
-@pytest.mark.parametrize("norm", ["final", "raw"])
+@pytest.mark.parametrize("norm", ["frozen", "raw"])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_heads_sum_to_attention_and_neurons_to_the_mlp(family, norm, fp64):
     rm = rmfast.RewardModel(model(family, labels=2))
@@ -277,7 +277,7 @@ def test_axes_are_named_and_components_are_those_asked_for():
     heads = rm.attribute("ab", components="head_out")
     assert heads.axes == {"head_out": ("layer", "head", "label"), "attn_bias": ("layer", "label")}
     assert heads.of("attn_out").shape == (3, 2)
-    assert repr(heads) == "Attribution(norm 'final', at token 2 'b' of 3, head_out 3 × 4 × 2, attn_bias 3 × 2)"
+    assert repr(heads) == "Attribution(norm 'frozen', at token 2 'b' of 3, head_out 3 × 4 × 2, attn_bias 3 × 2)"
 
 
 def test_a_list_gives_one_result_for_each_text():
@@ -366,7 +366,7 @@ def test_sweeps_that_contributions_do_not_fit_are_refused(found, swept, message)
         ({"components": ["mlp_out", "mlp_out"]}, "components to be different ones of"),
         ({"components": ["attn_out", "head_out"]}, "components with attn_out or head_out, which it is the sum of"),
         ({"positions": "joint"}, 'positions to be "last" or "all", got \'joint\''),
-        ({"norm": "frozen"}, 'norm to be "final" or "raw", got \'frozen\''),
+        ({"norm": "final"}, 'norm to be "frozen" or "raw", got \'final\''),
     ],
 )
 def test_wrong_arguments_are_named(options, message):
@@ -401,7 +401,7 @@ def hooked_projection():
     "make, message",
     [
         (lambda: M.mlp_head(model("llama", torch.float32)), "to be a single nn.Linear with a readable weight"),
-        (lambda: M.encoder("Bert"), "pools by itself: attribute needs a head that reads one token's stream"),
+        (lambda: M.encoder("Bert"), "pools by itself: expected a head that reads one token's stream"),
         (lambda: M.encoder("Bert", task="TokenClassification"), "layers that add their attention and MLP to the resid"),
         (no_norm_formula, 'final norm to be an RMS or layer norm with a readable weight, or norm="raw", got Odd'),
         (hooked_norm, "its final norm (LlamaRMSNorm) to be without hooks"),
