@@ -25,7 +25,7 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 import rmfast
-from bench import scoring
+from bench import machine, scoring
 from bench.registry import Benchmark, Maker, Problem, Shape
 
 SAMPLE = 32  # sites that a loop is timed on, and that are compared with the truth
@@ -107,7 +107,10 @@ class Sweep(Problem):
 
     @functools.cached_property
     def _exact(self) -> Callable[[int], float]:
-        wide = Loop(copy.deepcopy(self.model).double(), self.inputs[0], self.device)
+        """The reward of a site in fp64; of a model that is too large for that in fp32, 100,000 times finer than bf16."""
+        weights = sum(p.numel() for p in self.model.parameters())
+        precise = torch.float64 if 8 * weights < machine.free_memory(self.device) else torch.float32
+        wide = Loop(copy.deepcopy(self.model).to(precise), self.inputs[0], self.device)
         return functools.cache(lambda site: float(wide(self.sites, [site], 1)))
 
     def error(self, out: Tensor | Some) -> float:
@@ -126,8 +129,9 @@ def load(shape: Shape, device: torch.device) -> Any:
     more: Any = {"vocab_size": 8192, "max_position_embeddings": 2048, "num_labels": 1, "pad_token_id": 0}
     config = transformers.LlamaConfig(**more, **sizes)
     torch.manual_seed(0)
+    dtype = getattr(torch, shape["dtype"])
     with torch.device(device):
-        return transformers.LlamaForSequenceClassification(config).to(getattr(torch, shape["dtype"])).eval()
+        return transformers.AutoModelForSequenceClassification.from_config(config, dtype=dtype).eval()
 
 
 class Loop:
@@ -249,16 +253,20 @@ def reward_lens(p: Sweep) -> Callable[[Any], Some]:
     return run
 
 
+LARGE = {"hidden_size": 4096, "intermediate_size": 14336, "num_attention_heads": 32, "num_key_value_heads": 8}
 LLAMA = {"hidden_size": 512, "intermediate_size": 2048, "num_attention_heads": 8, "num_key_value_heads": 4}
 TINY = json.dumps({**LLAMA, "hidden_size": 48, "intermediate_size": 80, "num_hidden_layers": 2})
 
 
 def _rows(
     name: str, layers: int, tokens: int, grids: str, targets: dict[str, dict[str, float]], shared: int = 0,
-    model: str = "",
+    model: str = "", devices: tuple[str, ...] = ("cpu", "cuda"),
 ) -> list[Benchmark]:  # fmt: skip
+    """A row for each dtype that has targets, or where they are empty is there to report."""
     rows = []
     for short, dtype in (("fp32", "float32"), ("bf16", "bfloat16")):
+        if short not in targets:
+            continue
         shape = {
             "model": model or json.dumps({**LLAMA, "num_hidden_layers": layers}),
             "tokens": tokens, "shared": shared, "grids": grids, "dtype": dtype,
@@ -281,6 +289,7 @@ def _rows(
                 targets={"cpu": targets[short]},
                 rounds=(2 if model else 3, 20),
                 memory=None if model else "hooks",
+                devices=devices,
             )
         )
     return rows
@@ -294,6 +303,10 @@ BENCHMARKS = [
     *_rows(
         "resid-post-smollm2", 30, 96, "resid_post", {"fp32": {"hooks": 15}, "bf16": {"hooks": 35}},
         shared=48, model="SmolLM2-135M",
+    ),
+    *_rows(
+        "resid-post-8b", 32, 128, "resid_post", {"bf16": {}}, model=json.dumps({**LARGE, "num_hidden_layers": 32}),
+        devices=("cuda",),
     ),
     *_rows("head-out", 4, 64, "head_out", {"fp32": {"hooks": 6}, "bf16": {"hooks": 18}}),
     *_rows("joint", 8, 128, "components, heads", {"fp32": {"hooks": 2.2}, "bf16": {"hooks": 5}}),

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from rmfast.grids import PatchSweep as PatchSweep
     from rmfast.scoring import RewardModel as RewardModel
     from rmfast.scoring import load as load
+    from rmfast.values import ResponseValues as ResponseValues
 
 # Loaded at first use: `import rmfast` alone costs no import of torch or transformers.
 _HOME = {
@@ -28,6 +29,7 @@ _HOME = {
     "BackendError": "rmfast.backends",
     "explain": "rmfast.backends",
     "PatchSweep": "rmfast.grids",
+    "ResponseValues": "rmfast.values",
     "RewardModel": "rmfast.scoring",
     "load": "rmfast.scoring",
 }
@@ -36,6 +38,7 @@ __all__ = [
     "Attribution",
     "BackendError",
     "PatchSweep",
+    "ResponseValues",
     "RewardModel",
     "__version__",
     "backend",

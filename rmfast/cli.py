@@ -24,6 +24,7 @@ from typing import Annotated, Any, Literal, NoReturn
 import typer
 
 import rmfast
+from rmfast.pairs import join
 from rmfast.tables import Output, Row, count_and_digest, dump_line, kind_of, read_rows
 
 app = typer.Typer(
@@ -194,7 +195,7 @@ def sweep(
     if (output / "sweep.json").exists() and not overwrite:
         raise ValueError(f"Expected --output to hold no sweep, got {output}; --overwrite starts anew")
     ask = None if prompt is None else _text(prompt)
-    texts = [_join(ask, _text(given)) for given in (clean, corrupted) if given is not None]
+    texts = [join(ask, _text(given)) for given in (clean, corrupted) if given is not None]
     chosen = {
         "mode": mode,
         "sites": sites.split(",") if "," in sites else sites,
@@ -372,9 +373,9 @@ class Run:
         o = self.options
         if self.mode == "pairs":
             prompt = _cell(row, o.prompt_column) if row.data.get(o.prompt_column) is not None else None
-            return [_join(prompt, _cell(row, column)) for column in (o.chosen_column, o.rejected_column)]
+            return [join(prompt, _cell(row, column)) for column in (o.chosen_column, o.rejected_column)]
         if self.mode == "response":
-            return [_join(_cell(row, o.prompt_column), _cell(row, o.response_column))]
+            return [join(_cell(row, o.prompt_column), _cell(row, o.response_column))]
         column = o.messages_column if self.mode == "messages" else o.text_column
         cell = _cell(row, column, parse=self.mode == "messages")
         if isinstance(cell, str) != (self.mode == "text"):
@@ -500,18 +501,6 @@ def _cell(row: Row, column: str, parse: bool = False) -> Any:
     return cell
 
 
-def _join(prompt: Any, response: Any) -> Any:
-    """A prompt (text, messages or None) and a response (text or messages) as one input."""
-    if prompt is None:
-        return response
-    if isinstance(response, str):
-        return (prompt, response)
-    if isinstance(prompt, list):
-        return response if response[: len(prompt)] == prompt else [*prompt, *response]
-    # Datasets with a text prompt often repeat it as the first turn of the conversation.
-    return response if response[0]["role"] != "assistant" else [{"role": "user", "content": prompt}, *response]
-
-
 def _text(given: str) -> str:
     """A text of the command line, or after @ that of a file, without the newline that ends it."""
     if not given.startswith("@"):
@@ -546,7 +535,7 @@ def _baseline(row: Row, path: Path) -> Any:
         if "messages" in row.data:
             return _cell(row, "messages", parse=True)
         if "response" in row.data:
-            return _join(_cell(row, "prompt") if row.data.get("prompt") is not None else None, _cell(row, "response"))
+            return join(_cell(row, "prompt") if row.data.get("prompt") is not None else None, _cell(row, "response"))
         return _cell(row, "text")
     except BadRow as error:
         raise BadRow(f"{path.name}, line {row.line}: {error}") from None

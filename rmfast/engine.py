@@ -71,12 +71,21 @@ class Run:
 class _Chained:
     """The pool of a planned chunk: rows left over by the chunk before and its own; keeps what the next one needs."""
 
-    def __init__(self, chunk: Chunk, kept: dict[nn.Module, tuple[Tensor, Tensor]], device: torch.device):
+    def __init__(
+        self,
+        chunk: Chunk,
+        kept: dict[nn.Module, tuple[Tensor, Tensor]],
+        device: torch.device,
+        seen: Callable[[nn.Module, Tensor, Tensor], None] | None,
+    ):
+        self.seen = seen
         self.pool_rows, self.keep_rows = _rows(chunk.pool_rows, device), _rows(chunk.keep_rows, device)
         self.kept = kept if chunk.kept else {}
         self.keep: dict[nn.Module, tuple[Tensor, Tensor]] = {}
 
     def __call__(self, key: nn.Module, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        if self.seen is not None:
+            self.seen(key, k, v)
         if key in self.kept:
             k, v = (torch.cat(pair) for pair in zip(self.kept[key], (k, v)))
         if not isinstance(self.keep_rows, Tensor) or self.keep_rows.numel():
@@ -349,7 +358,7 @@ class Engine:
         self.why: str | None = None
         self.layers: list[tuple[nn.Module, Layer]] = []
         self._options: dict[nn.Module, dict[str, Any]] = {}
-        with binding.session():
+        with binding.session(clamped=False):
             precise = next(binding.body.parameters()).dtype in (torch.float32, torch.float64)
             # fp32 differs by 1e-6, a wrong formula by a percent or more. bf16 itself is off by up to 2%.
             error = self._probe(1e-4 if precise else 0.1)
@@ -467,13 +476,17 @@ class Engine:
             float((every - wanted).norm() / wanted.norm()), float((last - wanted_last).norm() / wanted_last.norm())
         )
 
-    def run(self, ids: np.ndarray, planned: Any, longest: int) -> Iterator[tuple[Chunk, Tensor]]:
+    def run(
+        self, ids: np.ndarray, planned: Any, longest: int, seen: Callable[[nn.Module, Tensor, Tensor], None] | None = None
+    ) -> Iterator[tuple[Chunk, Tensor]]:
         """Runs a plan's chunks in order, inside `binding.session()`.
 
         Args:
             ids: flat token ids, as given to the planner.
             planned: a `rmfast.planner.Plan`, or some of its chunks from one with kept == 0 on.
             longest: tokens of the longest text, by which length-dependent rotary embeddings go; 0 for none.
+            seen: is given each attention module and its K and V of a chunk's rows (n, heads, D), after RoPE; D is
+                padded to a multiple of 8.
 
         Yields:
             Each chunk and its hidden states (M, d) at chunk.read_rows, before the final norm where
@@ -481,24 +494,30 @@ class Engine:
         """
         kept: dict[nn.Module, tuple[Tensor, Tensor]] = {}
         for chunk in planned:
-            hidden, kept = self._chunk(ids, chunk, kept, longest)
+            hidden, kept = self._chunk(ids, chunk, kept, longest, seen)
             yield chunk, hidden
 
     def _chunk(
-        self, ids: np.ndarray, chunk: Chunk, kept: dict[nn.Module, tuple[Tensor, Tensor]], longest: int
+        self,
+        ids: np.ndarray,
+        chunk: Chunk,
+        kept: dict[nn.Module, tuple[Tensor, Tensor]],
+        longest: int,
+        seen: Callable[[nn.Module, Tensor, Tensor], None] | None,
     ) -> tuple[Tensor, dict[nn.Module, tuple[Tensor, Tensor]]]:
         device = self.binding.device
 
         def move(array: np.ndarray) -> Tensor:
             return torch.from_numpy(np.ascontiguousarray(array)).to(device)
 
-        pool = _Chained(chunk, kept, device)
+        pool = _Chained(chunk, kept, device, seen)
         run = Run(move(chunk.cu_seqlens), move(chunk.prefix_start), move(chunk.prefix_len), pool)
         if len(chunk.read_rows) < chunk.rows:
             cu_reads = np.searchsorted(chunk.read_rows, chunk.cu_seqlens)
             run.read_rows, run.cu_reads = move(chunk.read_rows), move(cu_reads.astype(np.int32))
         tokens = move(ids[chunk.tokens].astype(np.int64))
-        hidden = self.body(tokens, move(chunk.positions), run, [fused for _, fused in self.layers], longest)
+        with _model.reading(chunk.rows, run.read_rows):
+            hidden = self.body(tokens, move(chunk.positions), run, [fused for _, fused in self.layers], longest)
         if run.read_rows is not None and not self.layers:
             hidden = hidden[run.read_rows]
         return hidden, pool.keep

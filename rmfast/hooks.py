@@ -479,9 +479,11 @@ class LayersPatcher:
             args.append(torch.from_numpy(types).expand(*ids.shape).to(ids.device))
         if not binding.head:
             return binding.pooled(*args)
-        hidden = binding.hidden(*args)
         batch, length = ids.shape
-        return binding.rewards(hidden, torch.arange(batch, device=hidden.device) * length + read)
+        rows = torch.arange(batch, device=ids.device) * length + read
+        with _model.reading(ids.numel(), rows):
+            hidden = binding.hidden(*args)
+        return binding.rewards(hidden, rows.to(hidden.device))
 
     def _values(self, values: Values, kind: int, layer: int, length: int) -> Tensor:
         new, shape = values(KINDS[kind], layer), (length, *self.units(KINDS[kind]))

@@ -35,6 +35,7 @@ class Encoded:
     ids: np.ndarray
     types: np.ndarray | None = None
     fixed: np.ndarray | None = None  # (T,) bool: tokens that truncation keeps (BOS, [CLS], [SEP], ...)
+    characters: int | None = None  # of the response, before truncation; None for an input of token ids
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -46,6 +47,7 @@ class Text:
 
     text: str
     second: str | None = None
+    characters: int | None = None  # of the response: a pair's second, the last message, or all of a string
 
 
 def several(inputs: Any) -> bool:
@@ -148,12 +150,12 @@ def prepare(item: Any, index: int, tokenizer: Any, causal: bool, format: Format 
     if ids is not None:
         return Encoded(ids)
     if isinstance(item, str):
-        return _text(index, item)
+        return _text(index, item, len(item))
     if isinstance(item, list | tuple):
         if len(item) == 0:
             raise InputError(index, "it is empty")
         if all(isinstance(message, dict) for message in item):
-            return _text(index, _render(tokenizer, list(item), index))
+            return _text(index, _render(tokenizer, list(item), index), _content_characters(item[-1]))
         if len(item) == 2 and isinstance(item[1], str) and isinstance(item[0], str | list | tuple):
             return _pair(item[0], item[1], index, tokenizer, causal, format)
     raise InputError(
@@ -178,14 +180,22 @@ def _pair(
     else:
         raise InputError(index, f"with format={format!r} the prompt must be a string, got {type(prompt).__name__}")
     if format == "chat":
-        return _text(index, _render(tokenizer, [*turns, {"role": "assistant", "content": response}], index))
-    return Text(prompt, response) if format == "pair" else Text(prompt + response)
+        rendered = _render(tokenizer, [*turns, {"role": "assistant", "content": response}], index)
+        return _text(index, rendered, len(response))
+    return Text(*((prompt, response) if format == "pair" else (prompt + response, None)), len(response))
 
 
-def _text(index: int, text: str) -> Text:
+def _text(index: int, text: str, characters: int) -> Text:
     if not text:
         raise InputError(index, "it is empty")
-    return Text(text)
+    return Text(text, None, characters)
+
+
+def _content_characters(message: dict) -> int:
+    """Of a chat message, whose content may also come in parts."""
+    content = message.get("content") or ""
+    parts = [content] if isinstance(content, str) else [part.get("text", "") for part in content]
+    return sum(map(len, parts))
 
 
 def _render(tokenizer: Any, messages: list[dict], index: int) -> str:
@@ -250,7 +260,7 @@ def _call_tokenizer(tokenizer: Any, texts: list[Text], special: bool, bos: str |
         if bos is not None and len(ids) and ids[0] == tokenizer.bos_token_id:
             fixed[0] = True
         type_ids = None if types is None else np.asarray(types[i], dtype=np.int64)
-        out.append(Encoded(np.asarray(ids, dtype=np.int64), type_ids, fixed))
+        out.append(Encoded(np.asarray(ids, dtype=np.int64), type_ids, fixed, texts[i].characters))
     return out
 
 
@@ -272,7 +282,7 @@ def _finish(item: Encoded, index: int, vocab_size: int, max_length: int | None, 
     if keep is None:
         raise InputError(index, f"max_length={max_length} leaves no room beside the special tokens")
     types, fixed = (None if x is None else x[keep] for x in (item.types, item.fixed))
-    return Encoded(item.ids[keep], types, fixed)
+    return Encoded(item.ids[keep], types, fixed, item.characters)
 
 
 def _kept(item: Encoded, max_length: int, side: Truncation) -> np.ndarray | None:

@@ -12,14 +12,17 @@ own (gates, logit scaling, another pooling) is refused when it is bound rather t
 
 from __future__ import annotations
 
+import hashlib
 import inspect
 import threading
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -39,6 +42,34 @@ class Call:
     result: Any
 
 
+@dataclass(frozen=True, eq=False)
+class Clamp:
+    """Output channels of a module that are set to values while the model runs: (j,) int64 and (j,).
+
+    Attributes:
+        last: only at the rows that are read (`reading`), not at all.
+    """
+
+    name: str
+    indices: Tensor
+    values: Tensor
+    last: bool
+
+
+@dataclass(frozen=True, eq=False)
+class Removal:
+    """Orthonormal directions (J, d) of which a row loses `strength` times its part: h − strength Σ (p·h) p."""
+
+    directions: Tensor
+    strength: float
+
+    def of(self, x: Tensor) -> Tensor:
+        """(..., d), in x's dtype, computed in fp32 at least."""
+        wide = x if x.dtype == torch.float64 else x.float()
+        p = self.directions.to(wide)
+        return (wide - self.strength * (wide @ p.T) @ p).to(x.dtype)
+
+
 @dataclass(eq=False)
 class Binding:
     """A model's parts, and the two steps of scoring: `hidden` runs the body, `rewards` the norm and head.
@@ -54,6 +85,8 @@ class Binding:
         num_labels: K.
         causal: whether a token sees only those before it.
         vocab_size: rows of the embedding.
+        clamps: outputs of modules that are set to values in every session.
+        before, after: what rows lose before the final norm, and between it and the head.
     """
 
     root: nn.Module
@@ -65,6 +98,9 @@ class Binding:
     causal: bool
     vocab_size: int
     _rope: list[nn.Module] = field(default_factory=list)
+    clamps: tuple[Clamp, ...] = ()
+    before: Removal | None = None
+    after: Removal | None = None
 
     # Looked up by name each time, so that modules replaced since (a new head, adapters put in) are the ones used.
     @property
@@ -91,12 +127,18 @@ class Binding:
         return torch.device("cpu") if weight.device.type == "meta" else weight.device
 
     @contextmanager
-    def session(self, grad: bool = False) -> Iterator[None]:
-        """Scoring state: no dropout, autograd on with `grad` alone; everything is put back at the end. One thread at
-        a time."""
+    def session(self, grad: bool = False, clamped: bool = True) -> Iterator[None]:
+        """Scoring state: no dropout, autograd on with `grad` alone, `clamps` in force unless not `clamped`; everything
+        is put back at the end. One thread at a time."""
         # inference_mode(False) turns autograd on, also inside of no_grad.
         with _lock(self.root), torch.inference_mode(not grad), _eval_mode(self.root), _kept_rope(self._rope):
-            yield
+            with _clamped(self.root, self.clamps if clamped else ()):
+                yield
+
+    @property
+    def clamps_last(self) -> bool:
+        """Whether the run of a text depends on the token that is read."""
+        return any(clamp.last for clamp in self.clamps)
 
     def hidden(self, input_ids: Tensor, attention_mask: Tensor, token_type_ids: Tensor | None = None) -> Tensor:
         """Run the body on a right-padded batch.
@@ -121,20 +163,32 @@ class Binding:
         """Rewards (M, K) of the flat rows (M,) int64 of hidden (B, T, d); fp32, or fp64 for fp64 hidden states."""
         linear = plain_linear(self.head)
         if linear is not None and (not self.leaves_norm_out or (self.norm_kind and _readable(active(self.norm)))):
-            on = hidden.device
-            return reward_head(
+            on, removed = hidden.device, {}
+            # Taking a part of the normed row away is taking it from the head.
+            weight = linear.weight if self.after is None else self.after.of(linear.weight.float())
+            if self.before is not None:
+                p = self.before.directions.to(on)
+                removed = {"directions": p, "strengths": p.new_full((1, p.size(0)), self.before.strength)}
+            out = reward_head(
                 hidden,
-                linear.weight.to(on),
+                weight.to(on),
                 None if linear.bias is None else linear.bias.to(on),
                 rows=rows,
                 **self.norm_arguments(on),
+                **removed,
             )
+            return out if self.before is None else out[:, 0]
+        out = self._chain(self.normed(hidden, rows)).reshape(rows.numel(), self.num_labels)
+        return out if out.dtype == torch.float64 else out.float()
+
+    def normed(self, hidden: Tensor, rows: Tensor) -> Tensor:
+        """The flat rows (M,) of hidden (B, T, d) as the head is given them: (1, M, d)."""
         x = hidden.reshape(-1, hidden.size(-1))[rows][None]
+        x = x if self.before is None else self.before.of(x)
         if self.leaves_norm_out:
             assert self.norm is not None
             x = self.norm(x)
-        out = self._chain(x).reshape(rows.numel(), self.num_labels)
-        return out if out.dtype == torch.float64 else out.float()
+        return x if self.after is None else self.after.of(x)
 
     def norm_arguments(self, device: torch.device) -> dict[str, Any]:
         """`reward_head`'s norm arguments for hidden states from `hidden`, read from the model now."""
@@ -606,6 +660,95 @@ def _eval_mode(root: nn.Module) -> Iterator[None]:
     finally:
         for module in training:
             module.training = True
+
+
+# Outputs set to values ------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class _Reads:
+    total: int  # rows of the run
+    rows: Tensor | None  # those that are read; None: all
+    seen: set[str] = field(default_factory=set)  # modules whose outputs at these rows have come by
+
+
+_reads: ContextVar[_Reads | None] = ContextVar("rmfast_reads", default=None)
+
+
+@contextmanager
+def reading(total: int, rows: Tensor | None) -> Iterator[None]:
+    """Says for one run of the body which of its rows (flat, (m,) int64; None: all) are read."""
+    token = _reads.set(_Reads(total, rows))
+    try:
+        yield
+    finally:
+        _reads.reset(token)
+
+
+def read_rows(name: str, out: Tensor) -> Tensor | slice | None:
+    """Where the rows that are read are in a module's output, flat (r, m); None where it is not of the tokens."""
+    reads = _reads.get()
+    if reads is None:
+        raise ValueError(f"Expected a run that says which tokens are read, for {name} to be clamped there alone")
+    if name in reads.seen:  # DeBERTa projects its relative positions by the same module, after the tokens
+        return None
+    reads.seen.add(name)
+    count = out.numel() // out.size(-1)
+    if count == reads.total:
+        return slice(None) if reads.rows is None else reads.rows
+    if reads.rows is not None and count == reads.rows.numel():
+        return slice(None)  # the last layer, which need not run others
+    raise ValueError(
+        f'Expected {name} to give a row for each of {reads.total} tokens, got {count}: a clamp with positions="last" '
+        'can\'t tell which of them is read; positions="all" needs not'
+    )
+
+
+@contextmanager
+def _clamped(root: nn.Module, clamps: tuple[Clamp, ...]) -> Iterator[None]:
+    """Runs the clamped modules with their outputs set."""
+    by_name: dict[str, list[Clamp]] = {}
+    for clamp in clamps:
+        by_name.setdefault(clamp.name, []).append(clamp)
+    with ExitStack() as stack:
+        for name, some in by_name.items():
+            module = root.get_submodule(name)
+            stack.enter_context(replaced_forward(module, _setting(name, module.forward, some)))
+        yield
+
+
+def _setting(name: str, original: Callable, clamps: list[Clamp]) -> Callable:
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        out = original(*args, **kwargs)
+        if out.requires_grad:
+            out = out.clone()
+        for clamp in clamps:
+            at, values = clamp.indices.to(out.device), clamp.values.to(out)
+            if not clamp.last:
+                out[..., at] = values
+                continue
+            rows = read_rows(name, out)
+            if isinstance(rows, slice):
+                out[..., at] = values
+            elif rows is not None:
+                out.view(-1, out.size(-1))[rows[:, None], at] = values
+        return out
+
+    return forward
+
+
+def fingerprint(root: nn.Module) -> str:
+    """Of an architecture and a sample of its weights: 64 values of each parameter, in bf16.
+
+    In bf16, so that what was made with a model in fp32 is known as the same one's in bf16.
+    """
+    digest = hashlib.sha256(type(root).__name__.encode())
+    for name, p in root.named_parameters():
+        digest.update(f"{name} {tuple(p.shape)}".encode())
+        if p.numel() and not p.is_meta and p.is_floating_point():
+            some = p.detach().reshape(-1)[:: max(1, p.numel() // 64)].bfloat16().double().cpu().numpy()
+            digest.update(np.ascontiguousarray(some).tobytes())
+    return digest.hexdigest()
 
 
 # Rotary embeddings whose frequencies depend on the longest text -------------------------------------------------------

@@ -6,7 +6,7 @@ import os
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import torch
@@ -52,6 +52,7 @@ class RewardModel:
         num_labels: K, the rewards of one token.
         max_length: most tokens of a text that the model and tokenizer are made for, or None.
         binding: the parts found in the model (`rmfast.model.Binding`).
+        interventions: what `with_interventions` has put in, or None.
 
     Raises:
         ValueError: no body and head are found in the model, or they do not reproduce its own logits on a few tokens.
@@ -71,6 +72,7 @@ class RewardModel:
         if not self.binding.head and pooling != "auto":
             name = type(self.binding.root).__name__
             raise ValueError(f'{name} pools by itself: expected pooling to be "auto", got {pooling!r}')
+        self.interventions: Any = None
         self._warned = False
         self._engine: tuple[tuple, Engine | str] | None = None
 
@@ -92,6 +94,7 @@ class RewardModel:
         progress: bool = False,
         format: Format | None = None,
         positions: Sequence[int] | None = None,
+        interventions: Sequence[Any] | None = None,
         engine: Literal["packed", "padded"] | None = None,
     ) -> Tensor:
         """One reward (or K) for each input: the head's raw output.
@@ -112,9 +115,12 @@ class RewardModel:
                 one input that returns an input.
             positions: the token at which each input is read, after truncation, negative from the end; in place of
                 pooling.
+            interventions: V of them (`rmfast.interventions`; None for none): the rewards under each, on top of the
+                model's own. Those that clamp the same neurons, or none, share one pass of the body.
 
         Returns:
-            (N,) for K = 1, else (N, K), in input order, on the CPU; fp32 (fp64 for an fp64 model).
+            (N,) for K = 1, else (N, K), in input order, on the CPU; fp32 (fp64 for an fp64 model). With interventions
+            (V, N) or (V, N, K).
 
         Raises:
             InputError: (a ValueError) an input is empty, of an unknown kind, over max_length, outside of the
@@ -122,6 +128,11 @@ class RewardModel:
             ValueError, TypeError: an argument is wrong.
         """
         scale = None if normalize is None else _normalize(normalize, self.num_labels)
+        variants = None
+        if interventions is not None:
+            from rmfast.interventions import variants_of
+
+            variants = variants_of(self, interventions)
         encoded = self.encode(inputs, max_length=max_length, truncation=truncation, format=format)
         if positions is not None and len(positions) != len(encoded):
             raise ValueError(f"Expected one position for each of {len(encoded)} inputs, got {len(positions)}")
@@ -133,11 +144,14 @@ class RewardModel:
             read = []
             for i, item in enumerate(encoded):
                 read.append(np.array([self._position(item.ids, i, None if positions is None else positions[i])]))
-        values = self._run(encoded, read, batch_tokens, progress, engine)
-        out = torch.cat(values) if values else torch.empty(0, self.num_labels)
+        if variants is None:
+            values = self._run(encoded, read, batch_tokens, progress, engine)
+            out = self._corrected(torch.cat(values) if values else torch.empty(0, self.num_labels), encoded)
+        else:
+            out = variants(encoded, read, batch_tokens, progress, engine)
         if scale is not None:
             out = (out - scale[0].to(out)) / scale[1].to(out)
-        return out[:, 0] if self.num_labels == 1 else out
+        return out[..., 0] if self.num_labels == 1 else out
 
     def token_values(
         self,
@@ -170,9 +184,57 @@ class RewardModel:
         scale = None if normalize is None else _normalize(normalize, self.num_labels)
         encoded = self.encode(inputs, max_length=max_length, truncation=truncation, format=format)
         values = self._run(encoded, [np.arange(len(item)) for item in encoded], batch_tokens, progress, engine)
+        values = [self._corrected(v, [item] * len(v)) for v, item in zip(values, encoded)]
         if scale is not None:
             values = [(v - scale[0].to(v)) / scale[1].to(v) for v in values]
         return [v[:, 0] if self.num_labels == 1 else v for v in values]
+
+    def values_and_reward(
+        self,
+        inputs: Sequence[Any],
+        *,
+        gamma: float = 1.0,
+        lam: float = 0.95,
+        rewards: Sequence[Any] | None = None,
+        response_start: Sequence[int] | None = None,
+        batch_tokens: int | None = None,
+        max_length: int | None = None,
+        progress: bool = False,
+        format: Format | None = None,
+        engine: Literal["packed", "padded"] | None = None,
+    ) -> ResponseValues:
+        """Critic and reward of PPO from one pass of the body: values, rewards, advantages and returns of all responses.
+
+        Meant for models trained with the TCRM loss (arXiv 2604.22981), whose reward read at any token is the expected
+        final one. A response token's value is that of the state in which it was chosen: the reward read one token
+        before it, for the first one at the prompt's last token (or, without any, its own). The reward comes with the
+        token that `score` reads, where the response ends. With gamma 1 and lam 0 an advantage is the token's credit
+        r_k − r_{k−1}.
+
+        Args:
+            inputs: as for `score`. (prompt, response) pairs and messages that end with the assistant's turn say where
+                their response starts: where their tokens differ from those of the prompt alone, a template's assistant
+                header included. Where the policy has the same tokenizer, its own token ids are surer, with
+                response_start.
+            gamma, lam: as for `rmfast.values.gae`.
+            rewards: added to the rewards: for each input as many numbers as its response has tokens, such as −β times
+                the log-ratio to a reference policy.
+            response_start: for each input the index of its response's first token.
+            batch_tokens, max_length, progress, format, engine: as for `score`.
+
+        Returns:
+            A `rmfast.ResponseValues`, on the CPU; fp32 (fp64 for an fp64 model).
+
+        Raises:
+            InputError: as for `score`, or an input whose response's start is unknown or behind the token that is read.
+            ValueError, TypeError: an argument is wrong; the model is not causal, pools by itself, or has several labels.
+        """
+        from rmfast.values import values_and_reward
+
+        return values_and_reward(
+            self, inputs, gamma=gamma, lam=lam, rewards=rewards, response_start=response_start,
+            batch_tokens=batch_tokens, max_length=max_length, progress=progress, format=format, engine=engine,
+        )  # fmt: skip
 
     def encode(
         self,
@@ -237,6 +299,14 @@ class RewardModel:
             stacklevel=4,
         )
 
+    def _corrected(self, rewards: Tensor, encoded: list[Encoded]) -> Tensor:
+        """Rewards (N, K) less what the length corrections among `interventions` take off for each input's response."""
+        if self.interventions is None or not self.interventions.lengths:
+            return rewards
+        from rmfast.interventions import corrected
+
+        return corrected(self, rewards, encoded, self.interventions.lengths)
+
     def _run(
         self,
         encoded: list[Encoded],
@@ -244,8 +314,13 @@ class RewardModel:
         batch_tokens: int | None,
         progress: bool,
         engine: str | None,
+        head: Callable[[Tensor, Tensor], Tensor] | None = None,
     ) -> list[Tensor]:
-        """Rewards (len(read[i]), K) of each input at its tokens read[i], on the CPU."""
+        """Rewards (len(read[i]), K) of each input at its tokens read[i], on the CPU.
+
+        With `head`, a function of hidden states (B, T, d) and flat rows (M,) of them, what that gives (M, C) in their
+        place.
+        """
         if engine not in (None, "packed", "padded"):
             raise ValueError(f'Expected engine to be "packed", "padded" or None, got {engine!r}')
         if batch_tokens is not None and (
@@ -259,21 +334,29 @@ class RewardModel:
             packed = None
         if batch_tokens is None:
             batch_tokens = self._default_batch_tokens(packed)
+        counts = [len(r) for r in read]
+        if self.binding.clamps_last and any(count != 1 for count in counts):
+            # What a clamp does at a token, later ones must not see: each is the end of a text of its own, whose other
+            # tokens the planner finds in the longest one.
+            encoded = [item for item, count in zip(encoded, counts) for _ in range(count)]
+            read = [r[i : i + 1] for r in read for i in range(len(r))]
         with self.binding.session(), tqdm(total=len(encoded), unit="text", disable=not progress) as bar:
             run = self._run_padded if packed is None else partial(self._run_packed, packed)
-            results: list[Tensor] = run(encoded, read, batch_tokens, bar)
+            results: list[Tensor] = run(encoded, read, batch_tokens, bar, head or self.binding.rewards)
             flat = torch.cat(results).cpu() if results else torch.empty(0, self.num_labels)
         # A clone made outside of inference mode is an ordinary tensor, which autograd may save.
-        return list(flat.clone().split([len(r) for r in read]))
+        return list(flat.clone().split(counts))
 
-    def _run_padded(self, encoded: list[Encoded], read: list[np.ndarray], batch_tokens: int, bar: tqdm) -> list[Tensor]:
+    def _run_padded(
+        self, encoded: list[Encoded], read: list[np.ndarray], batch_tokens: int, bar: tqdm, head: Callable
+    ) -> list[Tensor]:
         results: list[Any] = [None] * len(encoded)
         cost = _BATCH_COST.get(self.binding.device.type, _BATCH_COST_ACCELERATOR)
         pending = list(_plan([len(item) for item in encoded], batch_tokens, cost, self.binding.length_group))[::-1]
         while pending:
             batch = pending.pop()
             try:
-                values = self._batch([encoded[i] for i in batch], [read[i] for i in batch])
+                values = self._batch([encoded[i] for i in batch], [read[i] for i in batch], head)
             except RuntimeError as error:
                 if len(batch) == 1 or not _model.out_of_memory(error):
                     raise
@@ -286,7 +369,7 @@ class RewardModel:
         return results
 
     def _run_packed(
-        self, engine: Engine, encoded: list[Encoded], read: list[np.ndarray], batch_tokens: int, bar: tqdm
+        self, engine: Engine, encoded: list[Encoded], read: list[np.ndarray], batch_tokens: int, bar: tqdm, head: Callable
     ) -> list[Tensor]:
         results: list[Any] = [None] * len(encoded)
         for todo, longest in self._windows(encoded):
@@ -295,12 +378,17 @@ class RewardModel:
                 cu = np.cumsum([0, *(len(encoded[i]) for i in todo)])
                 one = all(len(read[i]) == 1 for i in todo)
                 positions = np.array([read[i][0] for i in todo]) if one else "all"
-                planned = plan(ids, cu, batch_tokens=batch_tokens, read=positions)  # type: ignore[arg-type]
+                shared = ids
+                if self.binding.clamps_last:
+                    # A clamped row is no other text's: to the planner the token that is read has an id of its own.
+                    shared = ids.copy()
+                    shared[cu[:-1] + positions] += self.binding.vocab_size
+                planned = plan(shared, cu, batch_tokens=batch_tokens, read=positions)  # type: ignore[arg-type]
                 values: list[Tensor] = []
                 try:
                     for chunk, hidden in engine.run(ids, planned, longest):
                         rows = torch.arange(hidden.size(0), device=hidden.device)
-                        values.append(self.binding.rewards(hidden[None], rows))
+                        values.append(head(hidden[None], rows))
                         bar.update(len(chunk.inputs))
                 except RuntimeError as error:
                     if batch_tokens <= _LEAST_BATCH_TOKENS or not _model.out_of_memory(error):
@@ -481,13 +569,30 @@ class RewardModel:
             truncation=truncation, format=format,
         )  # fmt: skip
 
+    def with_interventions(self, *interventions: Any) -> RewardModel:
+        """This model under interventions: `rmfast.NeuronClamp`, `DirectionRemoval`, `LengthPenalty`, `LWR`, sums of them.
+
+        Any number of such models live side by side with this one, which stays as it is, and share its weights. Clamps
+        at all positions are folded into copies of the matrices that they touch; such a model does not see a later
+        switch of adapters. What else is changed in this model's weights in place is seen. (docs/interventions.md)
+
+        Raises:
+            ValueError: an intervention was made with another model, names modules or neurons that this one lacks, does
+                not fit its width, or clashes with another; the model pools by itself, so that it has no last token.
+            TypeError: one is no intervention.
+        """
+        from rmfast.interventions import intervened
+
+        return intervened(self, interventions)
+
     def _patcher(self) -> Any:
         """What runs patched texts: the suffix engine where it knows the layers, else the model's own forward."""
         from rmfast.hooks import LayersPatcher
         from rmfast.patching import SuffixPatcher
 
         engine = self._packed_engine()
-        return LayersPatcher(self.binding) if isinstance(engine, str) or engine.why else SuffixPatcher(engine)
+        own = isinstance(engine, str) or engine.why or self.binding.clamps_last
+        return LayersPatcher(self.binding) if own else SuffixPatcher(engine)
 
     def _default_batch_tokens(self, engine: Engine | None) -> int:
         """Rows of a batch: as many as pay, and fit into free memory."""
@@ -503,7 +608,7 @@ class RewardModel:
             engine = f"packed, {packed.mode} layers" + (f" ({packed.why})" if packed.why else "")
         return f"engine: {engine}\n{_backends.explain(device=self.binding.device.type)}"
 
-    def _batch(self, items: list[Encoded], read: list[np.ndarray]) -> Tensor:
+    def _batch(self, items: list[Encoded], read: list[np.ndarray], head: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
         """Rewards (sum of len(read), K) of one right-padded batch."""
         longest = max(map(len, items))
         device = self.binding.device
@@ -520,9 +625,10 @@ class RewardModel:
         args = [torch.from_numpy(x).to(device) for x in (ids, mask, *([types] if typed else []))]
         if not self.binding.head:
             return self.binding.pooled(*args)
-        rows = np.concatenate([i * longest + r for i, r in enumerate(read)])
-        hidden = self.binding.hidden(*args)
-        return self.binding.rewards(hidden, torch.from_numpy(rows).to(hidden.device))
+        rows = torch.from_numpy(np.concatenate([i * longest + r for i, r in enumerate(read)])).to(device)
+        with _model.reading(ids.size, rows):
+            hidden = self.binding.hidden(*args)
+        return head(hidden, rows.to(hidden.device))
 
 
 def _plan(lengths: list[int], batch_tokens: int, cost: int, group: Callable[[int], tuple]) -> Iterator[list[int]]:
