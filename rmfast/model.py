@@ -509,8 +509,9 @@ def _try_head(bound: Binding, names: list[str], logits: Tensor, hidden: Tensor) 
     else:
         return False
     # The same rows went into both, so only rounding differs: at most a few of the logits' last bits, or of TF32's.
-    tolerance = max(2e-3, 2 * torch.finfo(logits.dtype).eps)
-    return torch.allclose(values, expected, rtol=0.0, atol=tolerance * _scale(bound, values), equal_nan=True)
+    tolerance = max(2e-3, 2 * torch.finfo(logits.dtype).eps) * _scale(bound, values)
+    atol = tolerance if tolerance < torch.inf else 0.0  # weights that are not finite: rewards are NaN, as the logits
+    return torch.allclose(values, expected, rtol=0.0, atol=atol, equal_nan=True)
 
 
 def _scale(bound: Binding, values: Tensor) -> float:

@@ -484,3 +484,9 @@ def test_bf16_is_no_further_from_fp64_than_eager():
     truth = own_scores(copy.deepcopy(model).double())
     eager = (own_scores(model) - truth).abs().max()
     assert (RewardModel(model).score(IDS) - truth).abs().max() <= 2 * eager
+
+
+def test_a_head_with_nan_is_bound_and_gives_nan():
+    model = M.decoder("llama")
+    model.score.weight.data[0, 0] = torch.nan
+    assert rmfast.RewardModel(model).score([[1, 2, 3]]).isnan().all()
