@@ -46,12 +46,12 @@ def want(m, sweep, cell, base_ids, values, kind=None):
     return oracle.oracle(m, base_ids, len(base_ids) - 1, kind, layer, positions, unit, new)
 
 
-def check(m, sweep, base_ids, values, kind, cells=10, tolerance=1e-10):
+def check(m, sweep, base_ids, values, kind, cells=10, tolerance=1e-10, scale=1.0):
     every = list(itertools.product(*(range(n) for n in sweep.rewards.shape)))
     for cell in random.Random(0).sample(every, min(cells, len(every))):
         truth = want(m, sweep, cell, base_ids, values, kind)
         got = sweep.rewards[cell]
-        assert abs(float(got - truth)) <= tolerance * max(1, abs(float(truth))), (cell, float(got), float(truth))
+        assert abs(float(got - truth)) <= tolerance * max(scale, abs(float(truth))), (cell, float(got), float(truth))
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -69,15 +69,16 @@ def test_every_site_of_every_family_is_what_one_hooked_forward_gives(family, mod
         check(m, sweep, base, lambda kind, layer: oracle.activation(m, other, kind, layer), kind)
 
 
-@pytest.mark.parametrize("family", ["llama", "gemma2", "mistral"])
+@pytest.mark.parametrize("family", FAMILIES)
 def test_fp32_rewards_are_within_1e_5_of_the_reward_scale(family):
     m = model(family, torch.float32)
     clean, corrupted = pair()
     rm = rmfast.RewardModel(m)
     scale = M.reward_scale(m)
-    for kind in ("resid_post", "head_out", "k"):
-        sweep = rm.patch_sweep(clean, corrupted, sites=kind)
-        check(m, sweep, corrupted, lambda kind, layer: oracle.activation(m, clean, kind, layer), kind, 8, 1e-5 * scale)
+    for kind in KINDS:
+        neurons = {"neurons": NEURONS} if kind == "mlp_neuron" else {}
+        sweep = rm.patch_sweep(clean, corrupted, sites=kind, **neurons)
+        check(m, sweep, corrupted, lambda kind, layer: oracle.activation(m, clean, kind, layer), kind, 5, 1e-5, scale)
 
 
 def test_bf16_is_as_near_to_the_truth_as_hooks_in_bf16():
