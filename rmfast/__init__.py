@@ -18,6 +18,10 @@ if TYPE_CHECKING:
     from rmfast.backends import backend as backend
     from rmfast.backends import explain as explain
     from rmfast.grids import PatchSweep as PatchSweep
+    from rmfast.interventions import LWR as LWR
+    from rmfast.interventions import DirectionRemoval as DirectionRemoval
+    from rmfast.interventions import LengthPenalty as LengthPenalty
+    from rmfast.interventions import NeuronClamp as NeuronClamp
     from rmfast.scoring import RewardModel as RewardModel
     from rmfast.scoring import load as load
     from rmfast.values import ResponseValues as ResponseValues
@@ -28,6 +32,10 @@ _HOME = {
     "backend": "rmfast.backends",
     "BackendError": "rmfast.backends",
     "explain": "rmfast.backends",
+    "DirectionRemoval": "rmfast.interventions",
+    "LengthPenalty": "rmfast.interventions",
+    "LWR": "rmfast.interventions",
+    "NeuronClamp": "rmfast.interventions",
     "PatchSweep": "rmfast.grids",
     "ResponseValues": "rmfast.values",
     "RewardModel": "rmfast.scoring",
@@ -37,6 +45,10 @@ _HOME = {
 __all__ = [
     "Attribution",
     "BackendError",
+    "DirectionRemoval",
+    "LWR",
+    "LengthPenalty",
+    "NeuronClamp",
     "PatchSweep",
     "ResponseValues",
     "RewardModel",

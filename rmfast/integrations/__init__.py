@@ -1,0 +1,1 @@
+"""rmfast inside of the libraries people train and analyse with."""

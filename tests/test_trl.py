@@ -1,0 +1,283 @@
+"""The trainer: TRL's own but for the loss. Tiny random models; everything in fp32 on the CPU."""
+
+import pytest
+import torch
+
+pytest.importorskip("trl")
+
+import datasets
+import trl
+from models import decoder, encoder, tokenizer
+from peft import LoraConfig
+
+import rmfast
+from rmfast import losses
+from rmfast.integrations.trl import RewardConfig, RewardTrainer, rmfast_reward
+
+datasets.disable_progress_bars()
+
+ROWS = [
+    {"prompt": f"Q{i}? ", "chosen": "good " * (1 + i % 3) + str(i), "rejected": "bad " * (1 + i % 4)} for i in range(12)
+]
+
+
+def config(folder, kind=RewardConfig, **kw):
+    common = {
+        "output_dir": str(folder), "max_steps": 4, "per_device_train_batch_size": 4, "learning_rate": 1e-3,
+        "bf16": False, "gradient_checkpointing": False, "report_to": "none", "save_strategy": "no", "use_cpu": True,
+        "logging_steps": 1, "disable_tqdm": True, "seed": 3,
+    }  # fmt: skip
+    return kind(**{**common, **kw})
+
+
+def trainer(folder, rows=ROWS, model=None, chat=False, cls=RewardTrainer, kind=RewardConfig, extra=None, **kw):
+    return cls(
+        model or decoder(),
+        config(folder, kind, **kw),
+        train_dataset=datasets.Dataset.from_list(rows) if isinstance(rows, list) else rows,
+        processing_class=tokenizer(chat=chat),
+        **(extra or {}),
+    )
+
+
+def batch_loss(made, size=4):
+    """The loss, outputs and inputs of the first rows."""
+    rows = [made.train_dataset[i] for i in range(size)]
+    inputs = made.data_collator(rows)
+    loss, outputs = made.compute_loss(made.model, dict(inputs), return_outputs=True)
+    return loss, outputs, inputs, rows
+
+
+def weights(made):
+    return {name: p.detach().clone() for name, p in made.model.named_parameters() if p.requires_grad}
+
+
+def assert_same(got, expected):
+    assert got.keys() == expected.keys()
+    for name in got:
+        torch.testing.assert_close(got[name], expected[name], rtol=0, atol=0)
+
+
+def test_bt_is_trl_s_own_training(tmp_path):
+    made = [
+        trainer(tmp_path / str(i), cls=cls, kind=kind)
+        for i, (cls, kind) in enumerate([(RewardTrainer, RewardConfig), (trl.RewardTrainer, trl.RewardConfig)])
+    ]
+    for each in made:
+        each.train()
+    assert_same(weights(made[0]), weights(made[1]))
+    assert made[0].state.log_history[0]["loss"] == made[1].state.log_history[0]["loss"]
+
+
+def test_tcrm_without_its_terms_is_bt_with_margin_and_centring(tmp_path):
+    rows = [{**row, "margin": 0.1 * i} for i, row in enumerate(ROWS)]
+    options = {"rows": rows, "center_rewards_coefficient": 0.01}
+    tcrm, _, _, _ = batch_loss(trainer(tmp_path, loss="tcrm", smooth=0.0, lookahead=0.0, **options))
+    bt, _, _, _ = batch_loss(trainer(tmp_path, loss="bt", **options))
+    torch.testing.assert_close(tcrm, bt, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("reduction", ["sum", "mean"])
+def test_tcrm_is_the_loss_of_the_values_at_response_tokens(tmp_path, reduction):
+    made = trainer(tmp_path, loss="tcrm", smooth=0.3, lookahead=0.2, reduction=reduction)
+    loss, _, _, rows = batch_loss(made)
+    rm = rmfast.RewardModel(made.model)
+    sides = []
+    for side in ("chosen", "rejected"):
+        values = rm.token_values([row[f"{side}_ids"] for row in rows])
+        parts = [v[row[f"{side}_start"] :] for v, row in zip(values, rows)]
+        sides.append((torch.cat(parts), torch.tensor([0, *map(len, parts)]).cumsum(0)))
+    (chosen, cu_chosen), (rejected, cu_rejected) = sides
+    expected, _ = losses.tcrm_loss(
+        chosen, rejected, cu_chosen, cu_rejected, smooth=0.3, lookahead=0.2, reduction=reduction
+    )
+    torch.testing.assert_close(loss, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_one_step_runs_the_model_once(tmp_path):
+    made = trainer(tmp_path, loss="tcrm")
+    runs = []
+    made.model.model.register_forward_hook(lambda *_: runs.append(1))
+    batch_loss(made)
+    assert len(runs) == 1
+
+
+def test_where_a_response_starts(tmp_path):
+    def starts(rows, **kw):
+        row = trainer(tmp_path, rows, loss="tcrm", **kw).train_dataset[0]
+        ids = [row["chosen_ids"], row["rejected_ids"]]
+        return [tokenizer().decode(i[s:]) for i, s in zip(ids, (row["chosen_start"], row["rejected_start"]))]
+
+    plain = {"chosen": "Q? so it is", "rejected": "Q? so be it"}
+    turns = [{"role": "user", "content": "Q?"}]
+    spoken = {side: [{"role": "assistant", "content": text}] for side, text in (("chosen", "a b"), ("rejected", "a c"))}
+    # With a prompt: behind its tokens. Without: where chosen and rejected differ.
+    assert starts([{"prompt": "Q?", "chosen": " so it is", "rejected": " so be it"}]) == [
+        " so it is</s>",
+        " so be it</s>",
+    ]
+    assert starts([plain]) == ["it is</s>", "be it</s>"]
+    assert starts([{"prompt": turns, **spoken}], chat=True) == ["<assistant>a b</s>", "<assistant>a c</s>"]
+    assert starts([{side: turns + spoken[side] for side in spoken}], chat=True) == ["b</s>", "c</s>"]
+    # One response that the other goes on from keeps its last token.
+    assert starts([{"chosen_ids": [5, 6], "rejected_ids": [5, 6, 7, 8]}]) == [tokenizer().decode([i]) for i in (6,)] + [
+        tokenizer().decode([7, 8])
+    ]
+    given = {"chosen_ids": [5, 6, 7], "rejected_ids": [5, 8, 9], "chosen_start": 0, "rejected_start": 2}
+    assert starts([given]) == [tokenizer().decode([5, 6, 7]), tokenizer().decode([9])]
+
+
+def test_a_response_ends_where_the_model_s_own_score_is_read(tmp_path):
+    # Padding is EOS: sequence classification reads the token before the closing EOS.
+    text = tokenizer(pad_token="</s>")
+    args = config(tmp_path, loss="tcrm", smooth=0.0, lookahead=0.0)
+    data = datasets.Dataset.from_list(ROWS)
+    made = RewardTrainer(decoder(), args, train_dataset=data, processing_class=text)
+    loss, outputs, _, _ = batch_loss(made)
+    torch.testing.assert_close(loss, losses.bradley_terry(*outputs.logits[:, 0].chunk(2)), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("conditional", [False, True])
+def test_crm_adds_the_mmd_over_bins_of_the_training_set(tmp_path, conditional):
+    rows = [{**row, "chosen_price": i % 3, "rejected_price": (i + 1) % 3} for i, row in enumerate(ROWS)]
+    options = {"factor": "price", "bins": 3, "crm_weight": 2.0, "bandwidth": 0.7, "conditional": conditional}
+    loss, outputs, _, _ = batch_loss(trainer(tmp_path, rows, loss="crm", **options))
+    rewards = outputs.logits[:, 0]
+    bins = torch.tensor([row[f"{side}_price"] for side in ("chosen", "rejected") for row in rows[:4]])
+    groups = torch.arange(8) // 4 if conditional else None
+    expected = losses.bradley_terry(*rewards.chunk(2)) + 2 * losses.binned_mmd(
+        rewards, bins, bandwidth=0.7, groups=groups
+    )
+    torch.testing.assert_close(loss, expected, rtol=1e-5, atol=1e-6)
+
+
+def test_length_is_the_number_of_the_response_s_tokens(tmp_path):
+    made = trainer(tmp_path, loss="crm", factor="length", bins=2)
+    row = made.train_dataset[1]
+    assert row["chosen_length"] == len("good good 1") + 1  # and EOS
+    assert batch_loss(made)[2]["factor"][1] == row["chosen_length"]
+
+
+def test_streamed_data_take_edges(tmp_path):
+    rows = datasets.Dataset.from_list(ROWS).to_iterable_dataset()
+    made = trainer(tmp_path, rows, loss="crm", bin_edges=[6.0, 11.0])
+    made.train()
+    assert "mmd" in made.state.log_history[0]
+
+
+def test_tcrm_and_crm_together_log_their_terms_and_trl_s(tmp_path):
+    made = trainer(tmp_path, loss="tcrm+crm", bins=2, extra={"eval_dataset": datasets.Dataset.from_list(ROWS[:6])})
+    made.train()
+    ours = {"bradley_terry", "smoothness", "lookahead", "middle_accuracy", "mmd"}
+    assert ours | {"accuracy", "margin", "mean_reward", "loss"} <= made.state.log_history[0].keys()
+    assert {f"eval_{name}" for name in ours} <= made.evaluate().keys()
+
+
+@pytest.mark.parametrize("loss", ["tcrm", "crm"])
+def test_training_goes_on_from_a_checkpoint_to_the_same_weights(tmp_path, loss):
+    straight = trainer(tmp_path / "a", loss=loss, bins=3, max_steps=6)
+    straight.train()
+    # Interrupted after three of the six steps, and gone on with in a new process's objects.
+    half = trainer(tmp_path / "b", loss=loss, bins=3, max_steps=6, save_strategy="steps", save_steps=3)
+    half.add_callback(StopAt(3))
+    half.train()
+    resumed = trainer(tmp_path / "b", loss=loss, bins=3, max_steps=6)
+    resumed.train(resume_from_checkpoint=True)
+    assert resumed.state.global_step == 6
+    assert_same(weights(resumed), weights(straight))
+
+
+class StopAt(trl.trainer.reward_trainer.TrainerCallback):
+    def __init__(self, step):
+        self.step = step
+
+    def on_step_end(self, args, state, control, **kw):
+        control.should_training_stop = state.global_step == self.step
+
+
+def test_checkpoints_are_ordinary_folders(tmp_path):
+    made = trainer(tmp_path, loss="tcrm", save_strategy="steps", save_steps=4)
+    made.train()
+    rm = rmfast.load(tmp_path / "checkpoint-4", device="cpu")
+    ids = [made.train_dataset[0]["chosen_ids"]]
+    torch.testing.assert_close(rm.score(ids), rmfast.RewardModel(made.model).score(ids), rtol=0, atol=0)
+
+
+def test_lora_trains_adapters_and_head_alone(tmp_path):
+    lora = LoraConfig(task_type="SEQ_CLS", r=2, target_modules=["q_proj", "v_proj"])
+    made = trainer(tmp_path, loss="tcrm+crm", bins=2, save_strategy="steps", save_steps=4, extra={"peft_config": lora})
+    before = weights(made)
+    made.train()
+    after = weights(made)
+    assert all("lora_" in name or "score" in name for name in after)
+    assert all(not torch.equal(before[name], after[name]) for name in after)
+    assert (tmp_path / "checkpoint-4" / "adapter_model.safetensors").exists()
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"gradient_checkpointing": True}, {"bf16": True}, {"gradient_accumulation_steps": 2}],
+    ids=["gradient checkpointing", "bf16", "gradient accumulation"],
+)
+def test_the_trainer_s_own_options_work(tmp_path, options):
+    made = trainer(tmp_path, loss="tcrm", max_steps=2, **options)
+    made.train()
+    plain = trainer(tmp_path, loss="tcrm", max_steps=2, **{k: v for k, v in options.items() if "accum" in k})
+    plain.train()
+    for name, p in weights(made).items():
+        torch.testing.assert_close(p, weights(plain)[name], rtol=0, atol=5e-3)
+
+
+@pytest.mark.parametrize(
+    "options,error",
+    [
+        ({"loss": "dpo"}, "loss to be one of bt, tcrm, crm, tcrm\\+crm"),
+        ({"reduction": "max"}, "reduction"),
+        ({"smooth": -1.0}, "smooth to be at least 0"),
+        ({"crm_weight": float("nan")}, "crm_weight to be at least 0"),
+        ({"bins": 0}, "bins to be at least 1"),
+        ({"bin_edges": [2.0, 1.0]}, "bin_edges to rise"),
+    ],
+)
+def test_bad_options_are_named(tmp_path, options, error):
+    with pytest.raises(ValueError, match=error):
+        config(tmp_path, **options)
+
+
+@pytest.mark.parametrize(
+    "make,error",
+    [
+        (lambda path: trainer(path, kind=trl.RewardConfig), "args to be a rmfast.integrations.trl.RewardConfig"),
+        (lambda path: trainer(path, loss="crm", factor="price"), "a column chosen_price"),
+        (
+            lambda path: trainer(path, datasets.Dataset.from_list(ROWS).to_iterable_dataset(), loss="crm"),
+            "bin_edges for a streamed dataset",
+        ),
+        (lambda path: trainer(path, model=encoder(), loss="tcrm"), "sees none behind it"),
+    ],
+)
+def test_what_cannot_be_trained_is_refused_before_it_starts(tmp_path, make, error):
+    with pytest.raises((ValueError, TypeError), match=error):
+        make(tmp_path)
+
+
+def test_the_reward_function_gives_scores_of_strings_and_of_turns():
+    rm = rmfast.RewardModel(decoder(), tokenizer(chat=True))
+    reward = rmfast_reward(rm, name="taste")
+    assert reward.__name__ == "taste"
+    assert reward(prompts=["Q? "], completions=["so"], completion_ids=[[1]]) == rm.score(["Q? so"]).tolist()
+    turns = [{"role": "user", "content": "Q?"}], [{"role": "assistant", "content": "so"}]
+    assert reward(prompts=[turns[0]], completions=[turns[1]]) == rm.score([turns[0] + turns[1]]).tolist()
+    with pytest.raises(ValueError, match="one label, got 3"):
+        rmfast_reward(rmfast.RewardModel(decoder(labels=3)))
+
+
+def test_grpo_takes_the_reward_function(tmp_path):
+    reward = rmfast_reward(rmfast.RewardModel(decoder(), tokenizer()))
+    args = config(tmp_path, trl.GRPOConfig, max_steps=1, num_generations=2, max_completion_length=4, learning_rate=1e-3)
+    made = trl.GRPOTrainer(
+        decoder(task="CausalLM"), reward, args, datasets.Dataset.from_list([{"prompt": "Q?"}] * 4),
+        processing_class=tokenizer(),
+    )  # fmt: skip
+    made.train()
+    assert "rewards/rmfast_reward/mean" in made.state.log_history[0]
