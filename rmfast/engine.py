@@ -60,12 +60,15 @@ class Run:
         size = q.size(-1)
         if size % 8:  # the op reads 16 bytes at a time; zeros change no dot
             q, k, v = (nn.functional.pad(t, (0, -size % 8)) for t in (q, k, v))
+        return self.over_pool(key, q, k, v, options)[..., :size]
+
+    def over_pool(self, key: nn.Module, q: Tensor, k: Tensor, v: Tensor, options: dict[str, Any]) -> Tensor:
+        """Attention of heads as the op takes them."""
         asked = None if q.size(0) == k.size(0) else self.cu_reads
-        out, _ = suffix_attention(
+        return suffix_attention(
             q, k, v, self.cu_seqlens, *self.pool(key, k, v), self.prefix_start, self.prefix_len, cu_queries=asked,
             **options,
-        )  # fmt: skip
-        return out[..., :size]
+        )[0]  # fmt: skip
 
 
 class _Chained:
@@ -263,14 +266,9 @@ class Layer:
         return self.norms[3](delta) if self.sandwich else delta
 
 
-def _plain(module: nn.Module) -> bool:
-    """Whether nobody put anything around its forward: hooks, or one set on the instance (accelerate, kernels)."""
-    return not _model._hooked(module) and "forward" not in module.__dict__
-
-
 def _norm(module: Any, size: int) -> Norm | None:
     weight = getattr(module, "weight", None)
-    if not isinstance(weight, Tensor) or tuple(weight.shape) != (size,) or not _plain(module):
+    if not isinstance(weight, Tensor) or tuple(weight.shape) != (size,) or not _model._plain(module):
         return None
     if not _model._readable(module):
         return None
@@ -282,7 +280,7 @@ def _norm(module: Any, size: int) -> Norm | None:
 def _activation(mlp: Any) -> str | None:
     parts = {name for name, _ in mlp.named_children()}
     act = getattr(mlp, "act_fn", None) or getattr(mlp, "activation_fn", None)
-    if not callable(act) or not _plain(mlp):
+    if not callable(act) or not _model._plain(mlp):
         return None
     if not ({"gate_proj", "up_proj", "down_proj"} <= parts or {"gate_up_proj", "down_proj"} <= parts):
         return None
@@ -310,7 +308,7 @@ def _structure(body: nn.Module) -> list[tuple[nn.Module, Layer]] | str:
         inside = {name for name, _ in attn.named_children()}
         if inside - _ATTENTION_PARTS or not ({"q_proj", "k_proj", "v_proj"} <= inside or "qkv_proj" in inside):
             return f"{where}: its attention has other parts than q, k, v and o projections"
-        if not (_plain(layer) and _plain(attn)) or not isinstance(getattr(attn, "head_dim", None), int):
+        if not (_model._plain(layer) and _model._plain(attn)) or not isinstance(getattr(attn, "head_dim", None), int):
             return f"{where} carries hooks, or its attention names no head_dim"
         names = ["input_layernorm", "post_attention_layernorm"]
         if "pre_feedforward_layernorm" in parts:
@@ -477,7 +475,11 @@ class Engine:
         )
 
     def run(
-        self, ids: np.ndarray, planned: Any, longest: int, seen: Callable[[nn.Module, Tensor, Tensor], None] | None = None
+        self,
+        ids: np.ndarray,
+        planned: Any,
+        longest: int,
+        seen: Callable[[nn.Module, Tensor, Tensor], None] | None = None,
     ) -> Iterator[tuple[Chunk, Tensor]]:
         """Runs a plan's chunks in order, inside `binding.session()`.
 

@@ -182,7 +182,9 @@ def _pair(
     if format == "chat":
         rendered = _render(tokenizer, [*turns, {"role": "assistant", "content": response}], index)
         return _text(index, rendered, len(response))
-    return Text(*((prompt, response) if format == "pair" else (prompt + response, None)), len(response))
+    if format == "pair":
+        return Text(prompt, response, len(response))
+    return Text(prompt + response, None, len(response))
 
 
 def _text(index: int, text: str, characters: int) -> Text:

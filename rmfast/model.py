@@ -131,9 +131,14 @@ class Binding:
         """Scoring state: no dropout, autograd on with `grad` alone, `clamps` in force unless not `clamped`; everything
         is put back at the end. One thread at a time."""
         # inference_mode(False) turns autograd on, also inside of no_grad.
-        with _lock(self.root), torch.inference_mode(not grad), _eval_mode(self.root), _kept_rope(self._rope):
-            with _clamped(self.root, self.clamps if clamped else ()):
-                yield
+        with (
+            _lock(self.root),
+            torch.inference_mode(not grad),
+            _eval_mode(self.root),
+            _kept_rope(self._rope),
+            _clamped(self.root, self.clamps if clamped else ()),
+        ):
+            yield
 
     @property
     def clamps_last(self) -> bool:
@@ -161,9 +166,12 @@ class Binding:
 
     def rewards(self, hidden: Tensor, rows: Tensor) -> Tensor:
         """Rewards (M, K) of the flat rows (M,) int64 of hidden (B, T, d); fp32, or fp64 for fp64 hidden states."""
+        if self.before is not None and not self.leaves_norm_out:
+            raise ValueError("Expected a final norm without hooks, for directions to be removed before it")
         linear = plain_linear(self.head)
         if linear is not None and (not self.leaves_norm_out or (self.norm_kind and _readable(active(self.norm)))):
-            on, removed = hidden.device, {}
+            on = hidden.device
+            removed: dict[str, Any] = {}
             # Taking a part of the normed row away is taking it from the head.
             weight = linear.weight if self.after is None else self.after.of(linear.weight.float())
             if self.before is not None:
@@ -615,6 +623,18 @@ def _lock(module: nn.Module) -> Any:
     """One re-entrant lock per model, kept outside of it so that the model can still be copied and pickled."""
     with _locks_guard:
         return _locks.setdefault(module, threading.RLock())
+
+
+def share_lock(module: nn.Module, copied: nn.Module) -> None:
+    """One lock for a model and one made of its parts, whose configuration and submodules a session changes."""
+    lock = _lock(module)
+    with _locks_guard:
+        _locks[copied] = lock
+
+
+def _plain(module: nn.Module) -> bool:
+    """Whether nobody put anything around its forward: hooks, or one set on the instance (accelerate, kernels)."""
+    return not _hooked(module) and "forward" not in module.__dict__
 
 
 def out_of_memory(error: RuntimeError) -> bool:
