@@ -43,6 +43,7 @@ _HOME = {
 }
 
 __all__ = [
+    "LWR",
     "Attribution",
     "BackendError",
     "DirectionRemoval",
@@ -51,7 +52,6 @@ __all__ = [
     "NeuronClamp",
     "PatchSweep",
     "ResponseValues",
-    "LWR",
     "RewardModel",
     "__version__",
     "backend",

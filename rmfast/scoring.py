@@ -73,18 +73,18 @@ class RewardModel:
             name = type(self.binding.root).__name__
             raise ValueError(f'{name} pools by itself: expected pooling to be "auto", got {pooling!r}')
         self.interventions: Any = None
+        self._base: RewardModel | None = None
         self._warned = False
         self._engine: tuple[tuple, Engine | str] | None = None
 
-        self._base: RewardModel | None = None
-    def __repr__(self) -> str:
-        bound = self.binding
-        return (
     @property
     def fingerprint(self) -> str:
         """Of the architecture and a sample of the weights, by which interventions know their model."""
         return _model.fingerprint((self._base or self).binding.root)
 
+    def __repr__(self) -> str:
+        bound = self.binding
+        return (
             f"RewardModel({type(bound.root).__name__}, num_labels={self.num_labels}, norm={bound.norm_kind!r}, "
             f"pooling={self.pooling!r}, device={str(bound.device)!r})"
         )
@@ -576,15 +576,15 @@ class RewardModel:
         """
         from rmfast.attribution import attribute
 
-        return attribute(
-            self, inputs, components=components, positions=positions, norm=norm, max_length=max_length,
-            truncation=truncation, format=format,
         plain = self.interventions is None or not (self.binding.clamps_last or self.interventions.lengths)
         if not plain or self.binding.before or self.binding.after:
             raise ValueError(
                 f"Expected a model under no interventions but clamps at all positions, got {self.interventions}: what "
                 "the others change is no component of the stream"
             )
+        return attribute(
+            self, inputs, components=components, positions=positions, norm=norm, max_length=max_length,
+            truncation=truncation, format=format,
         )  # fmt: skip
 
     def with_interventions(self, *interventions: Any) -> RewardModel:
@@ -606,98 +606,14 @@ class RewardModel:
     def _patcher(self) -> Any:
         """What runs patched texts: the suffix engine where it knows the layers, else the model's own forward."""
         from rmfast.hooks import LayersPatcher
-    def lens(
-        self,
-        inputs: Sequence[Any],
-        *,
-        positions: Literal["last", "all"] = "last",
-        norm: Literal["final", "frozen", "raw"] = "final",
-        batch_tokens: int | None = None,
-        progress: bool = False,
-        max_length: int | None = None,
-        truncation: Truncation = "error",
-        format: Format | None = None,
-    ) -> Any:
-        """The reward lens: what the head makes of the residual stream after each layer, from one pass of the body.
-
-        Args:
-            inputs: as for `score`; for pairs a chosen and a rejected text alternately.
-            positions: "last", the token at which `score` reads, or "all".
-            norm: "final" applies the final norm to each layer's stream as it does to the last one's. "frozen" gives it
-                the scale that it has on the last one, so that differences of layers are what attention and MLP add to
-                the reward. "raw" leaves it out, w·h + b (arXiv 2604.26130): its last layer is not the reward.
-            batch_tokens, progress, max_length, truncation, format: as for `score`.
-
-        Returns:
-            A `rmfast.Lens`.
-
-        Raises:
-            InputError, ValueError, TypeError: as `score`; the model's body has no list of its layers, it pools by
-                itself, or (other norms than "final") its head is not one linear map or its final norm of no known kind.
-        """
-        from rmfast.lens import lens
-
-        return lens(
-            self, inputs, positions=positions, norm=norm, batch_tokens=batch_tokens, progress=progress,
-            max_length=max_length, truncation=truncation, format=format,
-        )  # fmt: skip
-
-    def compare(
-        self,
-        clean: Sequence[Any],
-        corrupted: Sequence[Any],
-        *,
-        sites: str | Sequence[str] = ("attn_out", "mlp_out"),
-        layers: int | Iterable[int] | None = None,
-        heads: int | Iterable[int] | None = None,
-        neurons: int | Iterable[int] | None = None,
-        mode: Literal["noising", "denoising"] = "noising",
-        norm: Literal["frozen", "raw"] = "frozen",
-        align: Any = "auto",
-        label: int | None = None,
-        seed: int = 0,
-        batch_tokens: int | None = None,
-        progress: bool = False,
-        max_length: int | None = None,
-        truncation: Truncation = "error",
-        format: Format | None = None,
-    ) -> Any:
-        """Does attribution predict patching? Both over pairs of texts, and how their ranks of the sites agree.
-
-        For each pair the difference of both texts' contributions (`attribute`, at the read token), beside what patching
-        the same components does (`patch_sweep`, all positions jointly).
-
-        Args:
-            clean, corrupted: as many texts each, at least 10.
-            sites: of "attn_out", "mlp_out", "head_out", "mlp_neuron"; those with the same units together.
-            layers, heads, neurons, mode, align, batch_tokens, progress: as for `patch_sweep`.
-            norm: as for `attribute`.
-            label: which reward of a model with K > 1.
-            seed: of the bootstrap.
-            max_length, truncation, format: as for `score`.
-
-        Returns:
-            A `rmfast.Comparison`.
-
-        Raises:
-            ValueError, TypeError: as `patch_sweep` and `attribute`; too few pairs or sites.
-        """
-        from rmfast.comparison import compare_attribution
-
-        return compare_attribution(
-            self, clean, corrupted, sites=sites, layers=layers, heads=heads, neurons=neurons, mode=mode, norm=norm,
-            align=align, label=label, seed=seed, batch_tokens=batch_tokens, progress=progress, max_length=max_length,
-            truncation=truncation, format=format,
-        )  # fmt: skip
-
         from rmfast.patching import SuffixPatcher
 
+        if self.interventions is not None and self.interventions.lengths:
+            raise ValueError("Expected a model without corrections by length, which no activation has a part in")
         engine = self._packed_engine()
         if isinstance(engine, str) or engine.why or self.binding.clamps_last:
             return LayersPatcher(self.binding)
         return SuffixPatcher(engine)
-        if self.interventions is not None and self.interventions.lengths:
-            raise ValueError("Expected a model without corrections by length, which no activation has a part in")
 
     def _default_batch_tokens(self, engine: Engine | None) -> int:
         """Rows of a batch: as many as pay, and fit into free memory."""
