@@ -17,11 +17,15 @@ if TYPE_CHECKING:
     from rmfast.backends import BackendError as BackendError
     from rmfast.backends import backend as backend
     from rmfast.backends import explain as explain
+    from rmfast.comparison import Comparison as Comparison
+    from rmfast.comparison import Estimate as Estimate
+    from rmfast.comparison import compare as compare
     from rmfast.grids import PatchSweep as PatchSweep
     from rmfast.interventions import LWR as LWR
     from rmfast.interventions import DirectionRemoval as DirectionRemoval
     from rmfast.interventions import LengthPenalty as LengthPenalty
     from rmfast.interventions import NeuronClamp as NeuronClamp
+    from rmfast.lens import Lens as Lens
     from rmfast.scoring import RewardModel as RewardModel
     from rmfast.scoring import load as load
     from rmfast.values import ResponseValues as ResponseValues
@@ -31,8 +35,12 @@ _HOME = {
     "Attribution": "rmfast.attribution",
     "backend": "rmfast.backends",
     "BackendError": "rmfast.backends",
+    "Comparison": "rmfast.comparison",
+    "Estimate": "rmfast.comparison",
+    "compare": "rmfast.comparison",
     "explain": "rmfast.backends",
     "DirectionRemoval": "rmfast.interventions",
+    "Lens": "rmfast.lens",
     "LengthPenalty": "rmfast.interventions",
     "LWR": "rmfast.interventions",
     "NeuronClamp": "rmfast.interventions",
@@ -46,15 +54,18 @@ __all__ = [
     "LWR",
     "Attribution",
     "BackendError",
+    "Comparison",
     "DirectionRemoval",
     "Estimate",
     "LengthPenalty",
+    "Lens",
     "NeuronClamp",
     "PatchSweep",
     "ResponseValues",
     "RewardModel",
     "__version__",
     "backend",
+    "compare",
     "explain",
     "load",
     "losses",

@@ -211,17 +211,21 @@ class FrozenHead:
 
         reward = scale(h_L) · direction·h + constant, for any part h of h_L; for h = h_L the model's own
 
+    Directions that the model loses before or after the norm (`Binding.before`, `after`) are taken from `direction`.
+
     Attributes:
         norm: the final norm; one that does nothing for norm="raw", whose scale is 1.
         direction: (K, d), γ⊙w, less its own mean for a layer norm: h need not be centred.
         constant: (K,), the head's bias and β·w.
         dtype: of them and of `scale`: fp32, fp64 for an fp64 model.
+        before: what h loses before the norm's scale is taken.
     """
 
     norm: _Norm
     direction: Tensor
     constant: Tensor
     dtype: torch.dtype
+    before: _model.Removal | None
 
     @classmethod
     def of(cls, binding: _model.Binding, norm: Literal["frozen", "raw"]) -> FrozenHead:
@@ -237,12 +241,16 @@ class FrozenHead:
         with binding.session(grad=True), torch.no_grad():
             weight, bias = (None if x is None else x.detach().to(dtype) for x in (linear.weight, linear.bias))
             assert weight is not None
+            weight = weight if binding.after is None else binding.after.of(weight)
             given = binding.norm_arguments(weight.device) if norm == "frozen" else {"norm": None}
             final = _Norm.of(dtype, **given)
-            return cls(final, final.back(weight), final.constant(weight, bias), dtype)
+            direction = final.back(weight)
+            direction = direction if binding.before is None else binding.before.of(direction)  # a symmetric map
+            return cls(final, direction, final.constant(weight, bias), dtype, binding.before)
 
     def scale(self, stream: Tensor) -> Tensor:
         """(n, d) -> (n, 1), the norm's scale on these streams."""
+        stream = stream if self.before is None else self.before.of(stream)
         return self.norm.scale(stream, self.dtype)
 
 
@@ -261,7 +269,7 @@ class _Units:
 class _Parts:
     """A model's components as directions in them; made once for any number of texts."""
 
-    def __init__(self, rm: RewardModel, names: list[str], norm: str):
+    def __init__(self, rm: RewardModel, names: list[str], norm: Literal["frozen", "raw"]):
         self.rm, self.names, self.norm = rm, names, norm
         _linear(rm.binding)  # refused before anything runs
         self.patcher = LayersPatcher(rm.binding)

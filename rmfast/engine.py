@@ -99,6 +99,14 @@ class _Chained:
 _current: ContextVar[Run | None] = ContextVar("rmfast_run", default=None)
 
 
+def entering(x: Tensor) -> Tensor:
+    """The stream at the rows that are read, (m, d), from what a layer of a packed or padded run is given, (B, T, d)."""
+    run, rows = _current.get(), _model.rows_read()
+    parts = [x.reshape(-1, x.size(-1))] if run is None or run.delta is None else [x[0], run.delta]
+    parts = parts if rows is None else [part[rows.to(part.device)] for part in parts]
+    return parts[0] if len(parts) == 1 else parts[0] + parts[1]
+
+
 def _rows(index: np.ndarray, device: torch.device) -> Tensor | slice:
     """Row indices; a slice where they are one stretch (the prompt of best-of-N), which then is not copied."""
     if len(index) and index[-1] - index[0] == len(index) - 1 and (np.diff(index) == 1).all():

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from rmfast.sites import UNITS
 
-__all__ = ["PatchSweep", "span"]
+__all__ = ["PatchSweep", "span", "ticks"]
 
 AXES = ("site", "layer", "position", "head", "neuron", "unit", "label")  # the order in any grid
 Value = Literal["effect", "recovered", "rewards"]
@@ -294,8 +294,8 @@ class PatchSweep:
             axis.set_title(drawn.title)
             axis.set_xlabel(drawn.across)
             axis.set_ylabel("layer")
-            _ticks(axis, "x", drawn.columns)
-            _ticks(axis, "y", list(map(str, self.coords.get("layer", [""]))))
+            ticks(axis, "x", drawn.columns)
+            ticks(axis, "y", list(map(str, self.coords.get("layer", [""]))))
             axis.figure.colorbar(image, ax=axis, label="reward" if value == "rewards" else value)
         return axes if len(maps) > 1 else axes[0]
 
@@ -377,7 +377,7 @@ def _axes(pyplot: Any, maps: list[_Map]) -> np.ndarray:
     return pyplot.subplots(down, across, figsize=size, layout="constrained", squeeze=False)[1].ravel()
 
 
-def _ticks(axis: Any, which: Literal["x", "y"], names: list[str]) -> None:
+def ticks(axis: Any, which: Literal["x", "y"], names: list[str]) -> None:
     """Name the ticks, every one or as many as can be read."""
     step = -(-len(names) // _MOST_TICKS[which])
     getattr(axis, f"set_{which}ticks")(range(0, len(names), step))

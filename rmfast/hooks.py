@@ -24,7 +24,7 @@ from rmfast import model as _model
 from rmfast.inputs import Encoded
 from rmfast.sites import KINDS, Edits, Values
 
-__all__ = ["LayerRecord", "LayersPatcher", "Point", "points"]
+__all__ = ["LayerRecord", "LayersPatcher", "Point", "given", "layered", "points"]
 
 Side = Literal["in", "out"]
 
@@ -89,7 +89,7 @@ class Point:
             return use(x) if calls == 1 and threading.get_ident() == thread else None
 
         def before(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> Any:
-            new = applied(_given(args, kwargs))
+            new = applied(given(args, kwargs))
             if new is None:
                 return None
             return ((new, *args[1:]), kwargs) if args else (args, {**kwargs, _first_name(kwargs): new})
@@ -116,7 +116,8 @@ def _first_name(kwargs: dict[str, Any]) -> str:
     return "hidden_states" if "hidden_states" in kwargs else next(iter(kwargs))
 
 
-def _given(args: tuple, kwargs: dict[str, Any]) -> Any:
+def given(args: tuple, kwargs: dict[str, Any]) -> Any:
+    """The tensor that a layer is called with."""
     return args[0] if args else kwargs[_first_name(kwargs)]
 
 
@@ -241,6 +242,19 @@ def _heads(attention: nn.Module) -> tuple[int | None, int | None, int | None]:
     return heads, stated("num_key_value_heads") or heads, size
 
 
+def layered(binding: _model.Binding) -> tuple[_model.Binding, list[nn.Module]]:
+    """The body's layers, and the binding with which their streams are read.
+
+    Raises:
+        ValueError: the body has no list of its layers.
+    """
+    name, layers = _layers(binding)
+    if binding.norm_name is not None and binding.norm_name.startswith(f"{binding.body_name}.{name}."):
+        # The last layer ends in the final norm (BERT): its output is what the norm gives, so the norm stays.
+        binding = dataclasses.replace(binding, norm_name=None, norm_kind=None)
+    return binding, layers
+
+
 def _layers(binding: _model.Binding) -> tuple[str, list[nn.Module]]:
     """The body's layers and the name of their list."""
     body, count = binding.body, getattr(binding.config, "num_hidden_layers", None)
@@ -300,11 +314,7 @@ class LayersPatcher:
     """
 
     def __init__(self, binding: _model.Binding):
-        name, self.modules = _layers(binding)
-        if binding.norm_name is not None and binding.norm_name.startswith(f"{binding.body_name}.{name}."):
-            # The last layer ends in the final norm (BERT): its output is what the norm gives, so the norm stays.
-            binding = dataclasses.replace(binding, norm_name=None, norm_kind=None)
-        self.binding = binding
+        self.binding, self.modules = layered(binding)
         self.layers = len(self.modules)
         self.points = [points(layer) for layer in self.modules]
         self._sizes: dict[str, tuple[int, int]] = {}
@@ -577,7 +587,7 @@ def _passing(tail: tuple | None) -> Callable[..., Any]:
     """A layer's forward that hands on what it is given, in the form in which the layer returns it."""
 
     def forward(*args: Any, **kwargs: Any) -> Any:
-        x = _given(args, kwargs)
+        x = given(args, kwargs)
         return x if tail is None else (x, *tail)
 
     return forward

@@ -706,6 +706,12 @@ def reading(total: int, rows: Tensor | None) -> Iterator[None]:
         _reads.reset(token)
 
 
+def rows_read() -> Tensor | None:
+    """The flat rows (m,) of the body's run that are read; None: all."""
+    reads = _reads.get()
+    return None if reads is None else reads.rows
+
+
 def read_rows(name: str, out: Tensor) -> Tensor | slice | None:
     """Where the rows that are read are in a module's output, flat (r, m); None where it is not of the tokens."""
     reads = _reads.get()

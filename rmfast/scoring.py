@@ -20,6 +20,9 @@ from rmfast.engine import Engine, Unsupported
 from rmfast.inputs import Encoded, Format, InputError, Truncation
 from rmfast.planner import plan, windows
 
+if TYPE_CHECKING:
+    from rmfast.values import ResponseValues
+
 __all__ = ["Encoded", "InputError", "RewardModel", "load"]
 
 # Tokens of one batch, padding included. A CPU is at its GEMM rate from about 2,000 tokens, and more only adds padding,
@@ -233,7 +236,7 @@ class RewardModel:
 
         Raises:
             InputError: as for `score`, or an input whose response's start is unknown or behind the token that is read.
-            ValueError, TypeError: an argument is wrong; the model is not causal, pools by itself, or has several labels.
+            ValueError, TypeError: an argument is wrong; the model is not causal, pools by itself or has several labels.
         """
         from rmfast.values import values_and_reward
 
@@ -602,6 +605,90 @@ class RewardModel:
         from rmfast.interventions import intervened
 
         return intervened(self, interventions)
+
+    def lens(
+        self,
+        inputs: Sequence[Any],
+        *,
+        positions: Literal["last", "all"] = "last",
+        norm: Literal["final", "frozen", "raw"] = "final",
+        batch_tokens: int | None = None,
+        progress: bool = False,
+        max_length: int | None = None,
+        truncation: Truncation = "error",
+        format: Format | None = None,
+    ) -> Any:
+        """The reward lens: what the head makes of the residual stream after each layer, from one pass of the body.
+
+        Args:
+            inputs: as for `score`; for pairs a chosen and a rejected text alternately.
+            positions: "last", the token at which `score` reads, or "all".
+            norm: "final" applies the final norm to each layer's stream as it does to the last one's. "frozen" gives it
+                the scale that it has on the last one, so that differences of layers are what attention and MLP add to
+                the reward. "raw" leaves it out, w·h + b (arXiv 2604.26130): its last layer is not the reward.
+            batch_tokens, progress, max_length, truncation, format: as for `score`.
+
+        Returns:
+            A `rmfast.Lens`.
+
+        Raises:
+            InputError, ValueError, TypeError: as `score`; the model's body has no list of its layers, it pools by
+                itself, or (other norms than "final") its head is not one linear map or its final norm of no known kind.
+        """
+        from rmfast.lens import lens
+
+        return lens(
+            self, inputs, positions=positions, norm=norm, batch_tokens=batch_tokens, progress=progress,
+            max_length=max_length, truncation=truncation, format=format,
+        )  # fmt: skip
+
+    def compare(
+        self,
+        clean: Sequence[Any],
+        corrupted: Sequence[Any],
+        *,
+        sites: str | Sequence[str] = ("attn_out", "mlp_out"),
+        layers: int | Iterable[int] | None = None,
+        heads: int | Iterable[int] | None = None,
+        neurons: int | Iterable[int] | None = None,
+        mode: Literal["noising", "denoising"] = "noising",
+        norm: Literal["frozen", "raw"] = "frozen",
+        align: Any = "auto",
+        label: int | None = None,
+        seed: int = 0,
+        batch_tokens: int | None = None,
+        progress: bool = False,
+        max_length: int | None = None,
+        truncation: Truncation = "error",
+        format: Format | None = None,
+    ) -> Any:
+        """Does attribution predict patching? Both over pairs of texts, and how their ranks of the sites agree.
+
+        For each pair the difference of both texts' contributions (`attribute`, at the read token), beside what patching
+        the same components does (`patch_sweep`, all positions jointly).
+
+        Args:
+            clean, corrupted: as many texts each, at least 10.
+            sites: of "attn_out", "mlp_out", "head_out", "mlp_neuron"; those with the same units together.
+            layers, heads, neurons, mode, align, batch_tokens, progress: as for `patch_sweep`.
+            norm: as for `attribute`.
+            label: which reward of a model with K > 1.
+            seed: of the bootstrap.
+            max_length, truncation, format: as for `score`.
+
+        Returns:
+            A `rmfast.Comparison`.
+
+        Raises:
+            ValueError, TypeError: as `patch_sweep` and `attribute`; too few pairs or sites.
+        """
+        from rmfast.comparison import compare_attribution
+
+        return compare_attribution(
+            self, clean, corrupted, sites=sites, layers=layers, heads=heads, neurons=neurons, mode=mode, norm=norm,
+            align=align, label=label, seed=seed, batch_tokens=batch_tokens, progress=progress, max_length=max_length,
+            truncation=truncation, format=format,
+        )  # fmt: skip
 
     def _patcher(self) -> Any:
         """What runs patched texts: the suffix engine where it knows the layers, else the model's own forward."""

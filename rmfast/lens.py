@@ -1,0 +1,331 @@
+"""The reward lens: what the head makes of the residual stream after each layer, streamed during one forward pass.
+
+    r_l = head(norm(h_l)), l = 0 (the embedding), 1, ..., L (the reward itself)
+
+The form of arXiv 2604.26130 leaves the final norm out (norm="raw", w·h_l + b), so its last layer is not the reward.
+A layer's stream is read where the layer after it is given it, at the rows that are read alone, by `reward_head`; packed
+runs and padded ones are those of `score`. No activation is kept.
+"""
+
+from __future__ import annotations
+
+import copy
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field, fields
+from functools import partial
+from typing import TYPE_CHECKING, Any, Literal, cast
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from rmfast import model as _model
+from rmfast.attribution import FrozenHead, check_norm
+from rmfast.engine import entering
+from rmfast.hooks import given, layered
+from rmfast.ops import reward_head
+
+if TYPE_CHECKING:
+    from rmfast.comparison import Estimate
+    from rmfast.scoring import RewardModel
+
+__all__ = ["Lens", "lens"]
+
+NormUse = Literal["final", "frozen", "raw"]
+
+
+@dataclass(eq=False, repr=False, kw_only=True)
+class Lens:
+    """The reward of N texts at every layer: 0 is the embedding, l what layer l − 1 gives, the last one the score.
+
+    Attributes:
+        rewards: (N, L + 1), or (N, L + 1, K) for K > 1; with positions="all" a list of (L + 1, T[, K]). CPU, fp32 (fp64
+            for an fp64 model).
+        scores: (N,) or (N, K), or a list of (T[, K]): the model's own. They are the last layer of `rewards`, but for
+            norm="raw".
+        layers: L.
+        norm: "final", "frozen" or "raw".
+        positions: "last" or "all".
+        read: (N,), the token at which each text is scored.
+        token_ids: of each text.
+    """
+
+    rewards: Any
+    scores: Any
+    layers: int
+    norm: str
+    positions: str
+    read: list[int]
+    token_ids: list[list[int]]
+    _decode: Callable[[list[int]], list[str]] = field(repr=False)
+
+    def __len__(self) -> int:
+        return len(self.read)
+
+    def __repr__(self) -> str:
+        at = "the read token" if self.positions == "last" else "every token"
+        return f"Lens({len(self)} texts, {self.layers} layers and the embedding, at {at}, norm {self.norm!r})"
+
+    def tokens(self, text: int) -> list[str]:
+        """The tokens of a text."""
+        return self._decode(self.token_ids[text])
+
+    @property
+    def margins(self) -> Tensor:
+        """(N / 2, L + 1[, K]): rewards of texts 0, 2, ... (chosen) less those of 1, 3, ... (rejected).
+
+        Raises:
+            ValueError: an odd number of texts, or rewards at every token.
+        """
+        if self.positions != "last":
+            raise ValueError('Expected rewards at the read token (positions="last") for pairs, got every token\'s')
+        if len(self) % 2 or not len(self):
+            raise ValueError(f"Expected chosen and rejected texts alternately, an even number, got {len(self)}")
+        return self.rewards[0::2] - self.rewards[1::2]
+
+    def crystallisation(self, signed: bool = False) -> Tensor:
+        """(N / 2[, K]) int64: for each pair the first layer l whose margin is half of the last one's, |Δ_l| ≥ ½|Δ_L|.
+
+        −1 where the last margin is 0 or not finite. arXiv 2604.26130's definition.
+
+        Args:
+            signed: also ask for the last one's sign.
+
+        Raises:
+            ValueError: as for `margins`.
+        """
+        margins = self.margins
+        last = margins[:, -1:]
+        reached = margins * last.sign() >= last.abs() / 2 if signed else margins.abs() >= last.abs() / 2
+        defined = (last != 0) & last.isfinite()
+        return torch.where(defined[:, 0], reached.int().argmax(1), -1)
+
+    def compare(self, other: Lens, *, confidence: float = 0.95, seed: int = 0) -> Estimate:
+        """How alike two models of any depth come to the margins of the same pairs: Pearson's r of their curves.
+
+        A pair's curves Δ_l / Δ_L are taken over relative depth l / L, the shorter interpolated linearly to the layers
+        of the longer (arXiv 2604.26130). Pairs whose curve is flat, or whose last margin is 0, are left out.
+
+        Args:
+            other: of the same pairs, in the same order; K = 1, as for this one.
+            confidence, seed: of the bootstrap over pairs.
+
+        Returns:
+            The mean over pairs with its interval and the number of pairs.
+
+        Raises:
+            ValueError: as for `margins`; different numbers of pairs, fewer than 10 of them, or K > 1.
+        """
+        from rmfast.comparison import mean_of_pairs
+
+        curves = [lens._curves() for lens in (self, other)]
+        if len(curves[0]) != len(curves[1]):
+            raise ValueError(f"Expected lenses of the same pairs, got {len(curves[0])} and {len(curves[1])} of them")
+        depth = np.linspace(0, 1, max(curve.shape[1] for curve in curves))
+        a, b = (
+            np.stack([np.interp(depth, np.linspace(0, 1, len(curve)), curve) for curve in some]) if len(some) else some
+            for some in curves
+        )
+        a, b = (x - x.mean(1, keepdims=True) for x in (a, b))
+        with np.errstate(all="ignore"):
+            return mean_of_pairs(
+                (a * b).sum(1) / np.sqrt((a * a).sum(1) * (b * b).sum(1)), confidence=confidence, seed=seed
+            )
+
+    def _curves(self) -> np.ndarray:
+        """(P, L + 1), margins over the last one."""
+        margins = self.margins.double().numpy()
+        if margins.ndim > 2:
+            raise ValueError(f"Expected lenses of one reward, K = 1, got {margins.shape[2]}")
+        with np.errstate(all="ignore"):
+            return margins / margins[:, -1:]
+
+    def to_dataframe(self) -> Any:
+        """A pandas DataFrame with a row for each text, layer (and position, with its token) and label (for K > 1).
+
+        Raises:
+            ImportError: pandas is not installed.
+        """
+        try:
+            import pandas
+        except ImportError as error:
+            raise ImportError(f"to_dataframe needs pandas (pip install pandas): {error}") from error
+        frames = []
+        for i, rewards in enumerate(self.rewards):
+            axes = ["layer", *(["position"] if self.positions == "all" else [])]
+            axes += ["label"] if rewards.dim() > len(axes) else []
+            index = np.indices(rewards.shape).reshape(len(axes), -1)
+            columns: dict[str, Any] = {"text": i, **dict(zip(axes, index))}
+            columns.setdefault("position", self.read[i])
+            columns["token"] = np.array(self.tokens(i), object)[columns["position"]]
+            frames.append(pandas.DataFrame({**columns, "reward": rewards.numpy().ravel()}))
+        return pandas.concat(frames, ignore_index=True)
+
+    def plot(self, *, pairs: bool = False, text: int | None = None, label: int = 0, ax: Any = None) -> Any:
+        """Rewards by layer: a line for each text, or with `pairs` for each pair's margin, and their mean.
+
+        With 10 pairs or more the mean has its 95% bootstrap interval. With positions="all" a map of layers by tokens
+        of one text.
+
+        Args:
+            pairs: margins in place of rewards, with the median crystallisation layer.
+            text: which one, for positions="all" (default the first); else only this one's line.
+            label: which reward of K.
+            ax: the matplotlib Axes to draw on; default: a new figure.
+
+        Returns:
+            The Axes.
+
+        Raises:
+            ImportError: matplotlib is not installed.
+            ValueError: as for `margins`, with `pairs`.
+        """
+        try:
+            from matplotlib import pyplot
+        except ImportError as error:
+            raise ImportError(f"plot needs matplotlib (pip install matplotlib): {error}") from error
+        if self.positions == "all" and not pairs:
+            return self._map(pyplot, 0 if text is None else text, label, ax)
+        curves = self.margins if pairs else self.rewards if text is None else self.rewards[text : text + 1]
+        curves = (curves[..., label] if curves.dim() > 2 else curves).double().numpy()
+        ax = pyplot.subplots(figsize=(7, 4), layout="constrained")[1] if ax is None else ax
+        layers = np.arange(curves.shape[1])
+        ax.plot(layers, curves.T, color="0.6", linewidth=0.6, alpha=0.6)
+        name = f"mean of {len(curves)} {'pairs' if pairs else 'texts'}"
+        if pairs and len(curves) >= 10:
+            from rmfast.comparison import mean_of_pairs
+
+            means = [mean_of_pairs(curves[:, layer]) for layer in layers]
+            ax.fill_between(layers, [m.low for m in means], [m.high for m in means], alpha=0.3)
+            name += ", 95% interval"
+        ax.plot(layers, curves.mean(0), label=name)
+        if pairs:
+            found = self.crystallisation()
+            layer = (found[:, label] if found.dim() > 1 else found).numpy()
+            if (layer >= 0).any():
+                middle = float(np.median(layer[layer >= 0]))
+                ax.axvline(middle, linestyle=":", color="0.3", label=f"median crystallisation {middle:g}")
+        ax.axhline(0, color="0.8", linewidth=0.8, zorder=0)
+        ax.set_xlabel("layer (0: embedding)")
+        ax.set_ylabel(f"{'margin' if pairs else 'reward'}, norm {self.norm}")
+        ax.legend()
+        return ax
+
+    def _map(self, pyplot: Any, text: int, label: int, ax: Any) -> Any:
+        from rmfast.grids import ticks
+
+        rewards = self.rewards[text]
+        rewards = (rewards[..., label] if rewards.dim() > 2 else rewards).double().numpy()
+        words = self.tokens(text)
+        size = min(max(3 + 0.22 * len(words), 5), 14), min(max(2.5 + 0.16 * len(rewards), 3), 9)
+        ax = pyplot.subplots(figsize=size, layout="constrained")[1] if ax is None else ax
+        reach = float(np.abs(rewards[np.isfinite(rewards)]).max(initial=0)) or 1.0
+        style = {"cmap": "RdBu_r", "aspect": "auto", "origin": "lower", "interpolation": "nearest"}
+        image = ax.imshow(rewards, vmin=-reach, vmax=reach, **style)
+        ticks(ax, "x", [f"{i} {word!r}" for i, word in enumerate(words)])
+        ticks(ax, "y", list(map(str, range(len(rewards)))))
+        ax.set_xlabel("token")
+        ax.set_ylabel("layer (0: embedding)")
+        ax.figure.colorbar(image, ax=ax, label=f"reward, norm {self.norm}")
+        return ax
+
+
+def lens(
+    rm: RewardModel,
+    inputs: Sequence[Any],
+    *,
+    positions: Literal["last", "all"] = "last",
+    norm: NormUse = "final",
+    batch_tokens: int | None = None,
+    progress: bool = False,
+    **encoding: Any,
+) -> Lens:
+    """See `RewardModel.lens`."""
+    for name, value, known in (("positions", positions, ("last", "all")), ("norm", norm, ("final", "frozen", "raw"))):
+        if value not in known:
+            raise ValueError(f"Expected {name} to be one of {', '.join(map(repr, known))}, got {value!r}")
+    if not rm.binding.head:
+        raise ValueError(
+            f"{type(rm.binding.root).__name__} pools by itself: lens needs a head that reads one token's stream"
+        )
+    if rm.interventions is not None and rm.interventions.lengths:
+        raise ValueError(f"Expected a model without length corrections, which no layer makes, got {rm.interventions}")
+    bound, layers = layered(rm.binding)
+    check_norm(bound, "raw")
+    linear = None if norm == "final" else FrozenHead.of(bound, norm)
+    texts = rm.encode(inputs, **encoding)
+    read = [rm._position(text.ids, i, None) for i, text in enumerate(texts)]
+    every = positions == "all"
+    rows = [np.arange(len(text)) if every else np.array([at]) for text, at in zip(texts, read)]
+    rm._packed_engine()  # before hooks are in the layers, which would rule it out; kept by rm
+    watched = copy.copy(rm)
+    watched.binding = streams = _Streams(**{item.name: getattr(bound, item.name) for item in fields(bound)})
+    streams.watch(layers, linear, norm == "frozen")
+    # A norm that stays in the body is one that the packed engine leaves out.
+    engine = None if bound is rm.binding else "padded"
+    found = watched._run(texts, rows, batch_tokens, progress, engine, streams.read)
+    squeezed = [value[..., 0] if rm.num_labels == 1 else value for value in found]  # (reads, L + 2[, K])
+    layered_rewards, scores = [value[:, :-1] for value in squeezed], [value[:, -1] for value in squeezed]
+    shape = (0, len(layers) + 1, *([] if rm.num_labels == 1 else [rm.num_labels]))
+    return Lens(
+        rewards=[value.transpose(0, 1) for value in layered_rewards]
+        if every
+        else torch.cat([torch.empty(shape), *layered_rewards]),
+        layers=len(layers),
+        scores=scores if every else torch.cat([torch.empty(shape)[:, 0], *scores]),
+        norm=norm,
+        positions=positions,
+        read=read,
+        token_ids=[text.ids.tolist() for text in texts],
+        _decode=partial(_words, rm.tokenizer),
+    )
+
+
+class _Streams(_model.Binding):
+    """A binding whose sessions read the layers' streams on the way."""
+
+    def watch(self, layers: list[nn.Module], linear: FrozenHead | None, frozen: bool) -> None:
+        self.layers, self.linear, self.frozen = layers, linear, frozen
+        self.seen: dict[int, Tensor] = {}
+        # While the body runs, the norm gives back what it is given.
+        self.own_norm = None if self.norm is None else self.norm.forward
+
+    @contextmanager
+    def session(self, grad: bool = False, clamped: bool = True) -> Iterator[None]:
+        with super().session(grad, clamped), ExitStack() as stack:
+            for index, layer in enumerate(self.layers):
+                see = partial(self._see, threading.get_ident(), index)
+                stack.callback(layer.register_forward_pre_hook(see, with_kwargs=True).remove)
+            yield
+
+    def _see(self, thread: int, index: int, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+        if threading.get_ident() == thread:
+            self.seen[index] = self._rewards(entering(given(args, kwargs)))
+
+    def _rewards(self, stream: Tensor) -> Tensor:
+        """(m, d) -> (m, K); for "frozen" and "raw" without scale and constant."""
+        if self.linear is not None:
+            return reward_head(stream, self.linear.direction.to(stream.device))
+        with ExitStack() as stack:
+            if self.norm is not None and self.leaves_norm_out:
+                stack.enter_context(_model.replaced_forward(self.norm, cast(Callable, self.own_norm)))
+            return self.rewards(stream[None], torch.arange(stream.size(0), device=stream.device))
+
+    def read(self, hidden: Tensor, rows: Tensor) -> Tensor:
+        """(M, L + 2, K): the reward at every layer, and the model's own; what `RewardModel._run` takes as head."""
+        scores = self.rewards(hidden, rows)
+        last = scores
+        seen = [self.seen[index].to(scores.device) for index in range(len(self.layers))]
+        self.seen = {}
+        if self.linear is not None:
+            stream = hidden.reshape(-1, hidden.size(-1))[rows]
+            scale, constant = self.linear.scale(stream), self.linear.constant.to(scores.device)
+            seen = [value * scale + constant for value in seen]
+            last = scores if self.frozen else self._rewards(stream) + constant
+        return torch.stack([*seen, last, scores], 1)
+
+
+def _words(tokenizer: Any, ids: list[int]) -> list[str]:
+    return [str(i) for i in ids] if tokenizer is None else [tokenizer.decode([i]) for i in ids]
