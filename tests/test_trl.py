@@ -1,5 +1,9 @@
 """The trainer: TRL's own but for the loss. Tiny random models; everything in fp32 on the CPU."""
 
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -281,3 +285,28 @@ def test_grpo_takes_the_reward_function(tmp_path):
     )  # fmt: skip
     made.train()
     assert "rewards/rmfast_reward/mean" in made.state.log_history[0]
+
+
+RANKS = """
+import sys
+import torch
+sys.path.insert(0, {tests!r})
+from test_trl import trainer, weights
+torch.set_num_threads(1)
+made = trainer({folder!r}, loss="tcrm+crm", bins=3, bandwidth=0.5, per_device_train_batch_size=2, ddp_backend="gloo")
+made.train()
+if made.accelerator.is_main_process:
+    torch.save(weights(made), {folder!r} + "/weights.pt")
+"""
+
+
+def test_two_ranks_train_what_one_does_with_their_batches_together(tmp_path):
+    script = tmp_path / "ranks.py"
+    script.write_text(RANKS.format(tests=str(Path(__file__).parent), folder=str(tmp_path)))
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", str(script)]
+    subprocess.run(command, check=True, timeout=300, cwd=Path(__file__).parents[1])
+    alone = trainer(tmp_path, loss="tcrm+crm", bins=3, bandwidth=0.5)
+    alone.train()
+    together = torch.load(tmp_path / "weights.pt")
+    for name, p in weights(alone).items():
+        torch.testing.assert_close(together[name], p, rtol=1e-4, atol=1e-5)

@@ -2,9 +2,9 @@
 
 import pytest
 import torch
+from models import EOS, decoder, encoder, token_ids, tokenizer
 
 import rmfast
-from models import EOS, decoder, encoder, token_ids, tokenizer
 from rmfast.values import gae
 
 CU = torch.tensor([0, 1, 1, 8, 40, 41, 105])

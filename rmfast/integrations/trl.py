@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -88,6 +89,9 @@ class RewardTrainer(trl.RewardTrainer):
             quantiles of a streamed dataset; a factor that the dataset lacks.
     """
 
+    args: Any  # to TRL a TrainingArguments
+    model: Any
+
     def __init__(self, model: Any, args: RewardConfig | None = None, *rest: Any, **kw: Any) -> None:
         if args is None:
             name = model if isinstance(model, str) else model.config._name_or_path
@@ -101,10 +105,10 @@ class RewardTrainer(trl.RewardTrainer):
         if args.loss == "bt":
             return
         columns = None
-        if "crm" in args.loss.split("+"):
+        if _has(args, "crm"):
             columns = _factor_columns(args)
             self._edges = torch.tensor(args.bin_edges) if args.bin_edges is not None else self._quantiles(columns)
-        if args.loss.startswith("tcrm"):
+        if _has(args, "tcrm"):
             self._values = _Values(self.model)
         self.data_collator = _Collator(self.data_collator, columns)
 
@@ -116,7 +120,7 @@ class RewardTrainer(trl.RewardTrainer):
         bins = losses.bin_factor(z, self.args.bins)
         return torch.stack([z[bins == b].min() for b in bins.unique()[1:]]) if (bins > 0).any() else z[:0]
 
-    def _prepare_dataset(self, dataset: Any, processing_class: Any, args: RewardConfig, dataset_name: str) -> Any:
+    def _prepare_dataset(self, dataset: Any, processing_class: Any, args: Any, dataset_name: str) -> Any:
         prepared = super()._prepare_dataset(dataset, processing_class, args, dataset_name)
         if args.loss == "bt":
             return prepared
@@ -124,13 +128,13 @@ class RewardTrainer(trl.RewardTrainer):
 
         def describe(example: dict[str, Any]) -> dict[str, Any]:
             chosen, rejected = example["chosen_ids"], example["rejected_ids"]
-            starts = [example.get(name) for name in _STARTS]
+            starts: list[Any] = [example.get(name) for name in _STARTS]
             if None in starts:
                 prompt = None if tokenized else _prompt_ids(processing_class, example)
                 shared = [common_prefix(prompt or a, b) for a, b in ((rejected, chosen), (chosen, rejected))]
                 starts = [min(start, len(ids) - 1) for start, ids in zip(shared, (chosen, rejected))]
             row = dict(zip(_STARTS, starts))
-            if "crm" in args.loss.split("+"):
+            if _has(args, "crm"):
                 for name, ids, start in zip(_factor_columns(args), (chosen, rejected), starts):
                     if args.factor == "length":
                         row[name] = example.get(name, len(ids) - start)
@@ -145,8 +149,8 @@ class RewardTrainer(trl.RewardTrainer):
 
     def _set_signature_columns_if_needed(self) -> None:
         super()._set_signature_columns_if_needed()
-        ours = (*_STARTS, *_factor_columns(self.args))
-        self._signature_columns += [name for name in ours if name not in self._signature_columns]
+        columns: Any = self._signature_columns
+        columns += [name for name in (*_STARTS, *_factor_columns(self.args)) if name not in columns]
 
     def compute_loss(
         self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
@@ -157,7 +161,7 @@ class RewardTrainer(trl.RewardTrainer):
         inputs = dict(inputs)
         start, factor = inputs.pop("response_start"), inputs.pop("factor", None)
         logged: dict[str, Tensor] = {}
-        if args.loss.startswith("tcrm"):
+        if _has(args, "tcrm"):
             with self._values.taken() as taken:
                 _, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
             loss, terms = self._tcrm(taken[0], inputs, start, logged)
@@ -259,6 +263,10 @@ def _response(ids: Tensor, mask: Tensor, start: Tensor, pad: int | None) -> tupl
     return torch.minimum(mask.int().argmax(1) + start, last), last
 
 
+def _has(args: RewardConfig, part: str) -> bool:
+    return part in args.loss.split("+")
+
+
 def _factor_columns(args: RewardConfig) -> tuple[str, str]:
     return f"chosen_{args.factor}", f"rejected_{args.factor}"
 
@@ -267,10 +275,16 @@ def _prompt_ids(tokenizer: Any, example: dict[str, Any]) -> list[int] | None:
     prompt = example.get("prompt")
     if prompt is None or isinstance(prompt, str):
         return None if prompt is None else tokenizer(text=prompt)["input_ids"]
-    return tokenizer.apply_chat_template(
-        prompt, tools=example.get("tools"), add_generation_prompt=True, tokenize=True, return_dict=True,
+    tools = example.get("tools")
+    made = tokenizer.apply_chat_template(
+        prompt,
+        tools=json.loads(tools) if isinstance(tools, str) else tools,
+        add_generation_prompt=True,
+        tokenize=True,
+        return_dict=True,
         **(example.get("chat_template_kwargs") or {}),
-    )["input_ids"]  # fmt: skip
+    )
+    return made["input_ids"]
 
 
 def rmfast_reward(rm: Any, *, name: str = "rmfast_reward", **score: Any) -> Callable[..., list[float]]:
