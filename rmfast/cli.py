@@ -141,9 +141,13 @@ def _fail(message: str, code: int = 1) -> NoReturn:
 def score(
     options: Options,
     stats: Annotated[bool, typer.Option("--stats", help="Print mean, spread and, of pairs, the accuracy.")] = False,
+    intervention: Annotated[
+        list[Path] | None,
+        typer.Option(help="A folder with an intervention, as `debias` writes; several add up.", file_okay=False),
+    ] = None,
 ) -> None:
     """Write every input row with the reward of its text (of both texts, for chosen/rejected pairs)."""
-    run = Run("score", options, options.output_column or "reward")
+    run = Run("score", options, options.output_column or "reward", interventions=intervention or [])
     run.go("score")
     if stats:
         typer.echo(_statistics(options.output, run.column))
@@ -222,6 +226,61 @@ def sweep(
 
 
 @app.command()
+@_with_options
+def debias(
+    options: ModelOptions,
+    pairs: Annotated[
+        Path,
+        typer.Option(help="Columns prompt, chosen, rejected: .jsonl, .csv or .parquet.", exists=True, dir_okay=False),
+    ],
+    output: Annotated[Path, typer.Option(help="The folder to write.", file_okay=False)],
+    test: Annotated[
+        Path | None,
+        typer.Option(help="Pairs to report on; default: those it is fitted on.", exists=True, dir_okay=False),
+    ] = None,
+    attributes: Annotated[str | None, typer.Option(help="Like length,overlap; default: all five.")] = None,
+    k: Annotated[
+        str, typer.Option(help='"search", a number, or one for each, like length=500,overlap=100.')
+    ] = "search",
+    trials: Annotated[int, typer.Option(min=1, help="Of the search.")] = 100,
+    positions: Annotated[
+        Literal["last", "all"], typer.Option(help="The tokens at which neurons are clamped.")
+    ] = "last",
+    seed: Annotated[int, typer.Option(help="Of the search.")] = 0,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Start anew where the output exists.")] = False,
+) -> None:
+    """Find the neurons that carry biases and clamp them: writes the intervention and reports (see docs/debias.md)."""
+    if (output / "intervention.json").exists() and not overwrite:
+        raise ValueError(f"Expected --output to hold no intervention, got {output}; --overwrite starts anew")
+    fitted = [_preference(row, pairs) for row in read_rows(pairs)]
+    tested = fitted if test is None else [_preference(row, test) for row in read_rows(test)]
+    names, ks = None if attributes is None else attributes.split(","), _numbers("--k", k)
+    encoding: dict[str, Any] = {name: getattr(options, name) for name in ("max_length", "truncation", "format")}
+    from rmfast import debias as method
+
+    with rmfast.backend(options.backend) if options.backend else contextlib.nullcontext():
+        model = _load(options)
+        progress = sys.stderr.isatty()
+        clamp = method.fit(
+            model, fitted, attributes=names, k=ks, trials=trials, positions=positions, seed=seed, progress=progress,
+            batch_tokens=options.batch_tokens, **encoding,
+        )  # fmt: skip
+        reports = {
+            name: method.report(rm, tested, attributes=names, batch_tokens=options.batch_tokens, **encoding)
+            for name, rm in (("before", model), ("after", model.with_interventions(clamp)))
+        }
+    clamp.save(output)
+    _write_rows(output / "report.csv", [(name, *row) for name, report in reports.items() for row in report.rows],
+                ("model", *reports["before"].rows[0]._fields))  # fmt: skip
+    _draw(lambda: method.plot(reports), output / "report.png")
+    chosen = "  ".join(f"{name} {each}" for name, each in clamp.metadata["k"].items())
+    typer.echo(f"{len(clamp)} neurons clamped, k: {chosen}")
+    typer.echo("reports on the pairs it was fitted on, which flatter it" if test is None else f"reports on {test.name}")
+    for name, report in reports.items():
+        typer.echo(f"\n{name}: {report}")
+
+
+@app.command()
 def explain(
     op: Annotated[str | None, typer.Option(help="One op; default: all.")] = None,
     device: Annotated[str | None, typer.Option(help="cpu, cuda, ...; default: those here.")] = None,
@@ -253,8 +312,10 @@ class BadRow(ValueError):
 class Run:
     """One run of `score` or `values`: windows of rows in, lines out, in the input's order."""
 
-    def __init__(self, command: str, options: Options, column: str, tokens: bool = False) -> None:
-        self.options, self.column, self.tokens = options, column, tokens
+    def __init__(
+        self, command: str, options: Options, column: str, tokens: bool = False, interventions: list[Path] | None = None
+    ) -> None:
+        self.options, self.column, self.tokens, self.interventions = options, column, tokens, interventions or []
         self.kind = options.input_format or kind_of(options.input)
         self.count, digest = count_and_digest(options.input, self.kind)
         local = Path(options.model)
@@ -265,6 +326,7 @@ class Run:
             "command": command,
             "model": str(local.resolve()) if local.exists() else options.model,
             "model_files": _files_digest(local) if local.exists() else None,
+            "interventions": [_content_digest(folder) for folder in self.interventions] or None,
             "input_sha256": digest,
             "tokens": tokens,
             **{name: getattr(options, name) for name in [*fixed, *names]},
@@ -282,6 +344,10 @@ class Run:
         if self.output.finished:
             return typer.echo(f"rmfast: {self.output.path} is complete; --overwrite starts anew", err=True)
         model = _load(self.options)
+        if self.interventions:
+            from rmfast.interventions import load
+
+            model = model.with_interventions(*map(load, self.interventions))
         self.output.begin(model_revision=getattr(model.model.config, "_commit_hash", None))
 
         from tqdm import tqdm
@@ -478,6 +544,13 @@ def _files_digest(folder: Path) -> str:
     return hashlib.sha256(repr(seen).encode()).hexdigest()
 
 
+def _content_digest(folder: Path) -> str:
+    digest = hashlib.sha256()
+    for path in sorted(folder.glob("intervention.*")):
+        digest.update(path.read_bytes())
+    return digest.hexdigest()
+
+
 def _cell(row: Row, column: str, parse: bool = False) -> Any:
     """The text or messages in a column; with `parse` (CSV has no lists) messages written as JSON too. Raises BadRow."""
     if column not in row.data:
@@ -527,39 +600,77 @@ def _flat(name: str, given: str | None) -> list[int] | None:
     return [i for item in _listed(name, given) for i in (item if isinstance(item, list) else [item])]
 
 
-def _baseline(row: Row, path: Path) -> Any:
-    """The text, the conversation or the prompt and response of one row."""
+@contextlib.contextmanager
+def _located(row: Row, path: Path) -> Iterator[None]:
+    """Says of a bad row where it is."""
     try:
         if row.error:
             raise BadRow(row.error)
+        yield
+    except BadRow as error:
+        raise BadRow(f"{path.name}, line {row.line}: {error}") from None
+
+
+def _baseline(row: Row, path: Path) -> Any:
+    """The text, the conversation or the prompt and response of one row."""
+    with _located(row, path):
         if "messages" in row.data:
             return _cell(row, "messages", parse=True)
         if "response" in row.data:
             return join(_cell(row, "prompt") if row.data.get("prompt") is not None else None, _cell(row, "response"))
         return _cell(row, "text")
-    except BadRow as error:
-        raise BadRow(f"{path.name}, line {row.line}: {error}") from None
+
+
+def _preference(row: Row, path: Path) -> dict[str, Any]:
+    """The pair of one row, with the prompt where there is one."""
+    with _located(row, path):
+        sides = {name: _cell(row, name) for name in ("chosen", "rejected")}
+        return sides if row.data.get("prompt") is None else {"prompt": _cell(row, "prompt"), **sides}
+
+
+def _numbers(name: str, given: str) -> Any:
+    """A number, or length=500,overlap=100 as a dict; "search" as it is."""
+    if given == "search":
+        return given
+    try:
+        if "=" not in given:
+            return int(given)
+        return {key.strip(): int(value) for key, value in (item.split("=") for item in given.split(","))}
+    except ValueError:
+        raise ValueError(
+            f'Expected {name} to be "search", a number, or like length=500,overlap=100, got {given!r}'
+        ) from None
 
 
 def _write_sweep(result: Any, folder: Path) -> None:
     """Result, table and, where matplotlib is installed, heat map."""
     result.save(folder)
-    with (folder / "sweep.csv").open("w", newline="", encoding="utf-8") as file:
+    rows = result.rows()
+    _write_rows(folder / "sweep.csv", rows, rows[0]._fields)
+    _draw(result.plot, folder / "sweep.png")
+
+
+def _write_rows(path: Path, rows: list[Any], names: tuple[str, ...]) -> None:
+    """A CSV file, in which NaN is an empty field."""
+    with path.open("w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file)
-        rows = result.rows()
-        writer.writerow(rows[0]._fields)
+        writer.writerow(names)
         writer.writerows([("" if value != value else value) for value in row] for row in rows)
+
+
+def _draw(plot: Callable[[], Any], path: Path) -> None:
+    """Save what `plot` draws, where matplotlib is installed."""
     try:
         from matplotlib import pyplot
 
         pyplot.switch_backend("Agg")
         warnings.filterwarnings("ignore", message="Glyph .* missing from")  # of a language that the font lacks
-        axes = result.plot()
+        axes = plot()
     except ImportError as error:
-        typer.echo(f"rmfast: no sweep.png: {error}", err=True)
+        typer.echo(f"rmfast: no {path.name}: {error}", err=True)
     else:
         figure = (axes if hasattr(axes, "figure") else axes[0]).figure
-        figure.savefig(folder / "sweep.png", dpi=150)
+        figure.savefig(path, dpi=150)
         pyplot.close(figure)
 
 
