@@ -66,6 +66,7 @@ __all__ = [
     "__version__",
     "backend",
     "compare",
+    "debias",
     "explain",
     "load",
     "losses",
@@ -74,7 +75,7 @@ __all__ = [
 
 
 def __getattr__(name: str):
-    if name in ("losses", "ops"):
+    if name in ("debias", "losses", "ops"):
         return importlib.import_module(f"rmfast.{name}")
     if name in _HOME:
         value = getattr(importlib.import_module(_HOME[name]), name)
