@@ -9,13 +9,14 @@ Both ways are tried on a few tokens against the padded run before they are used.
 
 from __future__ import annotations
 
+import copy
 import ctypes
 import os
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from contextvars import ContextVar
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cache
 from typing import Any
 
@@ -191,6 +192,11 @@ class Layer:
             return x[None]
         x, run.delta = x + run.delta, None
         return x[None]
+
+    def moved(self, copies: Mapping[nn.Module, nn.Module]) -> Layer:
+        """The same layer made of copies of its modules."""
+        norms = [Norm(copies[norm.module], norm.kind) for norm in self.norms]
+        return replace(self, attn=copies[self.attn], mlp=copies[self.mlp], norms=norms)
 
     def enter(self, x: Tensor, delta: Tensor | None) -> tuple[Tensor, Tensor]:
         """The first norm's output and the stream, from the stream and what is yet to be added to it."""
@@ -389,6 +395,15 @@ class Engine:
     @property
     def mode(self) -> str:
         return "fused" if self.layers else "modules"
+
+    def moved(self, binding: _model.Binding, copies: Mapping[nn.Module, nn.Module] | None) -> Engine:
+        """The engine of the same model under another binding, or of `copies` of its modules with other weights."""
+        made = copy.copy(self)
+        made.binding = binding
+        if copies is not None:
+            made._options = {copies[module]: options for module, options in self._options.items()}
+            made.layers = [(copies[module], layer.moved(copies)) for module, layer in self.layers]
+        return made
 
     def affordable_tokens(self) -> int:
         """Rows of a chunk that fit into half of the free memory, K/V rows kept for the next chunk included."""

@@ -25,7 +25,6 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from rmfast import model as _model
-from rmfast.engine import Engine
 from rmfast.hooks import _layers
 from rmfast.inputs import Encoded, InputError
 
@@ -137,7 +136,8 @@ class NeuronClamp(Intervention):
             raise ValueError(f'Expected positions to be "last" or "all", got {self.positions!r}')
         if not isinstance(self.neurons, Mapping):
             raise TypeError(f"Expected neurons to be a mapping of module names, got {type(self.neurons).__name__}")
-        object.__setattr__(self, "neurons", {name: _neurons(name, *pair) for name, pair in self.neurons.items()})
+        neurons = {name: _neurons(name, *pair) for name, pair in self.neurons.items()}
+        object.__setattr__(self, "neurons", {name: pair for name, pair in neurons.items() if len(pair[0])})
 
     def __len__(self) -> int:
         """How many neurons are clamped."""
@@ -292,7 +292,7 @@ class LWR(LengthCorrection):
             raise ValueError("Expected a finite curve over ascending characters")
 
     @classmethod
-    def fit(cls, characters: Sequence[int], rewards: Any, *, frac: float = 0.5, fingerprint: str | None = None) -> LWR:
+    def fit(cls, characters: Any, rewards: Any, *, frac: float = 0.5, fingerprint: str | None = None) -> LWR:
         """The lowess curve (statsmodels) of rewards (n,) on the responses' characters (n,).
 
         Args:
@@ -489,25 +489,31 @@ def intervened(rm: RewardModel, interventions: Iterable[Any]) -> RewardModel:
         some.append(value)
     if not some:
         return rm
-    base = rm._base or rm
     total = _combined(some)
-    _check(base, total)
-    root, clamps = _folded(base, total)
-    made = copy.copy(base)
+    _check(rm._base or rm, total)
+    source, new, everywhere = _folded(rm, total)
+    root = source.binding.root if new is None else new[source.binding.root]
+    last = [
+        _clamp(root, name, indices, values, last=True)
+        for part in total.parts
+        if isinstance(part, NeuronClamp) and part.positions == "last"
+        for name, (indices, values) in part.neurons.items()
+    ]
+    made = copy.copy(source)
+    made.model, made.interventions, made._base = root if new else source.model, total, rm._base or rm
     before, after = (_removal(total, side) for side in ("before", "after"))
-    rope = (
-        base.binding._rope
-        if root is base.binding.root
-        else _model._rope_modules(root.get_submodule(base.binding.body_name))
+    made.binding = replace(
+        source.binding,
+        root=root,
+        clamps=(*everywhere, *last),
+        before=before,
+        after=after,
+        _rope=[new[module] if new else module for module in source.binding._rope],
     )
-    made.binding = replace(base.binding, root=root, clamps=clamps, before=before, after=after, _rope=rope)
-    made.interventions, made._base = total, base
-    if root is not base.binding.root:
-        made.model, made._engine = root, None
-    elif base._engine is not None and isinstance(base._engine[1], Engine):
-        engine = copy.copy(base._engine[1])
-        engine.binding = made.binding
-        made._engine = base._engine[0], engine
+    made._engine = None
+    if source._engine is not None and source._engine[0] == source._parts():
+        engine = source._engine[1]
+        made._engine = made._parts(), engine if isinstance(engine, str) else engine.moved(made.binding, new)
     return made
 
 
@@ -553,49 +559,57 @@ def _check(rm: RewardModel, total: Intervention) -> None:
             raise ValueError(f"Expected a model of one reward for LWR, got {rm.num_labels}")
 
 
-def _folded(rm: RewardModel, total: Intervention) -> tuple[nn.Module, tuple[_model.Clamp, ...]]:
-    """The model with its clamps at all positions folded into copies of matrices, and the clamps that are left."""
-    binding = rm.binding
-    fold: dict[str, tuple[Tensor, Tensor]] = {}
-    left: list[_model.Clamp] = []
-    copyable = all(_model._plain(m) and getattr(m, "_compiled_call_impl", None) is None for m in binding.root.modules())
+def _folded(
+    rm: RewardModel, total: Intervention
+) -> tuple[RewardModel, dict[nn.Module, nn.Module] | None, list[_model.Clamp]]:
+    """The clamps at all positions, in the model's matrices where they can be.
+
+    Returns:
+        The model to start from; its modules' copies with the clamps folded in, or None for no copies; the clamps that
+        are left for runs to set.
+    """
+    if _clamp_key(total, "all") == _clamp_key(rm.interventions, "all"):  # they are in place
+        return rm, None, [clamp for clamp in rm.binding.clamps if not clamp.last]
+    base = rm._base or rm
+    root = base.binding.root
+    # A forward that was bound to a module's instance would go on to run that one, not its copy.
+    copyable = all(_model._plain(m) and getattr(m, "_compiled_call_impl", None) is None for m in root.modules())
+    fold: dict[nn.Module, tuple[Tensor, Tensor]] = {}
+    left = []
     for part in total.parts:
-        if not isinstance(part, NeuronClamp):
+        if not isinstance(part, NeuronClamp) or part.positions == "last":
             continue
-        for name, (indices, values) in part.neurons.items():
-            module = binding.root.get_submodule(name)
-            if not len(indices):
-                continue
-            if (
-                part.positions == "all"
-                and copyable
-                and type(module) in (nn.Linear, Conv1D)
-                and _model._readable(module)
-            ):
-                fold[name] = indices, values
-                continue
-            held = next(module.parameters(), values)
-            on = values.device if held.is_meta else held.device
-            left.append(_model.Clamp(name, indices.to(on), values.to(on), part.positions == "last"))
+        for name, pair in part.neurons.items():
+            module = root.get_submodule(name)
+            if copyable and type(module) in (nn.Linear, Conv1D) and _model._readable(module):
+                fold[module] = pair
+            else:
+                left.append(_clamp(root, name, *pair, last=False))
     if not fold:
-        return binding.root, tuple(left)
-    root = _copied(binding.root, {})
-    for name, (indices, values) in fold.items():
-        _fold(root.get_submodule(name), indices, values)
-    _model.share_lock(binding.root, root)
-    return root, tuple(left)
+        return base, None, left
+    copies: dict[nn.Module, nn.Module] = {}
+    _model.share_lock(root, _copied(root, copies))
+    for module, pair in fold.items():
+        _fold(copies[module], *pair)
+    return base, copies, left
 
 
-def _copied(module: nn.Module, done: dict[int, nn.Module]) -> nn.Module:
+def _clamp(root: nn.Module, name: str, indices: Tensor, values: Tensor, last: bool) -> _model.Clamp:
+    """With its tensors where the module's are."""
+    held = next(root.get_submodule(name).parameters(), values)
+    on = values.device if held.is_meta else held.device
+    return _model.Clamp(name, indices.to(on), values.to(on), last)
+
+
+def _copied(module: nn.Module, copies: dict[nn.Module, nn.Module]) -> nn.Module:
     """A module tree of its own over the same parameters and buffers."""
-    if id(module) in done:
-        return done[id(module)]
-    made = copy.copy(module)
-    # Hooks, parameters and buffers are kept in dicts, which a shallow copy shares.
-    made.__dict__.update({name: copy.copy(value) for name, value in module.__dict__.items() if isinstance(value, dict)})
-    done[id(module)] = made
-    made._modules = {name: None if m is None else _copied(m, done) for name, m in module._modules.items()}
-    return made
+    if module not in copies:
+        made = copies[module] = copy.copy(module)
+        # Hooks, parameters and buffers are kept in dicts, which a shallow copy shares.
+        own = {name: copy.copy(value) for name, value in module.__dict__.items() if isinstance(value, dict)}
+        made.__dict__.update(own)
+        made._modules = {name: None if m is None else _copied(m, copies) for name, m in module._modules.items()}
+    return copies[module]
 
 
 def _fold(module: Any, indices: Tensor, values: Tensor) -> None:
@@ -643,14 +657,13 @@ def variants_of(rm: RewardModel, interventions: Sequence[Any]) -> Callable[..., 
     return run
 
 
-def _clamp_key(total: Intervention | None) -> tuple:
-    """Equal for interventions that clamp the same neurons to the same values."""
+def _clamp_key(total: Intervention | None, *positions: str) -> tuple:
+    """Equal for interventions that clamp the same neurons to the same values, at these positions (none: at all)."""
     return tuple(
         (part.positions, name, indices.numpy().tobytes(), values.double().numpy().tobytes())
         for part in (total.parts if total is not None else ())
-        if isinstance(part, NeuronClamp)
+        if isinstance(part, NeuronClamp) and (not positions or part.positions in positions)
         for name, (indices, values) in sorted(part.neurons.items())
-        if len(indices)
     )
 
 

@@ -437,15 +437,19 @@ class RewardModel:
         """The packed engine of the model as it is now, or why there is none."""
         if torch.is_autocast_enabled(self.binding.device.type):
             return "autocast is on, whose choice of dtypes is the modules' own"
-        parts = tuple(
-            (module, _model._hooked(module), module.__dict__.get("forward")) for module in self.binding.body.modules()
-        )
+        parts = self._parts()
         if self._engine is None or self._engine[0] != parts:  # new, or changed since (modules replaced, hooks)
             try:
                 self._engine = parts, Engine(self.binding)
             except Unsupported as reason:
                 self._engine = parts, str(reason)
         return self._engine[1]
+
+    def _parts(self) -> tuple:
+        """The body's modules, and what would make them run otherwise than they are: a key for its engine."""
+        return tuple(
+            (module, _model._hooked(module), module.__dict__.get("forward")) for module in self.binding.body.modules()
+        )
 
     def patch_sweep(
         self,
@@ -591,7 +595,7 @@ class RewardModel:
         )  # fmt: skip
 
     def with_interventions(self, *interventions: Any) -> RewardModel:
-        """This model under interventions: `rmfast.NeuronClamp`, `DirectionRemoval`, `LengthPenalty`, `LWR`, sums of them.
+        """This model under interventions: `NeuronClamp`, `DirectionRemoval`, `LengthPenalty`, `LWR`, or sums of them.
 
         Any number of such models live side by side with this one, which stays as it is, and share its weights. Clamps
         at all positions are folded into copies of the matrices that they touch; such a model does not see a later
