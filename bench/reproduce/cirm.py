@@ -1,16 +1,16 @@
 """Do clamped neurons take length and other biases out of a reward model, beside simpler corrections? (arXiv 2604.27495)
 
-    python -m bench.reproduce.cirm MODEL VADER.tar.gz OUT [--hh HH.jsonl.gz]
+    python -m bench.reproduce.cirm MODEL OUT --reviews VADER.tar.gz --hh HH.jsonl.gz
 
 MODEL is a sequence-classification folder with SmolLM2's weights, VADER the sdist of vaderSentiment 3.3.2 with its
 human-rated review snippets (examples/demo_data.py makes the one and fetches the other); HH a file of HH-RLHF pairs
-(chosen, rejected: dialogues that part in the assistant's last turn). For each of both data sets a linear head on the
+(chosen, rejected: dialogues that part in the assistant's last turn). For each data set given a linear head on the
 normed last hidden state is trained, the interventions are fitted on 500 other pairs, and reported on pairs that nothing
-was fitted on. Prints a table, writes cirm.json and a plot for each to OUT. Minutes on two cores.
+was fitted on. Prints a table and writes cirm-NAME.json and a plot for each to OUT. Minutes on two cores.
 
 - *reviews*: a pair are two snippets rated more than 1 apart. A length bias is planted: in 90% of the training pairs the
   chosen text is the longer one. The other pairs are as they come.
-- *hh*: pairs of at most 700 characters each, as they come.
+- *hh*: pairs of texts of at most 800 characters, as they come.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ import gzip
 import json
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -51,7 +51,7 @@ class Data:
     attributes: list[str]
 
 
-def reviews(sdist: Path, train: int = 1200, test: int = 1000) -> Data:
+def reviews(sdist: Path, train: int = 1000, test: int = 700) -> Data:
     rng, rated = np.random.default_rng(0), read_snippets(sdist)
     ratings, texts = np.array([rating for rating, _ in rated]), [text for _, text in rated]
     lengths = np.array([len(text) for text in texts])
@@ -72,7 +72,7 @@ def reviews(sdist: Path, train: int = 1200, test: int = 1000) -> Data:
     return Data("reviews", texts[:train], np.concatenate([longer, shorter]), rest[:FIT], rest[FIT:][:test], names)
 
 
-def hh(path: Path, train: int = 600, test: int = 700, most: int = 700) -> Data:
+def hh(path: Path, train: int = 500, test: int = 400, most: int = 800) -> Data:
     with gzip.open(path, "rt", encoding="utf-8") if path.suffix == ".gz" else path.open(encoding="utf-8") as file:
         rows = [json.loads(line) for line in file]
     found = []
@@ -146,20 +146,18 @@ def reproduce(data: Data, model: Path, output: Path, trials: int) -> dict[str, A
     start = time.perf_counter()
     states = features(model, data.texts).double().numpy()
     rm = model_with(model, head(states, data.pairs))
-    fitting = read_pairs(data.fit)
-    found = debias.attributes(
-        [p.prompt for p in fitting for _ in "ab"], [t for p in fitting for t in (p.chosen, p.rejected)]
-    )
+    fitting = [(pair.prompt, text) for pair in read_pairs(data.fit) for text in (pair.chosen, pair.rejected)]
+    found = debias.attributes(*zip(*fitting))
     some = debias.Attributes(tuple(data.attributes), np.stack([found[name] for name in data.attributes], 1))
 
     clamp = debias.fit(rm, data.fit, attributes=data.attributes, trials=trials, progress=True)
-    states = features(model, [text for pair in fitting for text in pair.inputs]).double().numpy()
+    states = features(model, [text for pair in read_pairs(data.fit) for text in pair.inputs]).double().numpy()
     rewards = states @ rm.model.score.weight.detach().double().numpy()[0]  # type: ignore[operator, union-attr]
     removal = directions(states, some, rm.fingerprint)
     variants: dict[str, Any] = {
         "none": None,
         "length penalty": LengthPenalty(0.001),
-        "LWR": LWR.fit(some["length"], rewards, frac=0.5),
+        "LWR": LWR.fit(some["length"].astype(int).tolist(), rewards, frac=0.5),
         "directions": removal,
         "CIRM": clamp,
         "CIRM + directions": clamp + removal,
@@ -215,16 +213,17 @@ def draw(reports: dict[str, debias.Report], path: Path) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", type=Path)
-    parser.add_argument("vader", type=Path)
     parser.add_argument("output", type=Path)
+    parser.add_argument("--reviews", type=Path)
     parser.add_argument("--hh", type=Path)
     parser.add_argument("--trials", type=int, default=100)
     args = parser.parse_args()
     args.output.mkdir(parents=True, exist_ok=True)
-    results = {}
-    for data in [reviews(args.vader), *([hh(args.hh)] if args.hh else [])]:
-        results[data.name] = reproduce(data, args.model, args.output, args.trials)
-        (args.output / "cirm.json").write_text(json.dumps(results, indent=1) + "\n")
+    for make, path in ((reviews, args.reviews), (hh, args.hh)):
+        if path is not None:
+            data = make(path)
+            result = reproduce(data, args.model, args.output, args.trials)
+            (args.output / f"cirm-{data.name}.json").write_text(json.dumps(result, indent=1) + "\n")
 
 
 if __name__ == "__main__":
