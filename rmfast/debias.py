@@ -244,7 +244,8 @@ def report(
 def _read(pairs: Sequence[Any], least: int) -> list[Pair]:
     read = read_pairs(pairs)
     if len(read) < least:
-        raise ValueError(f"Expected at least {least} pairs, got {len(read)}: the method was published with 500")
+        hint = ": fewer find noise alone, and the paper takes 500" if least > 2 else ""
+        raise ValueError(f"Expected at least {least} pairs, got {len(read)}{hint}")
     return read
 
 
@@ -365,7 +366,7 @@ def plot(reports: Mapping[str, Report]) -> Any:
 
 
 CHOICES = (50, 100, 200, 500, 1000, 2000, 5000)  # the paper's k, from each end of an attribute's ranking
-_LEAST_PAIRS = 8  # with 16 texts a correlation of 0.5 is still chance at 5%: fewer pairs find noise alone
+_LEAST_PAIRS = 8  # among 16 texts a correlation of 0.5 is still chance (5%)
 
 
 @dataclass(frozen=True, eq=False)
@@ -581,8 +582,9 @@ def fit(
         with seconds("search"):
             tried = _search(accuracy, neurons, choices, trials, seed, progress)
         about["search"] = {"trials": trials, "settings": len(tried), "choices": [*choices], "seed": seed}
-        best, after = min(tried.items(), key=lambda item: (-item[1], len(neurons.clamp(dict(item[0])))))
-        ks = dict(best)
+        after = max(tried.values())
+        equal = (dict(setting) for setting, got in tried.items() if got == after)
+        ks = min(equal, key=lambda setting: len(neurons.clamp(setting)))
         if after < before:
             warnings.warn(
                 f"None of {len(tried)} settings gets as many of the pairs right as the model as it is ({after:.1%}, not"
