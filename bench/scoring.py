@@ -39,6 +39,10 @@ TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 0.1}
 # Tokens of (prompt, chosen, rejected) of the first 256 pairs of HH-RLHF harmless-base, test split, in SmolLM2's tokens.
 LENGTHS = Path(__file__).parent / "data" / "hh_lengths.json"
 
+# A random model for quick runs.
+TINY = json.dumps({"hidden_size": 48, "intermediate_size": 80, "num_hidden_layers": 2, "num_attention_heads": 4,
+                   "num_key_value_heads": 2})  # fmt: skip
+
 Texts = list[np.ndarray]
 
 
@@ -206,9 +210,7 @@ def _row(
 ) -> list[Benchmark]:
     rows = []
     for short, dtype in (("fp32", "float32"), ("bf16", "bfloat16")):
-        tiny = json.dumps({"hidden_size": 48, "intermediate_size": 80, "num_hidden_layers": 2, "num_attention_heads": 4,
-                           "num_key_value_heads": 2})  # fmt: skip
-        cut = {"texts": 16, "prompt": 24, "response": 8, "tokens": 12, "model": tiny}
+        cut = {"texts": 16, "prompt": 24, "response": 8, "tokens": 12, "model": TINY}
         shape = {"model": "SmolLM2-135M", "dtype": dtype, **workload}
         rows.append(
             Benchmark(
