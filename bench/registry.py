@@ -11,7 +11,17 @@ from typing import Any
 import torch
 
 # Modules of this package, one per op or workload, each with its rows in a list called BENCHMARKS.
-OPS = ("reward_head", "suffix_attention", "token_wise", "patch_rows", "neuron_stats", "losses", "scoring", "sweep")
+OPS = (
+    "reward_head",
+    "suffix_attention",
+    "token_wise",
+    "patch_rows",
+    "neuron_stats",
+    "losses",
+    "scoring",
+    "sweep",
+    "interventions",
+)
 
 # The L3 of a server CPU is hundreds of MiB: fewer distinct bytes would time the cache.
 ROTATE = 1 << 30
