@@ -25,6 +25,7 @@ from scipy.stats import spearmanr
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from rmfast import model as _model
 from rmfast.grids import PatchSweep
 from rmfast.hooks import LayersPatcher
 from rmfast.inputs import Encoded, several
@@ -402,10 +403,8 @@ class _Options:
             arrays += [pair.base.ids, pair.partner]
             arrays += [pair.other.ids] if pair.other is not None else []
         arrays += [tensor.detach().double().cpu().numpy() for tensor in (self.given or {}).values()]
-        for name, p in self.binding.root.named_parameters():
-            digest.update(f"{name} {tuple(p.shape)} {p.dtype}".encode())
-            if p.numel() and not p.is_meta and p.is_floating_point():  # 64 of its values
-                arrays.append(p.detach().reshape(-1)[:: max(1, p.numel() // 64)].double().cpu().numpy())
+        dtypes = sorted({str(p.dtype) for p in self.binding.root.parameters()})
+        digest.update(f"{_model.fingerprint(self.binding.root)} {dtypes}".encode())
         for array in arrays:
             digest.update(f"{array.shape}".encode() + np.ascontiguousarray(array).tobytes())
         return digest.hexdigest()
