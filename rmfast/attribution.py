@@ -21,11 +21,12 @@ from functools import partial
 from itertools import chain, product
 from typing import TYPE_CHECKING, Any, Literal
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from rmfast import model as _model
-from rmfast.grids import PatchSweep
+from rmfast.grids import PatchSweep, figure_size, heat_map
 from rmfast.hooks import LayersPatcher, Point
 from rmfast.inputs import Encoded, several
 from rmfast.kernels.reward_head.reference import LAYER, NONE, NORMS, fold_bias, fold_gain
@@ -114,6 +115,85 @@ class Attribution:
                 x, bias = (self.contributions[name] for name in _GIVES[units])
                 return (x.double().sum(self.axes[units].index(UNITS[units])) + bias.double()).to(x.dtype)
         raise ValueError(f"Expected a component among {', '.join(self.contributions)}, got {component!r}")
+
+    def to_dataframe(self) -> Any:
+        """A pandas DataFrame with a row for each contribution: component, coordinates (empty where it has none), token
+        (the one that is read, where there is no position) and contribution.
+
+        Raises:
+            ImportError: pandas is not installed.
+        """
+        try:
+            import pandas
+        except ImportError as error:
+            raise ImportError(f"to_dataframe needs pandas (pip install pandas): {error}") from error
+        frames = []
+        for name, x in self.contributions.items():
+            index = np.indices(tuple(x.shape)).reshape(x.dim(), x.numel())
+            columns = {axis: pandas.array(at, dtype="Int64") for axis, at in zip(self.axes[name], index)}
+            at = index[self.axes[name].index("position")] if "position" in columns else np.full(x.numel(), self.read)
+            token = np.array(self.tokens, object)[at]
+            frames.append(
+                pandas.DataFrame({"component": name, **columns, "token": token, "contribution": x.ravel().numpy()})
+            )
+        table = pandas.concat(frames, ignore_index=True)
+        order = ["component", "layer", "position", "head", "neuron", "label", "token", "contribution"]
+        return table[[name for name in order if name in table]]
+
+    def plot(self, component: str | None = None, *, label: int = 0, ax: Any = None) -> Any:
+        """Contributions by layer.
+
+        Without a component: bars of attention and MLP in each layer, and of the embedding (at the read token). Of one:
+        a map of layers by heads or neurons; at every token by positions, units summed.
+
+        Args:
+            component: one of `contributions`, or "attn_out" or "mlp_out" where their units are there.
+            label: which reward of K.
+            ax: the matplotlib Axes to draw on; default: a new figure.
+
+        Returns:
+            The Axes.
+
+        Raises:
+            ImportError: matplotlib is not installed.
+            ValueError: the component was not asked for; none is given, at every token.
+        """
+        try:
+            from matplotlib import pyplot
+        except ImportError as error:
+            raise ImportError(f"plot needs matplotlib (pip install matplotlib): {error}") from error
+        if component is None and self._every:
+            raise ValueError(f"Expected a component to draw at every token: {', '.join(self.contributions)}")
+        if component is None:
+            ax = pyplot.subplots(figsize=(8, 3.5), layout="constrained")[1] if ax is None else ax
+            return self._bars(ax, label)
+        grid = self._values(_WHOLE.get(component, component) if self._every else component, label)
+        grid = grid.reshape(1 if component == "embedding" else len(grid), -1)
+        words = [f"{i} {token!r}" for i, token in enumerate(self.tokens)]
+        columns = words if self._every else list(map(str, range(grid.shape[1])))
+        ax = pyplot.subplots(figsize=figure_size(*grid.shape), layout="constrained")[1] if ax is None else ax
+        heat_map(ax, grid, list(map(str, range(len(grid)))), columns, f"contribution, norm {self.norm}")
+        ax.set_xlabel("token" if self._every else UNITS.get(component, ""))
+        ax.set_title(component)
+        return ax
+
+    def _bars(self, ax: Any, label: int) -> Any:
+        there = {_WHOLE.get(name, name) for name in self.contributions}
+        for offset, name in ((-0.2, "attn_out"), (0.2, "mlp_out")):
+            if name in there:
+                each = self._values(name, label)
+                ax.bar(np.arange(len(each)) + offset, each, width=0.4, label=name)
+        if "embedding" in there:
+            ax.bar([-1], self._values("embedding", label), width=0.4, label="embedding")
+        ax.axhline(0, color="0.5", linewidth=0.8)
+        ax.set_xlabel(f"layer (at token {self.read} {self.tokens[self.read]!r})")
+        ax.set_ylabel(f"contribution, norm {self.norm}")
+        ax.legend()
+        return ax
+
+    def _values(self, component: str, label: int) -> np.ndarray:
+        x = self.of(component)
+        return (x[..., label] if self.constant.dim() else x).double().numpy()
 
     def like(self, sweep: PatchSweep) -> Tensor:
         """Contributions at the read token in the layout of a sweep's `rewards`, to hold against its `effect`.
@@ -295,9 +375,9 @@ class _Parts:
         if not any(module is point.module for module in added.modules()):
             norm = self._behind(_model.active(added), direction.device)
         units, width = self.patcher.units(kind)
-        projector, bias = _transposed(point.module, norm.back(direction), units * width, self._stored)
+        directions, bias = projector(point.module, norm.back(direction), units * width, self._stored)
         result = Point(point.module, "out")
-        return _Units(point, result, projector.unflatten(-1, (units, width)), bias, norm, norm.constant(direction))
+        return _Units(point, result, directions.unflatten(-1, (units, width)), bias, norm, norm.constant(direction))
 
     def _behind(self, module: nn.Module, device: torch.device) -> _Norm:
         """The norm between a projection and the stream."""
@@ -370,7 +450,7 @@ class _Parts:
 
         def given(name: str, layer: int, x: Tensor) -> None:
             units = self.units[name, layer]
-            dots[name, layer] = _dots(units.given.view(x)[0, rows], units.projector)
+            dots[name, layer] = unit_dots(units.given.view(x)[0, rows], units.projector)
 
         def result(name: str, layer: int, x: Tensor) -> None:
             units = self.units[name, layer]
@@ -444,7 +524,9 @@ def check_norm(binding: _model.Binding, norm: str) -> None:
         )
 
 
-def _transposed(module: nn.Module, directions: Tensor, columns: int, stored: torch.dtype) -> tuple[Tensor, Tensor]:
+def projector(
+    module: nn.Module, directions: Tensor, columns: int, stored: torch.dtype = torch.float32
+) -> tuple[Tensor, Tensor]:
     """Directions (K, d) in what a linear module gives as (K, columns) in what it is given, and its bias there (K,).
 
     By the module's own forward and its gradient, so that Linear, GPT-2's Conv1D and adapters (LoRA) are all alike; in
@@ -461,7 +543,7 @@ def _transposed(module: nn.Module, directions: Tensor, columns: int, stored: tor
     return grad[0].to(directions), directions @ out[0, 0].detach().to(directions)
 
 
-def _dots(x: Tensor, projector: Tensor) -> Tensor:
+def unit_dots(x: Tensor, projector: Tensor) -> Tensor:
     """(n, units, width) and (K, units, width) -> (n, units, K), some rows at a time."""
     projector = projector.to(x.device)
     out = projector.new_empty(*x.shape[:2], len(projector))

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from rmfast.sites import UNITS
 
-__all__ = ["PatchSweep", "span", "ticks"]
+__all__ = ["PatchSweep", "heat_map", "span"]
 
 AXES = ("site", "layer", "position", "head", "neuron", "unit", "label")  # the order in any grid
 Value = Literal["effect", "recovered", "rewards"]
@@ -287,16 +287,11 @@ class PatchSweep:
         for axis, drawn in zip(axes, maps):
             centre = base[drawn.label] if value == "rewards" else 0.0
             reach = max(_reach(other.grid - centre) for other in maps if other.label == drawn.label) or 1.0
-            limits = {} if "norm" in options else {"vmin": centre - reach, "vmax": centre + reach}
-            style = {"cmap": "RdBu_r", "aspect": "auto", "origin": "lower", "interpolation": "nearest"}
-            image = axis.imshow(drawn.grid, **{**style, **limits, **options})
-            axis.set_facecolor("0.8")
+            layers = list(map(str, self.coords.get("layer", [""])))
+            name = "reward" if value == "rewards" else value
+            heat_map(axis, drawn.grid, layers, drawn.columns, name, reach=reach, centre=centre, **options)
             axis.set_title(drawn.title)
             axis.set_xlabel(drawn.across)
-            axis.set_ylabel("layer")
-            ticks(axis, "x", drawn.columns)
-            ticks(axis, "y", list(map(str, self.coords.get("layer", [""]))))
-            axis.figure.colorbar(image, ax=axis, label="reward" if value == "rewards" else value)
         return axes if len(maps) > 1 else axes[0]
 
     def _maps(self, values: np.ndarray) -> list[_Map]:
@@ -370,14 +365,34 @@ def _reach(values: np.ndarray) -> float:
 
 def _axes(pyplot: Any, maps: list[_Map]) -> np.ndarray:
     """Axes of a new figure with room for the maps: side by side, or one below the other where they are wide."""
-    rows, columns = maps[0].grid.shape[0], max(len(drawn.columns) for drawn in maps)
-    width, height = min(max(3.0 + 0.22 * columns, 5), 14), min(max(2.5 + 0.16 * rows, 3), 9)
+    width, height = figure_size(maps[0].grid.shape[0], max(len(drawn.columns) for drawn in maps))
     down, across = (len(maps), 1) if width > 8 else (1, len(maps))
     size = width * across, height * down
     return pyplot.subplots(down, across, figsize=size, layout="constrained", squeeze=False)[1].ravel()
 
 
-def ticks(axis: Any, which: Literal["x", "y"], names: list[str]) -> None:
+def figure_size(rows: int, columns: int) -> tuple[float, float]:
+    """Inches in which a map's cells and names can be read."""
+    return min(max(3.0 + 0.22 * columns, 5), 14), min(max(2.5 + 0.16 * rows, 3), 9)
+
+
+def heat_map(
+    axis: Any, grid: np.ndarray, layers: list[str], columns: list[str], name: str, *, reach: float | None = None,
+    centre: float = 0.0, **options: Any,
+) -> None:  # fmt: skip
+    """Draws layers (rows, the first at the bottom) by columns; colours go from centre − reach to centre + reach."""
+    reach = (_reach(grid - centre) or 1.0) if reach is None else reach
+    limits = {} if "norm" in options else {"vmin": centre - reach, "vmax": centre + reach}
+    style = {"cmap": "RdBu_r", "aspect": "auto", "origin": "lower", "interpolation": "nearest"}
+    image = axis.imshow(grid, **{**style, **limits, **options})
+    axis.set_facecolor("0.8")
+    axis.set_ylabel("layer")
+    _ticks(axis, "x", columns)
+    _ticks(axis, "y", layers)
+    axis.figure.colorbar(image, ax=axis, label=name)
+
+
+def _ticks(axis: Any, which: Literal["x", "y"], names: list[str]) -> None:
     """Name the ticks, every one or as many as can be read."""
     step = -(-len(names) // _MOST_TICKS[which])
     getattr(axis, f"set_{which}ticks")(range(0, len(names), step))

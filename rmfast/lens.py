@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from rmfast import model as _model
 from rmfast.attribution import FrozenHead, check_norm
 from rmfast.engine import entering
+from rmfast.grids import figure_size, heat_map
 from rmfast.hooks import given, layered
 from rmfast.ops import reward_head
 
@@ -214,21 +215,14 @@ class Lens:
         return ax
 
     def _map(self, pyplot: Any, text: int, label: int, ax: Any) -> Any:
-        from rmfast.grids import ticks
-
         rewards = self.rewards[text]
         rewards = (rewards[..., label] if rewards.dim() > 2 else rewards).double().numpy()
-        words = self.tokens(text)
-        size = min(max(3 + 0.22 * len(words), 5), 14), min(max(2.5 + 0.16 * len(rewards), 3), 9)
-        ax = pyplot.subplots(figsize=size, layout="constrained")[1] if ax is None else ax
-        reach = float(np.abs(rewards[np.isfinite(rewards)]).max(initial=0)) or 1.0
-        style = {"cmap": "RdBu_r", "aspect": "auto", "origin": "lower", "interpolation": "nearest"}
-        image = ax.imshow(rewards, vmin=-reach, vmax=reach, **style)
-        ticks(ax, "x", [f"{i} {word!r}" for i, word in enumerate(words)])
-        ticks(ax, "y", list(map(str, range(len(rewards)))))
+        words = [f"{i} {word!r}" for i, word in enumerate(self.tokens(text))]
+        if ax is None:
+            ax = pyplot.subplots(figsize=figure_size(*rewards.shape), layout="constrained")[1]
+        heat_map(ax, rewards, list(map(str, range(len(rewards)))), words, f"reward, norm {self.norm}")
         ax.set_xlabel("token")
         ax.set_ylabel("layer (0: embedding)")
-        ax.figure.colorbar(image, ax=ax, label=f"reward, norm {self.norm}")
         return ax
 
 

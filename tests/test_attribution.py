@@ -309,6 +309,41 @@ def test_hooks_on_layers_take_part(fp64):
     torch.testing.assert_close(found.total, rm.score([IDS])[0], rtol=0, atol=1e-9 * scale(m))
 
 
+def test_a_table_has_a_row_for_each_contribution():
+    pytest.importorskip("pandas")
+    rm = rmfast.RewardModel(model("llama", labels=2), M.tokenizer())
+    found = rm.attribute("ab", components=["embedding", "head_out"], positions="all")
+    table = found.to_dataframe()
+    assert list(table) == ["component", "layer", "position", "head", "label", "token", "contribution"]
+    assert len(table) == sum(x.numel() for x in found.contributions.values())
+    row = table[
+        (table.component == "head_out") & (table.layer == 2) & (table.position == 1) & (table["head"] == 3)
+    ].iloc[1]
+    assert row.contribution == float(found.of("head_out")[2, 1, 3, 1]) and row.token == "a" and row.label == 1
+    last = rm.attribute("ab").to_dataframe()
+    assert list(last) == ["component", "layer", "label", "token", "contribution"] and set(last.token) == {"b"}
+
+
+def test_contributions_are_drawn_by_layer():
+    matplotlib = pytest.importorskip("matplotlib")
+    matplotlib.use("Agg")
+    rm = rmfast.RewardModel(model("llama", labels=2), M.tokenizer())
+    last = rm.attribute("ab", components=["embedding", "head_out", "mlp_out"])
+    bars = last.plot(label=1).containers
+    heights = [[bar.get_height() for bar in each] for each in bars]
+    for got, name in zip(heights, ("attn_out", "mlp_out", "embedding"), strict=True):
+        assert got == pytest.approx(last.of(name)[..., 1].reshape(-1).tolist())
+    torch.testing.assert_close(
+        torch.from_numpy(last.plot("head_out").images[0].get_array().data), last.of("head_out")[..., 0]
+    )
+    every = rm.attribute("ab", components=["embedding", "head_out"], positions="all")
+    assert every.plot("head_out").images[0].get_array().shape == (3, 3)  # heads summed, layers by tokens
+    assert every.plot("embedding").images[0].get_array().shape == (1, 3)
+    with pytest.raises(ValueError, match="Expected a component to draw at every token: embedding, head_out, attn_bias"):
+        every.plot()
+    matplotlib.pyplot.close("all")
+
+
 # Beside a sweep -------------------------------------------------------------------------------------------------------
 
 
