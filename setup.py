@@ -209,6 +209,7 @@ setup(
         "rmfast.kernels.suffix_attention",
         "rmfast.kernels.tcrm",
         "rmfast.kernels.token_wise",
+        "rmfast.kernels.topk_encode",
     ],
     package_dir={"rmfast": "rmfast", "rmfast.kernels": "kernels"},
     package_data={"rmfast": ["py.typed"]},

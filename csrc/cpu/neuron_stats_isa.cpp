@@ -195,23 +195,6 @@ T value_of(K key) {
   return value;
 }
 
-// A bit for each lane of a comparison's result.
-template <class K>
-inline uint32_t lanes_of(V<K> mask) {
-#if defined(__AVX512F__)
-  return sizeof(K) == 4 ? _mm512_test_epi32_mask((__m512i)mask, (__m512i)mask)
-                        : _mm512_test_epi64_mask((__m512i)mask, (__m512i)mask);
-#elif defined(__AVX2__)
-  return sizeof(K) == 4 ? _mm256_movemask_ps((__m256)mask) : _mm256_movemask_pd((__m256d)mask);
-#elif defined(__SSE2__)
-  return sizeof(K) == 4 ? _mm_movemask_ps((__m128)mask) : _mm_movemask_pd((__m128d)mask);
-#else
-  uint32_t bits = 0;
-  for (int l = 0; l < W<K>; ++l) bits |= uint32_t(mask[l] & 1) << l;
-  return bits;
-#endif
-}
-
 template <class K>
 struct Unsigned;
 template <>

@@ -7,6 +7,7 @@ from rmfast.ops._reward_head import reward_head
 from rmfast.ops._suffix_attention import suffix_attention
 from rmfast.ops._tcrm import tcrm
 from rmfast.ops._token_wise import gated_activation, rms_norm, rotary
+from rmfast.ops._topk_encode import topk_encode
 
 __all__ = [
     "binned_mmd",
@@ -18,4 +19,5 @@ __all__ = [
     "rotary",
     "suffix_attention",
     "tcrm",
+    "topk_encode",
 ]
