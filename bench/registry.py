@@ -21,6 +21,8 @@ OPS = (
     "scoring",
     "sweep",
     "interventions",
+    "lens",
+    "reward_lens",
 )
 
 # The L3 of a server CPU is hundreds of MiB: fewer distinct bytes would time the cache.

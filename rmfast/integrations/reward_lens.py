@@ -305,7 +305,8 @@ def _patched(
             positions, and zeros behind its end (everywhere, where there is no other text).
 
     Returns:
-        Rewards of the base text (K,), of the other text (K,), and of the cells (n, K).
+        Rewards of the base text (K,); of the other text (K,), or None where it is run beyond its read position; and of
+        the cells (n, K).
     """
     texts = [text for text in (base_text, other_text) if text is not None]
     if any(any(rm.binding.length_group(len(ids))) for ids, _ in texts):
@@ -314,12 +315,13 @@ def _patched(
     groups = np.zeros((1, len(ids)), bool)
     groups[0, replaced] = True
     groups[:, read + 1 :] = False  # has no part in the reward
+    known = True
     if other_text is not None:  # before the texts first differ, the values put in are those that stand there
         shared = min(len(ids), len(other_text[0]))
         groups[:, : int(np.append(ids[:shared] == other_text[0][:shared], False).argmin())] = False
-        reached = np.flatnonzero(groups[0, :shared])
-        if len(reached) and reached[-1] > other_text[1]:
-            raise _Outside("the other text is read before positions that are replaced")
+        known = not groups[0, other_text[1] + 1 : shared].any()
+        if not known:  # it must run beyond where its reward is read
+            other_text = (other_text[0], len(other_text[0]) - 1)
     kinds, layers, units = (np.array(column) for column in zip(*cells))
     effect = groups.any() & ((layers < patcher.layers - 1) | groups[0, read])
     names = set(kinds.tolist())
@@ -351,7 +353,7 @@ def _patched(
 
             budget = _budget(rm, patcher, base, edits, None)
             patcher.rewards(base, edits, rows, budget, done, np.zeros(len(edits), bool))
-    return base.reward.clone(), None if other is None else other.reward.clone(), rewards.clone()
+    return base.reward.clone(), other.reward.clone() if other is not None and known else None, rewards.clone()
 
 
 def _check_places(rm: RewardModel, places: list[tuple[str, int, Any]], heads: int | None = None) -> None:
