@@ -154,7 +154,8 @@ class LastTokenRuns:
             if rows is not None:
                 flat = out.reshape(-1, out.size(-1))
                 if name not in found:
-                    found[name] = flat.new_empty(len(self), flat.size(1))
+                    with torch.inference_mode(False):  # an ordinary tensor, for callers who compute with it
+                        found[name] = torch.empty(len(self), flat.size(1), dtype=flat.dtype, device=flat.device)
                 found[name][texts[0].to(flat.device)] = flat[rows]
             return out
 

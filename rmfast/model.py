@@ -722,7 +722,7 @@ def read_rows(name: str, out: Tensor) -> Tensor | slice | None:
     reads.seen.add(name)
     count = out.numel() // out.size(-1)
     if count == reads.total:
-        return slice(None) if reads.rows is None else reads.rows
+        return slice(None) if reads.rows is None else reads.rows.to(out.device)
     if reads.rows is not None and count == reads.rows.numel():
         return slice(None)  # the last layer, which need not run others
     raise ValueError(
@@ -747,8 +747,7 @@ def _clamped(root: nn.Module, clamps: tuple[Clamp, ...]) -> Iterator[None]:
 def _setting(name: str, original: Callable, clamps: list[Clamp]) -> Callable:
     def forward(*args: Any, **kwargs: Any) -> Any:
         out = original(*args, **kwargs)
-        if out.requires_grad:
-            out = out.clone()
+        out = out.clone() if out.requires_grad else out.contiguous()
         for clamp in clamps:
             at, values = clamp.indices.to(out.device), clamp.values.to(out)
             if not clamp.last:

@@ -583,12 +583,7 @@ class RewardModel:
         """
         from rmfast.attribution import attribute
 
-        plain = self.interventions is None or not (self.binding.clamps_last or self.interventions.lengths)
-        if not plain or self.binding.before or self.binding.after:
-            raise ValueError(
-                f"Expected a model under no interventions but clamps at all positions, got {self.interventions}: what "
-                "the others change is no component of the stream"
-            )
+        self._expect_clamps_alone(("all",))
         return attribute(
             self, inputs, components=components, positions=positions, norm=norm, max_length=max_length,
             truncation=truncation, format=format,
@@ -641,6 +636,7 @@ class RewardModel:
         """
         from rmfast.lens import lens
 
+        self._expect_clamps_alone()
         return lens(
             self, inputs, positions=positions, norm=norm, batch_tokens=batch_tokens, progress=progress,
             max_length=max_length, truncation=truncation, format=format,
@@ -688,11 +684,21 @@ class RewardModel:
         """
         from rmfast.comparison import compare_attribution
 
+        self._expect_clamps_alone(("all",))
         return compare_attribution(
             self, clean, corrupted, sites=sites, layers=layers, heads=heads, neurons=neurons, mode=mode, norm=norm,
             align=align, label=label, seed=seed, batch_tokens=batch_tokens, progress=progress, max_length=max_length,
             truncation=truncation, format=format,
         )  # fmt: skip
+
+    def _expect_clamps_alone(self, positions: tuple[str, ...] = ("last", "all")) -> None:
+        """ValueError under interventions that what is read in the model's layers would not show."""
+        for part in () if self.interventions is None else self.interventions.parts:
+            if getattr(part, "positions", None) not in positions:
+                raise ValueError(
+                    f"Expected a model under no interventions but clamps at {' or '.join(positions)} positions, got "
+                    f"{part}: what it changes is no component of the stream"
+                )
 
     def _patcher(self) -> Any:
         """What runs patched texts: the suffix engine where it knows the layers, else the model's own forward."""

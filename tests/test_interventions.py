@@ -305,8 +305,16 @@ def test_sweeps_and_attribution_run_under_clamps():
     last = rm.with_interventions(clamp(rm, "last"))
     sweep = last.patch_sweep(clean, corrupted, sites="resid_pre", layers=0, positions="joint")
     same(sweep.rewards.reshape(1), last.score([clean]))  # all of the embedding replaced
-    with pytest.raises(ValueError, match="clamps at all positions"):
-        last.attribute(clean)
+    estimate = last.attribution_patch(clean, corrupted, sites="resid_pre", layers=1)
+    assert estimate.rewards.isfinite().all()
+    assert not torch.allclose(
+        estimate.rewards, rm.attribution_patch(clean, corrupted, sites="resid_pre", layers=1).rewards
+    )
+    for one in (last, rm.with_interventions(DirectionRemoval(torch.eye(48)[:1]))):
+        with pytest.raises(ValueError, match="no interventions but clamps at all positions"):
+            one.attribute(clean)
+    with pytest.raises(ValueError, match="no interventions but clamps at last or all positions"):
+        rm.with_interventions(LengthPenalty()).lens([clean])
     with pytest.raises(ValueError, match="without corrections by length"):
         rm.with_interventions(LengthPenalty()).patch_sweep(clean, corrupted)
 
