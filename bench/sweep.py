@@ -230,15 +230,21 @@ def loop(batch: int = 1, skipping: bool = False) -> Maker:
     return make
 
 
-def reward_lens(p: Sweep) -> Callable[[Any], Some]:
-    """Its component grid and its head grid, denoising; token ids come to it as words."""
-    from reward_lens import ActivationPatcher
+def peer(model: Any, template: str, device: torch.device) -> Any:
+    """reward-lens' own wrapper of a model, whose texts are token ids as words, put together by a chat template."""
     from reward_lens.model import RewardModel
     from reward_lens.model_adapters import get_adapter
 
     tokenizer = scoring.numbers()
-    tokenizer.chat_template = "{{ messages[1]['content'] }}"
-    theirs = RewardModel(p.model, tokenizer, get_adapter(p.model), p.device)
+    tokenizer.chat_template = template
+    return RewardModel(model, tokenizer, get_adapter(model), device)
+
+
+def reward_lens(p: Sweep) -> Callable[[Any], Some]:
+    """Its component grid and its head grid, denoising; token ids come to it as words."""
+    from reward_lens import ActivationPatcher
+
+    theirs = peer(p.model, "{{ messages[1]['content'] }}", p.device)
     patcher = ActivationPatcher(theirs)
     clean, corrupted = (" ".join(map(str, ids)) for ids in p.inputs[0])
 
