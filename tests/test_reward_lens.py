@@ -9,6 +9,8 @@ import torch
 import rmfast
 
 reward_lens = pytest.importorskip("reward_lens", reason="reward-lens is not installed")
+if not hasattr(reward_lens, "ActivationPatcher"):
+    pytest.skip(f"reward-lens {reward_lens.__version__} has no ActivationPatcher", allow_module_level=True)
 
 
 @pytest.fixture(scope="module")

@@ -258,8 +258,9 @@ def test_a_text_that_ends_with_padding_is_read_where_its_model_reads_it():
     w.model.config.pad_token_id = M.EOS  # which its template ends with
     patcher = reward_lens.ActivationPatcher(w)
     for pair in PAIRS:
-        without, within, _ = both(lambda pair=pair: patcher.patch_all_components(*pair, show_progress=False))
+        without, within, said = both(lambda pair=pair: patcher.patch_all_components(*pair, show_progress=False))
         near(within.patch_effects, without.patch_effects, w.model)
+        assert "patch_all_components: 1 × rmfast" in said
 
 
 @old
