@@ -574,7 +574,7 @@ def _folded(
     root = base.binding.root
     # A forward that was bound to a module's instance would go on to run that one, not its copy.
     copyable = all(_model._plain(m) and getattr(m, "_compiled_call_impl", None) is None for m in root.modules())
-    fold: dict[nn.Module, tuple[Tensor, Tensor]] = {}
+    fold: dict[str, tuple[Tensor, Tensor]] = {}
     left = []
     for part in total.parts:
         if not isinstance(part, NeuronClamp) or part.positions == "last":
@@ -582,16 +582,35 @@ def _folded(
         for name, pair in part.neurons.items():
             module = root.get_submodule(name)
             if copyable and type(module) in (nn.Linear, Conv1D) and _model._readable(module):
-                fold[module] = pair
+                fold[name] = pair
             else:
                 left.append(_clamp(root, name, *pair, last=False))
-    if not fold:
-        return base, None, left
     copies: dict[nn.Module, nn.Module] = {}
-    _model.share_lock(root, _copied(root, copies))
-    for module, pair in fold.items():
-        _fold(copies[module], *pair)
-    return base, copies, left
+    if fold:
+        _model.share_lock(root, _copied(root, copies))
+        for name, pair in fold.items():
+            _fold(copies[root].get_submodule(name), *pair)
+        by_index = [_clamp(root, name, *pair, last=False) for name, pair in fold.items()]
+        if _same_model(base.binding, copies[root], by_index):
+            return base, copies, left
+        left += by_index
+    return base, None, left
+
+
+def _same_model(binding: _model.Binding, copied: nn.Module, clamps: list[_model.Clamp]) -> bool:
+    """Whether a folded copy gives on a few tokens what the model gives with the clamps set by index.
+
+    It does not where a module holds another one beside its submodules, and runs that in place of its copy.
+    """
+    ids = _model._probe_ids(binding.root, binding.vocab_size, None, ()).to(binding.device)
+    states = []
+    for bound in (binding, replace(binding, clamps=tuple(clamps)), replace(binding, root=copied)):
+        with bound.session():
+            out = bound.hidden(ids, torch.ones_like(ids)) if binding.head else bound.pooled(ids, torch.ones_like(ids))
+            states.append(out.double().cpu())
+    plain, wanted, got = states
+    rounding = 1e-5 if next(p.dtype for p in copied.parameters() if p.is_floating_point()).itemsize > 2 else 1e-2
+    return bool((got - wanted).norm() <= 0.1 * (plain - wanted).norm() + rounding * wanted.norm())
 
 
 def _clamp(root: nn.Module, name: str, indices: Tensor, values: Tensor, last: bool) -> _model.Clamp:

@@ -275,6 +275,23 @@ def test_a_debiased_model_copies_the_matrices_that_it_touches_alone():
     assert torch.equal(debiased.score(TEXTS), fresh.score(TEXTS))
 
 
+def test_a_model_whose_copy_would_run_the_originals_modules_is_clamped_by_index():
+    model = M.decoder("llama")
+
+    class Holding(type(model.model.layers[0].mlp)):
+        def forward(self, x):
+            return self.down_proj(self.act_fn(self.gate_proj(x)) * self.held[0](x))
+
+    for layer in model.model.layers:
+        layer.mlp.held = [layer.mlp.up_proj]  # no submodule, so that a copy holds the same
+        layer.mlp.__class__ = Holding
+    rm = RewardModel(model)
+    value = clamp(rm, "all", names=["model.layers.0.mlp.up_proj"])
+    debiased = rm.with_interventions(value)
+    assert debiased.binding.clamps
+    same(debiased.score(TEXTS, engine="padded"), truths(M.decoder("llama"), value), scaled(M.decoder("llama")))
+
+
 def test_interventions_add_to_those_of_a_debiased_model():
     rm = RewardModel(M.decoder("llama"))
     a, b, c = (
