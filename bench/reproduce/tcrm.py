@@ -233,9 +233,9 @@ def main() -> None:
             found.append(measure(tops, held_out))
             print(name, seed, {key: round(value, 2) for key, value in found[-1].items()}, flush=True)
         rows.append({"loss": name, "values": {key: [f[key] for f in found] for key in found[0]}})
-    show(rows)
     settings = {key: str(value) for key, value in vars(args).items() if key not in ("model", "data", "out")}
     (args.out / "tcrm.json").write_text(json.dumps({"settings": settings, "losses": rows}, indent=1))
+    show(rows)
     plot(rows, args.out / "tcrm.png")
 
 
