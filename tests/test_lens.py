@@ -316,6 +316,11 @@ def hooked_norm():
         (model, {"batch_tokens": 0}, "batch_tokens to be a positive int, got 0"),
         (lambda: M.encoder("Bert"), {}, "pools by itself: lens needs a head that reads one token's stream"),
         (lambda: M.mlp_head(model()), {"norm": "frozen"}, "to be a single nn.Linear with a readable weight"),
+        (
+            lambda: M.encoder("Albert", task="TokenClassification", embedding_size=16),
+            {},
+            "AlbertModel has no list of its layers",
+        ),
         (hooked_norm, {}, "its final norm (LlamaRMSNorm) to be without hooks"),
     ],
 )

@@ -90,7 +90,7 @@ def grids(rm: Any, pair: Pair, sites: str) -> dict[str, np.ndarray]:
     if read[0] == read[1]:
         del ways["by index"]
     parts = {
-        name: [rm.attribute(ids, components=SITES[sites], norm=norm) for ids in pair]
+        name: rm.attribute(list(pair), components=SITES[sites], norm=norm)
         for name, norm in (("raw", "raw"), ("norm", "frozen"))
     }
     out: dict[str, np.ndarray] = {}
