@@ -551,8 +551,7 @@ def _check(rm: RewardModel, total: Intervention) -> None:
                 raise ValueError(f"{name} pools by itself, so that no stream of a token makes its reward")
             if part.norm == "before" and binding.norm is None:
                 raise ValueError(f'Expected norm="after" for {name}, in which rmfast finds no final norm')
-            d = binding.body.get_input_embeddings().weight.shape[1] if binding.norm is None else None  # type: ignore[operator]
-            d = int(_model.active(binding.norm).weight.numel()) if d is None else d  # type: ignore[union-attr, arg-type, operator]
+            d = int(binding.config.hidden_size)
             if part.directions.size(1) != d:
                 raise ValueError(f"Expected directions of {name} to be (J, {d}), got {tuple(part.directions.shape)}")
         elif isinstance(part, LWR) and rm.num_labels > 1:

@@ -173,7 +173,9 @@ class Binding:
             on = hidden.device
             removed: dict[str, Any] = {}
             # Taking a part of the normed row away is taking it from the head.
-            weight = linear.weight if self.after is None else self.after.of(linear.weight.float())
+            weight = linear.weight
+            if self.after is not None:
+                weight = self.after.of(weight if weight.dtype == torch.float64 else weight.float())
             if self.before is not None:
                 p = self.before.directions.to(on)
                 removed = {"directions": p, "strengths": p.new_full((1, p.size(0)), self.before.strength)}
