@@ -21,7 +21,8 @@ test: build test-interpreter
 test-interpreter: build
 	TRITON_INTERPRET=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal -q \
 		tests/test_triton_reward_head.py tests/test_triton_suffix_attention.py tests/test_triton_token_wise.py \
-		tests/test_triton_losses.py tests/test_triton_neuron_stats.py tests/test_triton_patch_rows.py
+		tests/test_triton_losses.py tests/test_triton_neuron_stats.py tests/test_triton_patch_rows.py \
+		tests/test_triton_topk_encode.py
 
 # The oldest transformers that is supported, with the hub client it needs, laid over the pinned one.
 OLD = build/transformers-5.17.0

@@ -17,6 +17,7 @@ OPS = (
     "token_wise",
     "patch_rows",
     "neuron_stats",
+    "topk_encode",
     "losses",
     "scoring",
     "sweep",

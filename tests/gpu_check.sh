@@ -27,10 +27,11 @@ step "build" 180 env RMFAST_BUILD_EXT=1 RMFAST_BUILD_CUDA=1 "$PY" setup.py -q bu
 step "explain" 60 "$PY" -c 'import rmfast; print(rmfast.explain())'
 step "tests of the ops on the GPU" 200 "$PY" -m pytest -q --maxfail=20 -p no:cacheprovider -k cuda \
   tests/test_reward_head.py tests/test_cuda_reward_head.py tests/test_suffix_attention.py tests/test_token_wise.py \
-  tests/test_neuron_stats.py tests/test_patch_rows.py tests/test_losses.py
+  tests/test_neuron_stats.py tests/test_patch_rows.py tests/test_losses.py tests/test_topk_encode.py
 # These run on the GPU by themselves where Triton is not in its interpreter; their names don't say so.
 step "tests of the Triton kernels on the GPU" 120 "$PY" -m pytest -q --maxfail=20 -p no:cacheprovider \
-  tests/test_triton_reward_head.py tests/test_triton_token_wise.py tests/test_triton_neuron_stats.py
+  tests/test_triton_reward_head.py tests/test_triton_token_wise.py tests/test_triton_neuron_stats.py \
+  tests/test_triton_topk_encode.py
 sanitizer=$(command -v compute-sanitizer || echo /usr/local/cuda/bin/compute-sanitizer)
 if [ -x "$sanitizer" ]; then
   for tool in memcheck racecheck; do

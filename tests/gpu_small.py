@@ -46,6 +46,11 @@ def main(device: str = "cuda") -> None:
             for x in (buffer[1:, 1 : m + 1], buffer[1:, 1 : m + 1].float(), buffer[1:, 1 : m + 1].T.contiguous().T):
                 neuron_stats(x, torch.randn(n, 3))
         for dtype in (torch.bfloat16, torch.float32):
+            for n, d, features, k in ((3, 5, 7, 7), (70, 64, 2048, 32), (2, 33, 700, 200)):
+                buffer = torch.randn(n + d, features + d + 1, device="cuda").to(dtype)
+                x, weight = buffer[:n, 1 : d + 1], buffer[n:, d + 1 :]
+                topk_encode(x, weight, weight[0], k, b_dec=x[0])
+                topk_encode(x.contiguous(), weight.T.contiguous().T, None, k)
             values = torch.randn(2, 2061).to(dtype)[:, 1:].requires_grad_()
             ends = torch.tensor([0, 5, 6, 2060])
             tcrm_loss(*values, ends, ends, margin=torch.rand(3))[0].backward()

@@ -96,10 +96,10 @@ def config(dtype: torch.dtype, k: int, aligned: bool) -> dict[str, int]:
     """
     slots = max(16, triton.next_power_of_2(k))
     less = (dtype == torch.float32) + (not aligned)
-    return {
-        "SLOTS": slots, "BM": max(16, min(64, (4096 >> (less == 2)) // slots)), "BN": 64 if less else 128, "BK": 64 >> less,
-        "num_warps": 8, "num_stages": 3,
-    }  # fmt: skip
+    rows = max(16, min(64, (4096 >> (less == 2)) // slots))
+    small = {"BN": 64, "BK": 64 >> less} if less else {"BN": 128, "BK": 64}
+    # A cap on registers keeps ptxas from spilling for the sake of one more program per SM.
+    return {"SLOTS": slots, "BM": rows, **small, "num_warps": 8, "num_stages": 3, "maxnreg": 255}
 
 
 def why_not(x: Tensor, k: int) -> str | None:

@@ -20,8 +20,8 @@ native.define(
 native.define("transpose_16_(Tensor(a!) out, Tensor x) -> ()")
 
 # Bytes of a row block's column and of a feature tile's row: 2048 x 2048 in fp32, 4096 x 1024 in 16 bits. On Zen 4
-# torch's matmul is then at its rate for whole matrices or above it (95 GFLOP/s a core in fp32 against 93); with 512 rows
-# in fp32 it packs the weights so often that it loses 6%.
+# torch's matmul is then at its rate for whole matrices or above it (95 GFLOP/s a core in fp32 against 93); with 512
+# rows in fp32 it packs the weights so often that it loses 6%.
 _ROWS, _FEATURES = 8192, 512
 
 # torch's bf16 matmul takes weights of unit stride over d 7% faster (Zen 4, 217 against 203 GFLOP/s a core), for which a
@@ -127,7 +127,7 @@ def topk_encode(
     if weight is None:
         raise TypeError("Expected weight to be a torch.Tensor, got NoneType")
     checked(weight, "weight", (x.size(1), None), x)
-    expect_dtype(weight.dtype == x.dtype, "weight", f"that of x, {x.dtype},", weight.dtype)
+    expect_dtype(weight.dtype == x.dtype, "weight", f"{x.dtype}, that of x", weight.dtype)
     checked(bias, "bias", (weight.size(1),), x)
     checked(b_dec, "b_dec", (x.size(1),), x)
     if isinstance(k, bool) or not isinstance(k, int):
