@@ -11,7 +11,16 @@ import torch
 
 import rmfast
 from rmfast.losses import binned_mmd, tcrm_loss
-from rmfast.ops import gated_activation, neuron_stats, patch_rows, reward_head, rms_norm, rotary, suffix_attention
+from rmfast.ops import (
+    gated_activation,
+    neuron_stats,
+    patch_rows,
+    reward_head,
+    rms_norm,
+    rotary,
+    suffix_attention,
+    topk_encode,
+)
 
 
 def main(device: str = "cuda") -> None:
@@ -47,7 +56,7 @@ def main(device: str = "cuda") -> None:
                 neuron_stats(x, torch.randn(n, 3))
         for dtype in (torch.bfloat16, torch.float32):
             for n, d, features, k in ((3, 5, 7, 7), (70, 64, 2048, 32), (2, 33, 700, 200)):
-                buffer = torch.randn(n + d, features + d + 1, device="cuda").to(dtype)
+                buffer = torch.randn(n + d, features + d + 1).to(dtype)
                 x, weight = buffer[:n, 1 : d + 1], buffer[n:, d + 1 :]
                 topk_encode(x, weight, weight[0], k, b_dec=x[0])
                 topk_encode(x.contiguous(), weight.T.contiguous().T, None, k)
