@@ -26,6 +26,8 @@ if TYPE_CHECKING:
     from rmfast.interventions import LengthPenalty as LengthPenalty
     from rmfast.interventions import NeuronClamp as NeuronClamp
     from rmfast.lens import Lens as Lens
+    from rmfast.sae import SAE as SAE
+    from rmfast.sae import SAEAttribution as SAEAttribution
     from rmfast.scoring import RewardModel as RewardModel
     from rmfast.scoring import load as load
     from rmfast.values import ResponseValues as ResponseValues
@@ -47,11 +49,14 @@ _HOME = {
     "PatchSweep": "rmfast.grids",
     "ResponseValues": "rmfast.values",
     "RewardModel": "rmfast.scoring",
+    "SAE": "rmfast.sae",
+    "SAEAttribution": "rmfast.sae",
     "load": "rmfast.scoring",
 }
 
 __all__ = [
     "LWR",
+    "SAE",
     "Attribution",
     "BackendError",
     "Comparison",
@@ -63,6 +68,7 @@ __all__ = [
     "PatchSweep",
     "ResponseValues",
     "RewardModel",
+    "SAEAttribution",
     "__version__",
     "backend",
     "compare",

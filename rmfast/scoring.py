@@ -589,6 +589,47 @@ class RewardModel:
             truncation=truncation, format=format,
         )  # fmt: skip
 
+    def sae_attribution(
+        self,
+        inputs: Any,
+        sae: Any,
+        *,
+        layer: int | None = None,
+        site: str | None = None,
+        positions: Literal["last", "all"] = "last",
+        norm: Literal["frozen", "raw"] = "frozen",
+        top: int | None = None,
+        max_length: int | None = None,
+        truncation: Truncation = "error",
+        format: Format | None = None,
+    ) -> Any:
+        """What the features of a sparse autoencoder add to the reward: f_i (W_dec γ⊙w)_i, from one forward of the model.
+
+        Args:
+            inputs: one text, of any form that `score` takes, or a list of texts.
+            sae: a `rmfast.SAE` of the model's width (`rmfast.SAE.load` reads a folder of SAELens).
+            layer, site: the stream it reads, site of "resid_pre", "resid_mid", "resid_post", "attn_out", "mlp_out";
+                default what its hook_name says.
+            positions: "last", the token at which `score` reads, or "all": the rewards of `token_values`.
+            norm: as for `attribute`.
+            top: features of a token that are kept, those of largest contribution; default k of a TopK SAE, else 64.
+            max_length, truncation, format: as for `score`.
+
+        Returns:
+            A `rmfast.SAEAttribution`, or for a list one for each text.
+
+        Raises:
+            ValueError, TypeError: as `attribute`; the SAE's width is not the model's, or its hook_name names no place
+                that rmfast knows and no layer is given.
+        """
+        from rmfast.sae import sae_attribution
+
+        self._expect_clamps_alone(("all",))
+        return sae_attribution(
+            self, inputs, sae, layer=layer, site=site, positions=positions, norm=norm, top=top, max_length=max_length,
+            truncation=truncation, format=format,
+        )  # fmt: skip
+
     def with_interventions(self, *interventions: Any) -> RewardModel:
         """This model under interventions: `NeuronClamp`, `DirectionRemoval`, `LengthPenalty`, `LWR`, or sums of them.
 
@@ -636,7 +677,6 @@ class RewardModel:
         """
         from rmfast.lens import lens
 
-        self._expect_clamps_alone()
         return lens(
             self, inputs, positions=positions, norm=norm, batch_tokens=batch_tokens, progress=progress,
             max_length=max_length, truncation=truncation, format=format,
