@@ -603,7 +603,7 @@ class RewardModel:
         truncation: Truncation = "error",
         format: Format | None = None,
     ) -> Any:
-        """What the features of a sparse autoencoder add to the reward: f_i (W_dec γ⊙w)_i, from one forward of the model.
+        """What features of a sparse autoencoder add to the reward, f_i (W_dec γ⊙w)_i, from one forward of the model.
 
         Args:
             inputs: one text, of any form that `score` takes, or a list of texts.
