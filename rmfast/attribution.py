@@ -26,7 +26,7 @@ import torch
 from torch import Tensor, nn
 
 from rmfast import model as _model
-from rmfast.grids import PatchSweep, figure_size, heat_map
+from rmfast.grids import PatchSweep, figure_size, heat_map, needed
 from rmfast.hooks import LayersPatcher, Point
 from rmfast.inputs import Encoded, several
 from rmfast.kernels.reward_head.reference import LAYER, NONE, NORMS, fold_bias, fold_gain
@@ -123,10 +123,7 @@ class Attribution:
         Raises:
             ImportError: pandas is not installed.
         """
-        try:
-            import pandas
-        except ImportError as error:
-            raise ImportError(f"to_dataframe needs pandas (pip install pandas): {error}") from error
+        pandas = needed("pandas", "to_dataframe")
         frames = []
         for name, x in self.contributions.items():
             index = np.indices(tuple(x.shape)).reshape(x.dim(), x.numel())
@@ -158,10 +155,7 @@ class Attribution:
             ImportError: matplotlib is not installed.
             ValueError: the component was not asked for; none is given, at every token.
         """
-        try:
-            from matplotlib import pyplot
-        except ImportError as error:
-            raise ImportError(f"plot needs matplotlib (pip install matplotlib): {error}") from error
+        pyplot = needed("matplotlib.pyplot", "plot")
         if component is None and self._every:
             raise ValueError(f"Expected a component to draw at every token: {', '.join(self.contributions)}")
         if component is None:

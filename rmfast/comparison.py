@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 import numpy as np
 from scipy import stats
 
-from rmfast.grids import PatchSweep
+from rmfast.grids import PatchSweep, needed
 from rmfast.inputs import several
 
 if TYPE_CHECKING:
@@ -72,10 +72,7 @@ class Comparison:
         Raises:
             ImportError: pandas is not installed.
         """
-        try:
-            import pandas
-        except ImportError as error:
-            raise ImportError(f"to_dataframe needs pandas (pip install pandas): {error}") from error
+        pandas = needed("pandas", "to_dataframe")
         frames = [
             pandas.DataFrame({"pair": i, "site": np.arange(x.size), "predicted": x.ravel(), "measured": y.ravel()})
             for i, (x, y) in enumerate(zip(self.predicted, self.measured))
@@ -95,10 +92,7 @@ class Comparison:
         Raises:
             ImportError: matplotlib is not installed.
         """
-        try:
-            from matplotlib import pyplot
-        except ImportError as error:
-            raise ImportError(f"plot needs matplotlib (pip install matplotlib): {error}") from error
+        pyplot = needed("matplotlib.pyplot", "plot")
         ax = pyplot.subplots(figsize=(5, 4.5), layout="constrained")[1] if ax is None else ax
         x, y = (np.concatenate([part.ravel() for part in side]) for side in (self.predicted, self.measured))
         ax.scatter(x, y, **{"s": 5, "alpha": 0.3, "linewidths": 0, "rasterized": len(x) > 5000, **options})

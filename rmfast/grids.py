@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 from collections import namedtuple
 from collections.abc import Sequence
@@ -18,7 +19,7 @@ from torch import Tensor
 
 from rmfast.sites import UNITS
 
-__all__ = ["PatchSweep", "heat_map", "span"]
+__all__ = ["PatchSweep", "figure_size", "heat_map", "needed", "span"]
 
 AXES = ("site", "layer", "position", "head", "neuron", "unit", "label")  # the order in any grid
 Value = Literal["effect", "recovered", "rewards"]
@@ -183,10 +184,7 @@ class PatchSweep:
         Raises:
             ImportError: pandas is not installed.
         """
-        try:
-            import pandas
-        except ImportError as error:
-            raise ImportError(f"to_dataframe needs pandas (pip install pandas): {error}") from error
+        pandas = needed("pandas", "to_dataframe")
         return pandas.DataFrame(self._columns(np.arange(self.rewards.numel()))).astype({"recovered": float})
 
     def _rows(self, flat: np.ndarray) -> list[Any]:
@@ -272,10 +270,7 @@ class PatchSweep:
             ImportError: matplotlib is not installed.
             ValueError: as many Axes as there are maps were not given; errors of `recovered`.
         """
-        try:
-            from matplotlib import pyplot
-        except ImportError as error:
-            raise ImportError(f"plot needs matplotlib (pip install matplotlib): {error}") from error
+        pyplot = needed("matplotlib.pyplot", "plot")
         maps = self._maps(self._values(value).double().numpy())
         if ax is None:
             axes = _axes(pyplot, maps)
@@ -369,6 +364,16 @@ def _axes(pyplot: Any, maps: list[_Map]) -> np.ndarray:
     down, across = (len(maps), 1) if width > 8 else (1, len(maps))
     size = width * across, height * down
     return pyplot.subplots(down, across, figsize=size, layout="constrained", squeeze=False)[1].ravel()
+
+
+def needed(module: str, by: str) -> Any:
+    """An optional module; an ImportError says what needs it and how to install it."""
+    try:
+        package, _, _ = module.partition(".")
+        importlib.import_module(package)
+        return importlib.import_module(module)
+    except ImportError as error:
+        raise ImportError(f"{by} needs {package} (pip install {package}): {error}") from error
 
 
 def figure_size(rows: int, columns: int) -> tuple[float, float]:

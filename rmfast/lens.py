@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from rmfast import model as _model
 from rmfast.attribution import FrozenHead, check_norm
 from rmfast.engine import entering
-from rmfast.grids import figure_size, heat_map
+from rmfast.grids import figure_size, heat_map, needed
 from rmfast.hooks import given, layered
 from rmfast.ops import reward_head
 
@@ -149,10 +149,7 @@ class Lens:
         Raises:
             ImportError: pandas is not installed.
         """
-        try:
-            import pandas
-        except ImportError as error:
-            raise ImportError(f"to_dataframe needs pandas (pip install pandas): {error}") from error
+        pandas = needed("pandas", "to_dataframe")
         frames = []
         for i, rewards in enumerate(self.rewards):
             axes = ["layer", *(["position"] if self.positions == "all" else [])]
@@ -183,10 +180,7 @@ class Lens:
             ImportError: matplotlib is not installed.
             ValueError: as for `margins`, with `pairs`.
         """
-        try:
-            from matplotlib import pyplot
-        except ImportError as error:
-            raise ImportError(f"plot needs matplotlib (pip install matplotlib): {error}") from error
+        pyplot = needed("matplotlib.pyplot", "plot")
         if self.positions == "all" and not pairs:
             return self._map(pyplot, 0 if text is None else text, label, ax)
         curves = self.margins if pairs else self.rewards if text is None else self.rewards[text : text + 1]
@@ -245,7 +239,7 @@ def lens(
             f"{type(rm.binding.root).__name__} pools by itself: lens needs a head that reads one token's stream"
         )
     if rm.interventions is not None and rm.interventions.lengths:
-        raise ValueError(f"Expected a model without length corrections, which no layer makes, got {rm.interventions}")
+        raise ValueError(f"Expected a model without corrections by length, which no layer makes, got {rm.interventions}")
     bound, layers = layered(rm.binding)
     check_norm(bound, "raw")
     linear = None if norm == "final" else FrozenHead.of(bound, norm)

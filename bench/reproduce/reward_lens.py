@@ -192,7 +192,7 @@ def main() -> None:
                     each.setdefault(f"{name}by index", each[f"{name}aligned"])
         kept |= {f"{sites}/{name}": np.stack([each[name] for each in found]) for name in found[0]}
         rows += table(found, sites)
-    np.savez_compressed(args.out / "reward_lens.npz", **kept)
+    np.savez_compressed(args.out / "reward_lens.npz", **kept)  # type: ignore[arg-type]
     (args.out / "reward_lens.json").write_text(json.dumps({"facts": facts, "rows": rows}, indent=1) + "\n")
     plot(rows, args.out / "reward_lens.png")
     print(f"{'sites':<11} {'patched':<11} {'layers':<13} {'predicted by':<14} Spearman")
