@@ -239,7 +239,9 @@ def lens(
             f"{type(rm.binding.root).__name__} pools by itself: lens needs a head that reads one token's stream"
         )
     if rm.interventions is not None and rm.interventions.lengths:
-        raise ValueError(f"Expected a model without corrections by length, which no layer makes, got {rm.interventions}")
+        raise ValueError(
+            f"Expected a model without corrections by length, which no layer makes, got {rm.interventions}"
+        )
     bound, layers = layered(rm.binding)
     check_norm(bound, "raw")
     linear = None if norm == "final" else FrozenHead.of(bound, norm)
