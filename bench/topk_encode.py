@@ -1,8 +1,8 @@
 """Rows of `topk_encode`: the k largest features of each row under an encoder W (d, F), as SAELens keeps it.
 
 Baseline, matmul + topk: `torch.topk` of the products, with ReLU. Forms: all rows at once ("whole"), and 512 rows at a
-time, written into one buffer ("rows": 32 MiB of fp32 at 16,384 features). The row by-feature has W stored as (F, d), for
-both, which torch's bf16 matmul takes faster.
+time, written into one buffer ("rows": 32 MiB of fp32 at 16,384 features). In the row by-feature W is stored as (F, d),
+for all, which torch's bf16 matmul takes faster.
 """
 
 from __future__ import annotations

@@ -24,7 +24,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from rmfast.attribution import _Parts
-from rmfast.grids import figure_size, heat_map
+from rmfast.grids import figure_size, heat_map, needed
 from rmfast.inputs import Encoded, several
 from rmfast.ops import reward_head, topk_encode
 
@@ -287,10 +287,7 @@ class SAEAttribution:
         Raises:
             ImportError: pandas is not installed.
         """
-        try:
-            import pandas
-        except ImportError as error:
-            raise ImportError(f"to_dataframe needs pandas (pip install pandas): {error}") from error
+        pandas = needed("pandas", "to_dataframe")
         labels = self.constant.numel()
         features, activations = (x.reshape(-1, x.size(-1)).numpy() for x in (self.features, self.activations))
         contributions = self.contributions.reshape(*features.shape, labels).numpy()
@@ -320,10 +317,7 @@ class SAEAttribution:
         Raises:
             ImportError: matplotlib is not installed.
         """
-        try:
-            from matplotlib import pyplot
-        except ImportError as error:
-            raise ImportError(f"plot needs matplotlib (pip install matplotlib): {error}") from error
+        pyplot = needed("matplotlib.pyplot", "plot")
         values = (self.contributions[..., label] if self.constant.dim() else self.contributions).double().numpy()
         features = self.features.numpy()
         where = f"{self.site} of layer {self.layer}"
