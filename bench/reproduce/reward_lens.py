@@ -146,7 +146,7 @@ def plot(rows: list[dict[str, Any]], path: Path) -> None:
     shown = [way for way in MEASURED if any(row["measured"] == way for row in rows)]
     kinds = [sites for sites in SITES if any(row["sites"] == sites for row in rows)]
     size = (3.4 * len(shown), 3 * len(kinds))
-    _, axes = plt.subplots(len(kinds), len(shown), figsize=size, layout="constrained", sharey=True, squeeze=False)
+    figure, axes = plt.subplots(len(kinds), len(shown), figsize=size, layout="constrained", sharey=True, squeeze=False)
     for (i, sites), (j, way) in ((a, b) for a in enumerate(kinds) for b in enumerate(shown)):
         for k, predicted in enumerate(PREDICTED):
             wanted = (sites, way, predicted)
@@ -159,7 +159,7 @@ def plot(rows: list[dict[str, Any]], path: Path) -> None:
         axes[i, j].set_xticks(range(len(BANDS)), [name.replace(" ", "\n") for name in BANDS])
         axes[i, j].set_title(f"{sites}, patched {way} (n {some[0]['n']})", fontsize=9)
     axes[0, 0].set_ylabel("mean Spearman within a pair")
-    axes[0, 0].legend(fontsize=8, title="predicted by", title_fontsize=8)
+    figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=3, title="predicted by")
     plt.savefig(path, dpi=110)
 
 
