@@ -31,7 +31,7 @@ test-models: build
 		transformers==5.17.0 huggingface_hub==1.31.0 httpx==0.28.1 httpcore==1.0.9
 	PYTHONPATH=$(OLD) OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -q \
 		tests/test_model.py tests/test_inputs.py tests/test_scoring.py tests/test_engine.py tests/test_hooks.py \
-		tests/test_attribution.py
+		tests/test_attribution.py tests/test_lens.py
 
 # reward-lens, two versions: our numbers against its own, and its own tests with rmfast.integrations.reward_lens on. Laid
 # over the environment without what they need for other things, and their sources for the tests. Left out of these: what
