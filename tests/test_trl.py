@@ -155,6 +155,17 @@ def test_crm_adds_the_mmd_over_bins_of_the_training_set(tmp_path, conditional):
     torch.testing.assert_close(loss, expected, rtol=1e-5, atol=1e-6)
 
 
+def test_each_value_of_a_factor_of_few_is_a_bin(tmp_path):
+    rows = [{**row, "chosen_price": 1, "rejected_price": int(i > 6)} for i, row in enumerate(ROWS)]
+    made = trainer(tmp_path, rows, loss="crm", factor="price", bins=2, bandwidth=0.7)
+    loss, outputs, _, _ = batch_loss(made)
+    rewards = outputs.logits[:, 0]
+    expected = losses.bradley_terry(*rewards.chunk(2)) + losses.binned_mmd(
+        rewards, torch.tensor([1, 1, 1, 1, 0, 0, 0, 0]), bandwidth=0.7
+    )
+    torch.testing.assert_close(loss, expected, rtol=1e-5, atol=1e-6)
+
+
 def test_length_is_the_number_of_the_response_s_tokens(tmp_path):
     made = trainer(tmp_path, loss="crm", factor="length", bins=2)
     row = made.train_dataset[1]

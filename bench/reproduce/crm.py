@@ -35,8 +35,8 @@ from rmfast import losses
 PREFIX = "Yes, you are right. "
 TEXTS, MOST_CHARACTERS, SEEDS = 2400, 160, 3
 STEPS, BATCH, RATE, DECAY = 200, 256, 3e-3, 0.1  # AdamW, batches of pairs
-BINS = {"prefix": 2, "length": 10}
-WEIGHTS = (0.03, 0.1, 0.3, 1.0, 3.0, 10.0)
+BINS = 10  # of lengths; with and without the prefix are two bins
+WEIGHTS = (0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0)
 
 Penalty = Callable[[Tensor, Tensor, Tensor], Tensor]  # of rewards, bins and factor
 
@@ -83,12 +83,13 @@ class Data:
         return torch.cat((yes[: round(share * n)], no[: round((1 - share) * n)]))
 
 
-def train(states: Tensor, factor: Tensor, penalty: Penalty, bins: int, seed: int) -> Tensor:
+def train(states: Tensor, factor: Tensor, penalty: Penalty, seed: int) -> Tensor:
     """A head (d,) for pairs' features (P, 2, d) with factor (P, 2); penalty(rewards, bins, factor) is added to BT's."""
     generator = torch.Generator().manual_seed(seed)
     head = torch.zeros(states.size(2), requires_grad=True)
     optimizer = torch.optim.AdamW([head], lr=RATE, weight_decay=DECAY)
-    binned = losses.bin_factor(factor.reshape(-1), bins).reshape(factor.shape)
+    # Quantiles would put the prefix's two values into one bin where most texts have it.
+    binned = factor.long() if factor.max() == 1 else losses.bin_factor(factor.reshape(-1), BINS).reshape(factor.shape)
     for step in range(STEPS):
         for group in optimizer.param_groups:
             group["lr"] = RATE * (1 - step / STEPS)
@@ -176,7 +177,7 @@ def run(states: Tensor, ratings: np.ndarray, lengths: np.ndarray) -> list[dict[s
             found = []
             for seed in range(SEEDS):
                 x, factor, measure = planted(Data(states, ratings, lengths, seed), seed)
-                found.append(measure(train(x, factor, penalty, BINS[name], seed)))
+                found.append(measure(train(x, factor, penalty, seed)))
             values = {key: [f[key] for f in found] for key in found[0]}
             rows.append({"factor": name, "method": method, "weight": weight, "pairs": len(x), **values})
     return rows

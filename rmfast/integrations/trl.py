@@ -37,7 +37,8 @@ class RewardConfig(trl.RewardConfig):
         crm_weight: λ, the weight of `rmfast.losses.binned_mmd`, at least 0.
         factor: the spurious factor of CRM: numbers in the dataset's columns chosen_<factor> and rejected_<factor>.
             "length", where there are no such columns, is the number of the response's tokens.
-        bins: the factor is cut into this many bins, quantiles of the training set.
+        bins: the factor is cut into this many bins, quantiles of the training set; one of no more values than that has
+            a bin for each.
         bin_edges: or at these numbers, in rising order; a streamed training set, whose quantiles aren't known, needs
             them.
         conditional: compare bins among the chosen and among the rejected responses, not among all together.
@@ -117,6 +118,9 @@ class RewardTrainer(trl.RewardTrainer):
         if not isinstance(data, Dataset):
             raise ValueError(f"Expected bin_edges for a streamed dataset, a {type(data).__name__}, got None")
         z = torch.tensor([x for column in columns for x in data[column]], dtype=torch.float32)
+        values = z.unique()
+        if len(values) <= self.args.bins:
+            return values[1:]  # quantiles would put a factor of two values into one bin where most rows have the larger
         bins = losses.bin_factor(z, self.args.bins)
         return torch.stack([z[bins == b].min() for b in bins.unique()[1:]]) if (bins > 0).any() else z[:0]
 
