@@ -204,9 +204,10 @@ def plot(rows: list[dict[str, Any]], path: Path) -> None:
     for ax, (name, columns) in zip(axes, COLUMNS.items()):
         for method in dict.fromkeys(row["method"] for row in rows):
             chosen = [row for row in rows if row["factor"] == name and row["method"] == method]
-            x, y = ([np.mean(row[key]) for row in chosen] for key in ("follows", "accuracy"))
+            x, y = ([np.mean(row[key]) for row in chosen] for key in ("effect", "accuracy"))
             ax.plot(x, y, "*" if method == "vanilla" else "o-", ms=12 if method == "vanilla" else 5, label=method)
-        ax.set(title=f"planted: {name}", xlabel=columns[1], ylabel=columns[0])
+        ax.axvline(0, color="grey", lw=0.8)
+        ax.set(title=f"planted: {name}", xlabel=columns[3], ylabel=columns[0])
     axes[0].legend()
     figure.savefig(path, dpi=120)
 
