@@ -183,7 +183,7 @@ def test_products_of_16_bit_inputs_are_not_rounded_where_the_cpu_has_no_instruct
 @pytest.mark.parametrize("backend", CPP)
 def test_16_bit_weights_are_transposed(backend, use):
     use(backend)
-    for d, n in ((1, 1), (3, 130), (64, 128), (67, 200)):
+    for d, n in ((1, 1), (3, 130), (64, 128), (67, 1100)):
         x = normal(d, n + 5, dtype=torch.bfloat16)[:, 2 : n + 2]
         out = torch.full((n, d), torch.nan, dtype=torch.bfloat16)
         torch.ops.rmfast_native.transpose_16_(out, x)
