@@ -77,16 +77,17 @@ class Intervention:
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Writes intervention.json and intervention.safetensors into the folder `path`, made where there is none."""
-        folder = Path(path)
-        folder.mkdir(parents=True, exist_ok=True)
         tensors: dict[str, Tensor] = {}
         described = []
         for i, part in enumerate(self.parts):
             settings, arrays = part._state()
             described.append({"kind": part.kind, "fingerprint": part.fingerprint, **settings})
             tensors |= {f"{i}.{name}": x.contiguous() for name, x in arrays.items()}
+        text = json.dumps({"format": 1, "parts": described}, indent=2) + "\n"  # metadata may fail: before any file
+        folder = Path(path)
+        folder.mkdir(parents=True, exist_ok=True)
         safetensors.torch.save_file(tensors, folder / _TENSORS)
-        (folder / _JSON).write_text(json.dumps({"format": 1, "parts": described}, indent=2) + "\n")
+        (folder / _JSON).write_text(text)
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Any:
@@ -136,7 +137,7 @@ class NeuronClamp(Intervention):
             raise ValueError(f'Expected positions to be "last" or "all", got {self.positions!r}')
         if not isinstance(self.neurons, Mapping):
             raise TypeError(f"Expected neurons to be a mapping of module names, got {type(self.neurons).__name__}")
-        neurons = {name: _neurons(name, *pair) for name, pair in self.neurons.items()}
+        neurons = {name: _neurons(name, pair) for name, pair in self.neurons.items()}
         object.__setattr__(self, "neurons", {name: pair for name, pair in neurons.items() if len(pair[0])})
 
     def __len__(self) -> int:
@@ -372,8 +373,11 @@ def load(path: str | os.PathLike[str]) -> Intervention:
     return _combined(parts)
 
 
-def _neurons(name: str, indices: Any, values: Any) -> tuple[Tensor, Tensor]:
-    at, to = (torch.as_tensor(x).detach().cpu() for x in (indices, values))
+def _neurons(name: str, pair: Any) -> tuple[Tensor, Tensor]:
+    if not isinstance(pair, list | tuple) or len(pair) != 2:
+        raise TypeError(f"Expected (indices, values) for neurons of {name}, got {pair!r}")
+    at, to = (torch.as_tensor(x).detach().cpu() for x in pair)
+    at = at if at.numel() else at.long()  # an empty list makes a tensor of floats
     if at.dim() != 1 or at.is_floating_point() or at.dtype == torch.bool:
         raise TypeError(f"Expected indices of {name} to be (j,) of integers, got {tuple(at.shape)} of {at.dtype}")
     if to.shape != at.shape:
@@ -491,6 +495,12 @@ def intervened(rm: RewardModel, interventions: Iterable[Any]) -> RewardModel:
         return rm
     total = _combined(some)
     _check(rm._base or rm, total)
+    with _model._lock(rm.binding.root):  # a run in another thread has the modules' forwards replaced
+        return _under(rm, total)
+
+
+def _under(rm: RewardModel, total: Intervention) -> RewardModel:
+    """The model under all of `total`, which holds what it carries already."""
     source, new, everywhere = _folded(rm, total)
     root = source.binding.root if new is None else new[source.binding.root]
     last = [
@@ -649,7 +659,17 @@ def variants_of(rm: RewardModel, interventions: Sequence[Any]) -> Callable[..., 
     """What `score` runs for several interventions: a function of `RewardModel._run`'s arguments -> (V, N, K)."""
     if isinstance(interventions, Intervention) or not isinstance(interventions, Sequence):
         raise TypeError(f"Expected interventions to be a list of them, got {type(interventions).__name__}")
-    models = [rm if value is None else intervened(rm, [value]) for value in interventions]
+    folded: dict[tuple, RewardModel] = {}  # with clamps at all positions alone: variants that share them share a copy
+
+    def made(value: Any) -> RewardModel:
+        if value is None:
+            return rm
+        key = _clamp_key(value, "all") if isinstance(value, Intervention) else ()
+        if key and key not in folded:
+            folded[key] = intervened(rm, [part for part in value.parts if getattr(part, "positions", None) == "all"])
+        return intervened(folded.get(key, rm), [value])
+
+    models = [made(value) for value in interventions]
     groups: dict[Any, list[int]] = {}
     for i, model in enumerate(models):
         groups.setdefault(_clamp_key(model.interventions), []).append(i)

@@ -19,7 +19,7 @@ from tqdm.auto import tqdm
 from rmfast import model as _model
 from rmfast.engine import Engine, Run, _free_memory
 from rmfast.inputs import Format, Truncation
-from rmfast.interventions import Intervention, intervened, projections
+from rmfast.interventions import Intervention, _clamp_key, intervened, projections
 from rmfast.ops import suffix_attention
 from rmfast.planner import plan
 
@@ -90,8 +90,7 @@ class LastTokenRuns:
                 `RewardModel.with_interventions` says.
         """
         model = self.rm if intervention is None else intervened(self.rm, [intervention])
-        everywhere = [sum(not clamp.last for clamp in m.binding.clamps) for m in (model, self.rm)]
-        if model.binding.root is not self.rm.binding.root or everywhere[0] != everywhere[1]:
+        if _clamp_key(model.interventions, "all") != _clamp_key(self.rm.interventions, "all"):
             raise ValueError('Expected clamps with positions="last": the other tokens of these texts are not run again')
         rewards = self._run(model.binding, ())
         return model._corrected(rewards, self._encoded)

@@ -193,7 +193,9 @@ class RewardModel:
         scale = None if normalize is None else _normalize(normalize, self.num_labels)
         encoded = self.encode(inputs, max_length=max_length, truncation=truncation, format=format)
         values = self._run(encoded, [np.arange(len(item)) for item in encoded], batch_tokens, progress, engine)
-        values = [self._corrected(v, [item] * len(v)) for v, item in zip(values, encoded)]
+        if self.interventions is not None and self.interventions.lengths:  # of a text one length, for all its tokens
+            off = self._corrected(torch.zeros(len(encoded), self.num_labels, dtype=torch.float64), encoded)
+            values = [v + o.to(v) for v, o in zip(values, off)]
         if scale is not None:
             values = [(v - scale[0].to(v)) / scale[1].to(v) for v in values]
         return [v[:, 0] if self.num_labels == 1 else v for v in values]
@@ -437,13 +439,14 @@ class RewardModel:
         """The packed engine of the model as it is now, or why there is none."""
         if torch.is_autocast_enabled(self.binding.device.type):
             return "autocast is on, whose choice of dtypes is the modules' own"
-        parts = self._parts()
-        if self._engine is None or self._engine[0] != parts:  # new, or changed since (modules replaced, hooks)
-            try:
-                self._engine = parts, Engine(self.binding)
-            except Unsupported as reason:
-                self._engine = parts, str(reason)
-        return self._engine[1]
+        with _model._lock(self.binding.root):  # a run in another thread has the modules' forwards replaced
+            parts = self._parts()
+            if self._engine is None or self._engine[0] != parts:  # new, or changed since (modules replaced, hooks)
+                try:
+                    self._engine = parts, Engine(self.binding)
+                except Unsupported as reason:
+                    self._engine = parts, str(reason)
+            return self._engine[1]
 
     def _parts(self) -> tuple:
         """The body's modules, and what would make them run otherwise than they are: a key for its engine."""

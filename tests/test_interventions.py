@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import threading
 from contextlib import ExitStack
 
 import models as M
@@ -292,6 +293,30 @@ def test_a_model_whose_copy_would_run_the_originals_modules_is_clamped_by_index(
     same(debiased.score(TEXTS, engine="padded"), truths(M.decoder("llama"), value), scaled(M.decoder("llama")))
 
 
+def test_a_model_in_use_by_another_thread_is_folded_and_keeps_its_engine():
+    rm = RewardModel(M.decoder("llama"))
+    last = rm.with_interventions(clamp(rm, "last"))
+    engine = last._packed_engine()
+
+    def during_a_run(call):
+        running = threading.Event()
+
+        def run():
+            with last.binding.session():
+                running.set()
+                threading.Event().wait(0.1)
+
+        thread = threading.Thread(target=run)
+        thread.start()
+        running.wait()
+        result = call()
+        thread.join()
+        return result
+
+    assert not during_a_run(lambda: rm.with_interventions(clamp(rm, "all"))).binding.clamps
+    assert during_a_run(last._packed_engine) is engine
+
+
 def test_interventions_add_to_those_of_a_debiased_model():
     rm = RewardModel(M.decoder("llama"))
     a, b, c = (
@@ -365,6 +390,18 @@ def test_variants_that_share_their_clamps_share_one_pass_of_the_body(monkeypatch
     assert len(runs) == 2
 
 
+def test_variants_that_share_clamps_at_all_positions_share_one_copy(monkeypatch):
+    rm = RewardModel(M.decoder("llama"))
+    folds = []
+    monkeypatch.setattr(I, "_copied", lambda *a, _own=I._copied: folds.append(a[0] is rm.binding.root) or _own(*a))
+    every, removals = clamp(rm, "all"), [DirectionRemoval(torch.eye(48)[:n]) for n in (1, 2)]
+    got = rm.score(TEXTS, interventions=[every, *(every + removal for removal in removals), removals[0]])
+    assert sum(folds) == 1
+    assert torch.equal(got[1], rm.with_interventions(every + removals[0]).score(TEXTS))
+    assert torch.equal(got[2], rm.with_interventions(every, removals[1]).score(TEXTS))
+    assert torch.equal(got[3], rm.with_interventions(removals[0]).score(TEXTS))
+
+
 def test_no_inputs_and_no_variants():
     rm = RewardModel(M.decoder("llama"))
     assert rm.score([], interventions=[None, clamp(rm, "last")]).shape == (2, 0)
@@ -412,6 +449,15 @@ def test_token_ids_have_no_length_without_a_tokenizer():
         rm.with_interventions(LengthPenalty()).score([[1, 2]])
 
 
+def test_token_ids_are_decoded_once_for_the_values_of_all_their_tokens(monkeypatch):
+    rm = RewardModel(M.decoder("llama"), M.tokenizer())
+    penalised, decoded = rm.with_interventions(LengthPenalty(0.5)), []
+    monkeypatch.setattr(I, "_characters", lambda *a: decoded.append(a[1]) or 4)
+    values = penalised.token_values([TEXTS[1]])[0]
+    assert torch.allclose(values, rm.token_values([TEXTS[1]])[0] - 2)
+    assert len(decoded) == 1
+
+
 # Values ---------------------------------------------------------------------------------------------------------------
 
 
@@ -436,6 +482,12 @@ def test_a_saved_intervention_does_the_same(name, tmp_path):
     texts = ["some text", "other"]
     assert torch.equal(rm.with_interventions(loaded).score(texts), rm.with_interventions(value).score(texts))
     assert type(I.load(tmp_path / "saved")) is type(value)
+
+
+def test_metadata_that_json_lacks_leaves_no_files_behind(tmp_path):
+    with pytest.raises(TypeError, match="not JSON serializable"):
+        NeuronClamp({}, metadata={"when": object()}).save(tmp_path / "saved")
+    assert not (tmp_path / "saved").exists()
 
 
 @pytest.mark.parametrize("name", ["last", "all", "directions", "lwr", "sum"])
@@ -475,6 +527,7 @@ def test_sums_merge_what_is_of_one_kind():
     b = NeuronClamp({"x": ([3, 1], [4.0, 2.0]), "y": ([0], [5.0])}, "last")
     both = a + b
     assert isinstance(both, NeuronClamp) and both.fingerprint == "f" and len(both) == 4
+    assert (a + NeuronClamp({"x": ([], [])})).neurons["x"][0].tolist() == [0, 1]
     assert both.neurons["x"][0].tolist() == [0, 1, 3] and both.neurons["x"][1].tolist() == [1, 2, 4]
     removal = DirectionRemoval([[1.0, 0, 0]]) + DirectionRemoval([[1.0, 1, 0]])
     assert torch.allclose(removal.directions, torch.eye(3)[:2], atol=1e-6)
@@ -509,6 +562,7 @@ def test_sums_that_clash_are_refused(a, b, message):
         (lambda: NeuronClamp({"x": ([0.5], [1.0])}), "of integers"),
         (lambda: NeuronClamp({}, "first"), 'positions to be "last" or "all"'),
         (lambda: NeuronClamp([1]), "to be a mapping"),
+        (lambda: NeuronClamp({"x": ([0],)}), r"Expected \(indices, values\) for neurons of x"),
         (lambda: DirectionRemoval(torch.ones(3)), r"directions to be \(J, d\), got \(3,\)"),
         (lambda: DirectionRemoval(torch.zeros(1, 3)), "finite and not 0"),
         (lambda: DirectionRemoval(torch.ones(2, 3)), "linearly independent"),
@@ -620,6 +674,14 @@ def test_reruns_take_the_interventions_that_a_model_carries_and_more():
     same(runs.rewards(more)[:, 0], debiased.with_interventions(more).score(texts))
     with pytest.raises(ValueError, match='Expected clamps with positions="last"'):
         runs.rewards(clamp(rm, "all", 3, names=["model.layers.1.mlp.gate_proj"]))
+
+
+def test_reruns_refuse_more_neurons_of_a_projection_that_is_clamped_by_index_everywhere(monkeypatch):
+    rm, name = RewardModel(M.decoder("llama")), "model.layers.0.mlp.up_proj"
+    monkeypatch.setattr(I._model, "_readable", lambda module: False)
+    runs = LastTokenRuns(rm.with_interventions(NeuronClamp({name: ([0], [1.0])}, "all")), TEXTS)
+    with pytest.raises(ValueError, match='Expected clamps with positions="last"'):
+        runs.rewards(NeuronClamp({name: ([1], [5.0])}, "all"))
 
 
 def test_too_little_memory_is_refused_before_anything_is_kept(monkeypatch):
