@@ -143,7 +143,9 @@ def score(
     stats: Annotated[bool, typer.Option("--stats", help="Print mean, spread and, of pairs, the accuracy.")] = False,
     intervention: Annotated[
         list[Path] | None,
-        typer.Option(help="A folder with an intervention, as `debias` writes; several add up.", file_okay=False),
+        typer.Option(
+            help="A folder with an intervention, as `debias` writes; several add up.", exists=True, file_okay=False
+        ),
     ] = None,
 ) -> None:
     """Write every input row with the reward of its text (of both texts, for chosen/rejected pairs)."""
@@ -254,7 +256,8 @@ def debias(
         raise ValueError(f"Expected --output to hold no intervention, got {output}; --overwrite starts anew")
     fitted = [_preference(row, pairs) for row in read_rows(pairs)]
     tested = fitted if test is None else [_preference(row, test) for row in read_rows(test)]
-    names, ks = None if attributes is None else attributes.split(","), _numbers("--k", k)
+    names = None if attributes is None else [name.strip() for name in attributes.split(",")]
+    ks = _numbers("--k", k)
     encoding: dict[str, Any] = {name: getattr(options, name) for name in ("max_length", "truncation", "format")}
     from rmfast import debias as method
 

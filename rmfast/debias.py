@@ -234,11 +234,13 @@ def report(
     if rewards is None:
         if rm is None:
             raise ValueError("Expected rm, or rewards (n, 2) of chosen and rejected, got neither")
-        rewards = _single(rm).score([text for pair in read for text in pair.inputs], **scoring)
-    scored = np.asarray(rewards, dtype=np.float64).reshape(-1)
-    if len(scored) != 2 * len(read) or not np.isfinite(scored).all():
-        raise ValueError(f"Expected finite rewards of shape ({len(read)}, 2), got {tuple(np.shape(rewards))}")
-    return _reported(scored.reshape(-1, 2), found, resamples, confidence, seed)
+        rewards = _single(rm).score([text for pair in read for text in pair.inputs], **scoring).reshape(-1, 2)
+    scored = (
+        rewards.detach().double().cpu().numpy() if isinstance(rewards, torch.Tensor) else np.asarray(rewards, float)
+    )
+    if scored.shape != (len(read), 2) or not np.isfinite(scored).all():
+        raise ValueError(f"Expected finite rewards of shape ({len(read)}, 2), got {scored.shape}")
+    return _reported(scored, found, resamples, confidence, seed)
 
 
 def _read(pairs: Sequence[Any], least: int) -> list[Pair]:
@@ -466,7 +468,7 @@ def localise(
     from rmfast.last_token import LastTokenRuns
 
     read, found = _fitting(rm, pairs, attributes)
-    return _localise(rm, LastTokenRuns(rm, _encoded(rm, read, encoding)), found)
+    return _localise(rm, LastTokenRuns(rm, [text for pair in read for text in pair.inputs], **encoding), found)
 
 
 def _fitting(rm: RewardModel, pairs: Any, attributes: Any) -> tuple[list[Pair], Attributes]:
@@ -483,10 +485,6 @@ def _fitting(rm: RewardModel, pairs: Any, attributes: Any) -> tuple[list[Pair], 
             f"{len(found)}: give texts that have it, or attributes={rest} without it"
         )
     return read, found
-
-
-def _encoded(rm: RewardModel, pairs: list[Pair], encoding: Mapping[str, Any]) -> list[Any]:
-    return rm.encode([text for pair in pairs for text in pair.inputs], **encoding)
 
 
 def _localise(rm: RewardModel, runs: LastTokenRuns, found: Attributes) -> Neurons:
@@ -548,6 +546,7 @@ def fit(
             the number of neurons, no trials, a model of several rewards or without a reward of each token.
         ImportError: Optuna is not installed.
     """
+    from rmfast.interventions import projections
     from rmfast.last_token import LastTokenRuns
 
     if positions not in ("last", "all"):
@@ -559,29 +558,29 @@ def fit(
     seconds = _Stopwatch()
     with seconds("attributes and tokens"):
         read, found = _fitting(rm, pairs, attributes)
-        encoded = _encoded(rm, read, encoding)
+        most = sum(projections(rm).values())
+        # What is wrong with these is said before the model runs for minutes.
+        some = _choices(choices, most) if k == "search" else []
+        ks = {} if k == "search" else _each(k, found.names, most)
+        encoded = rm.encode([text for pair in read for text in pair.inputs], **encoding)
+    running: dict[str, Any] = {"batch_tokens": batch_tokens, "max_length": encoding.get("max_length")}
     with seconds("prefixes"):
-        runs = LastTokenRuns(rm, encoded, batch_tokens=batch_tokens, progress=progress)
+        runs = LastTokenRuns(rm, encoded, progress=progress, **running)
     with seconds("localisation"):
         neurons = _localise(rm, runs, found)
-    ks = {} if k == "search" else _each(k, neurons.attributes, len(neurons))
     with seconds("rewards without the clamp"):
         before = _accuracy(runs.rewards())
 
     def accuracy(ks: Mapping[str, int]) -> float:
         clamp = neurons.clamp(ks, positions)
-        rewards = (
-            runs.rewards(clamp)
-            if positions == "last"
-            else rm.with_interventions(clamp).score(encoded, batch_tokens=batch_tokens)
-        )
+        rewards = runs.rewards(clamp) if positions == "last" else rm.with_interventions(clamp).score(encoded, **running)
         return _accuracy(rewards)
 
     about: dict[str, Any] = {"method": "cirm", "pairs": len(read), "accuracy_before": before}
     if k == "search":
         with seconds("search"):
-            tried = _search(accuracy, neurons, choices, trials, seed, progress)
-        about["search"] = {"trials": trials, "settings": len(tried), "choices": [*choices], "seed": seed}
+            tried = _search(accuracy, found.names, some, trials, seed, progress)
+        about["search"] = {"trials": trials, "settings": len(tried), "choices": some, "seed": int(seed)}
         after = max(tried.values())
         equal = (dict(setting) for setting, got in tried.items() if got == after)
         ks = min(equal, key=lambda setting: len(neurons.clamp(setting)))
@@ -598,25 +597,34 @@ def fit(
     return neurons.clamp(ks, positions, **about, accuracy_after=after, seconds=dict(seconds))
 
 
-def _search(
-    accuracy: Callable[[Mapping[str, int]], float],
-    neurons: Neurons,
-    choices: Sequence[int],
-    trials: int,
-    seed: int,
-    progress: bool,
-) -> dict[tuple[tuple[str, int], ...], float]:
-    """Accuracy of each setting, (name, k) of all attributes, that TPE drew in so many trials."""
+def _choices(given: Any, most: int) -> list[int]:
+    """Those of the choices of k that a model of so many neurons has, where there is Optuna to choose."""
     try:
-        import optuna
+        import optuna  # noqa: F401
     except ImportError as error:
         raise ImportError(
             f'the search for k needs Optuna (pip install "rmfast[debias]"), or give k=: {error}'
         ) from error
 
-    some = [k for k in choices if 0 <= k <= len(neurons)]
-    if not some:
-        raise ValueError(f"Expected choices at most the model's {len(neurons)} neurons, got {list(choices)}")
+    every = np.asarray(given).tolist()  # a setting is kept as JSON, which has no numbers of numpy
+    if not isinstance(every, list) or not all(type(k) is int and k >= 0 for k in every):
+        raise ValueError(f"Expected choices to be whole numbers of at least 0, got {given!r}")
+    if not (some := [k for k in every if k <= most]):
+        raise ValueError(f"Expected choices at most the model's {most} neurons, got {every}")
+    return some
+
+
+def _search(
+    accuracy: Callable[[Mapping[str, int]], float],
+    names: Sequence[str],
+    choices: list[int],
+    trials: int,
+    seed: int,
+    progress: bool,
+) -> dict[tuple[tuple[str, int], ...], float]:
+    """Accuracy of each setting, (name, k) of all attributes, that TPE drew in so many trials."""
+    import optuna
+
     level = optuna.logging.get_verbosity()
     optuna.logging.set_verbosity(optuna.logging.WARNING)  # it logs a line for each trial
     try:
@@ -625,7 +633,7 @@ def _search(
         bar = tqdm(range(trials), unit="trial", disable=not progress)
         for _ in bar:
             trial = study.ask()
-            setting = tuple((name, trial.suggest_categorical(name, some)) for name in neurons.attributes)
+            setting = tuple((name, trial.suggest_categorical(name, choices)) for name in names)
             if setting not in tried:
                 tried[setting] = accuracy(dict(setting))
             study.tell(trial, tried[setting])

@@ -73,7 +73,7 @@ def test_the_search_runs_from_the_command_line(folder, tmp_path):
 
 
 def test_score_applies_interventions(folder, tmp_path):
-    given = ["--attributes", "length,exclamation", "--k", "length=1,exclamation=0", "--positions", "all"]
+    given = ["--attributes", "length, exclamation", "--k", "length=1, exclamation=0", "--positions", "all"]
     assert fitted(folder, tmp_path, *given).exit_code == 0
     penalty = rmfast.interventions.LengthPenalty(0.5)
     penalty.save(tmp_path / "penalty")

@@ -199,6 +199,13 @@ def test_report_of_a_model_scores_the_pairs(rm):
     assert debias.report(rm, given, **kw) == debias.report(None, given, rewards=rewards, **kw)
 
 
+def test_rewards_may_be_tensors_of_any_kind():
+    given, rewards = toy()
+    tensor = torch.from_numpy(rewards).bfloat16().requires_grad_()
+    one, other = (debias.report(None, given, rewards=r, attributes=["length"]) for r in (tensor, tensor.tolist()))
+    assert one == other
+
+
 def test_a_constant_attribute_has_no_figures(rm):
     row = debias.report(rm, pairs(10))["bold", "spearman"]
     assert np.isnan([row.value, row.low, row.high]).all()
@@ -234,6 +241,7 @@ def test_report_as_a_dataframe(rm):
         (pairs(3), {"attributes": ["size"]}, "among length, .* got 'size'"),
         (pairs(3), {"attributes": []}, "at least one attribute"),
         (pairs(3), {"rewards": np.zeros((2, 2))}, r"rewards of shape \(3, 2\), got \(2, 2\)"),
+        (pairs(3), {"rewards": np.zeros((2, 3))}, r"rewards of shape \(3, 2\), got \(2, 3\)"),
         (pairs(3), {"resamples": 0}, "resamples >= 1"),
     ],
 )
@@ -340,6 +348,30 @@ def test_the_search_prints_nothing_and_leaves_optunas_logging_as_it_was(rm, capf
     assert capfd.readouterr().err == ""
 
 
+def test_choices_and_seed_of_numpy_are_saved(rm, tmp_path):
+    pytest.importorskip("optuna")
+    clamp = searched(rm, trials=2, choices=np.array([1, 2, 5000]), seed=np.int64(3))
+    clamp.save(tmp_path)
+    found = NeuronClamp.load(tmp_path).metadata["search"]
+    assert (found["choices"], found["seed"]) == ([1, 2], 3)
+
+
+@pytest.mark.parametrize("positions", ["last", "all"])
+def test_texts_longer_than_the_models_own_limit_take_a_max_length(rm, positions, monkeypatch):
+    monkeypatch.setattr(rm, "max_length", 20)
+    kw = {"attributes": ["length"], "max_length": 100}
+    assert len(debias.fit(rm, pairs(10), k=1, positions=positions, **kw)) > 0
+    assert len(debias.localise(rm, pairs(10), **kw)) == 192
+
+
+@pytest.mark.parametrize("kw", [{"k": 10_000}, {"k": {"size": 1}}, {"choices": (5000,)}])
+def test_what_is_wrong_with_k_is_said_before_the_model_runs(rm, kw, monkeypatch):
+    pytest.importorskip("optuna")
+    monkeypatch.setattr("rmfast.last_token.LastTokenRuns", None)
+    with pytest.raises(ValueError, match=r"Expected (k|choices)"):
+        debias.fit(rm, pairs(8), attributes=["length"], **kw)
+
+
 def test_where_every_clamp_harms_the_model_is_left_as_it_is(rm):
     pytest.importorskip("optuna")
     longer = [("q", "a" * (n + 8), "a" * n) for n in range(10, 30)]
@@ -374,6 +406,8 @@ def test_what_was_found_is_saved_with_the_clamp(rm, tmp_path):
         ({"k": "all"}, 'k to be "search"'),
         ({"trials": 0}, "trials to be a whole number of at least 1, got 0"),
         ({"choices": (5000,)}, "choices at most the model's 192 neurons"),
+        ({"choices": (0.5, 1)}, r"choices to be whole numbers of at least 0, got \(0.5, 1\)"),
+        ({"choices": 50}, "choices to be whole numbers"),
         ({"positions": "first"}, 'positions to be "last" or "all"'),
     ],
 )
