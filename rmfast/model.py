@@ -766,7 +766,7 @@ def _setting(name: str, original: Callable, clamps: list[Clamp]) -> Callable:
 
 
 def fingerprint(root: nn.Module) -> str:
-    """Of an architecture and a sample of its weights: 64 values of each parameter, in bf16.
+    """Of an architecture and a sample of its weights: 64 to 127 values of each parameter (or all of fewer), in bf16.
 
     In bf16, so that what was made with a model in fp32 is known as the same one's in bf16.
     """
