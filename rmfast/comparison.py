@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 import numpy as np
 from scipy import stats
 
+from rmfast.attribution import Attribution
 from rmfast.grids import PatchSweep, needed
 from rmfast.inputs import several
 
@@ -21,6 +22,7 @@ __all__ = ["Comparison", "Estimate", "compare", "compare_attribution", "mean_of_
 LEAST_PAIRS = 10
 LEAST_SITES = 4
 _RESAMPLES = 9999
+_AT_ONCE = 1 << 20  # values that are resampled at once, 16 MiB: all resamples of 10,000 pairs would be 1.6 GB
 
 
 class Estimate(NamedTuple):
@@ -107,7 +109,7 @@ def mean_of_pairs(values: Any, *, confidence: float = 0.95, seed: int = 0) -> Es
     """The mean over pairs and its bootstrap interval (percentiles of 9,999 resamples of the pairs).
 
     Args:
-        values: (P,) one number for each pair; those that are NaN are left out, and not counted in n.
+        values: (P,) one number for each pair; those that are not finite are left out, and not counted in n.
         confidence: of the interval, in (0, 1).
         seed: of the resampling.
 
@@ -123,7 +125,7 @@ def mean_of_pairs(values: Any, *, confidence: float = 0.95, seed: int = 0) -> Es
     # Percentiles, since BCa has no interval where values are equal (a perfect correlation in every pair).
     found = stats.bootstrap(
         (values,), np.mean, n_resamples=_RESAMPLES, confidence_level=confidence, method="percentile",
-        rng=np.random.default_rng(seed),
+        batch=max(1, _AT_ONCE // len(values)), rng=np.random.default_rng(seed),
     )  # fmt: skip
     low, high = map(float, found.confidence_interval)
     return Estimate(float(values.mean()), low, high, len(values))
@@ -145,6 +147,7 @@ def compare(
 
     Raises:
         ValueError: fewer than 10 pairs, fewer than 4 sites of a pair, or shapes that do not match.
+        TypeError: an `Attribution`, of one text, in place of a pair's effects.
     """
     sides = [[_effects(item) for item in side] for side in (predicted, measured)]
     if len(sides[0]) != len(sides[1]):
@@ -208,6 +211,11 @@ def compare_attribution(
 
 
 def _effects(item: Any) -> np.ndarray:
+    if isinstance(item, Attribution):
+        raise TypeError(
+            "Expected effects of each pair, arrays or PatchSweeps, got an Attribution of one text: give the difference "
+            "of two of them in a sweep's layout, after.like(sweep) - before.like(sweep)"
+        )
     effects = item.effect if isinstance(item, PatchSweep) else item
     return np.asarray(effects.double() if hasattr(effects, "double") else effects, np.float64)
 

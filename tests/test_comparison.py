@@ -54,6 +54,19 @@ def test_one_seed_gives_one_interval():
     assert rmfast.compare(x, y, seed=3).spearman != rmfast.compare(x, y, seed=4).spearman
 
 
+def test_an_interval_does_not_depend_on_how_many_resamples_are_held_at_once(monkeypatch):
+    values = np.random.default_rng(0).normal(size=40)
+    whole = mean_of_pairs(values)
+    monkeypatch.setattr("rmfast.comparison._AT_ONCE", 40 * 7)
+    assert mean_of_pairs(values) == whole
+
+
+def test_an_attribution_of_one_text_is_no_pair_s_effect(rm):
+    found = [rm.attribute(CLEAN[0])] * 10
+    with pytest.raises(TypeError, match=re.escape("after.like(sweep) - before.like(sweep)")):
+        rmfast.compare(found, found)
+
+
 def test_sites_that_are_nan_are_left_out():
     x, y = noisy()
     x[3, 2], y[3, 5] = np.nan, np.nan
