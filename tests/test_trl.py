@@ -13,6 +13,7 @@ import datasets
 import trl
 from models import decoder, encoder, tokenizer
 from peft import LoraConfig
+from tokenizers import processors
 
 import rmfast
 from rmfast import losses
@@ -34,12 +35,14 @@ def config(folder, kind=RewardConfig, **kw):
     return kind(**{**common, **kw})
 
 
-def trainer(folder, rows=ROWS, model=None, chat=False, cls=RewardTrainer, kind=RewardConfig, extra=None, **kw):
+def trainer(
+    folder, rows=ROWS, model=None, chat=False, text=None, cls=RewardTrainer, kind=RewardConfig, extra=None, **kw
+):
     return cls(
         model or decoder(),
         config(folder, kind, **kw),
         train_dataset=datasets.Dataset.from_list(rows) if isinstance(rows, list) else rows,
-        processing_class=tokenizer(chat=chat),
+        processing_class=text or tokenizer(chat=chat),
         **(extra or {}),
     )
 
@@ -123,6 +126,11 @@ def test_where_a_response_starts(tmp_path):
     assert starts([plain]) == ["it is</s>", "be it</s>"]
     assert starts([{"prompt": turns, **spoken}], chat=True) == ["<assistant>a b</s>", "<assistant>a c</s>"]
     assert starts([{side: turns + spoken[side] for side in spoken}], chat=True) == ["b</s>", "c</s>"]
+    # An empty prompt is one too, also where the tokenizer gives it no token.
+    bare = tokenizer()
+    bare.backend_tokenizer.post_processor = processors.Sequence([])
+    row = trainer(tmp_path, [{"prompt": "", "chosen": "so it", "rejected": "so be"}], text=bare, loss="tcrm")
+    assert [row.train_dataset[0][name] for name in ("chosen_start", "rejected_start")] == [0, 0]
     # One response that the other goes on from keeps its last token.
     assert starts([{"chosen_ids": [5, 6], "rejected_ids": [5, 6, 7, 8]}]) == [tokenizer().decode([i]) for i in (6,)] + [
         tokenizer().decode([7, 8])
@@ -259,11 +267,21 @@ def test_bad_options_are_named(tmp_path, options, error):
         config(tmp_path, **options)
 
 
+def priced(price):
+    return [{**row, "chosen_price": 1.0, "rejected_price": price} for row in ROWS]
+
+
 @pytest.mark.parametrize(
     "make,error",
     [
         (lambda path: trainer(path, kind=trl.RewardConfig), "args to be a rmfast.integrations.trl.RewardConfig"),
         (lambda path: trainer(path, loss="crm", factor="price"), "a column chosen_price"),
+        (lambda path: trainer(path, priced(None), loss="crm", factor="price"), "column rejected_price, got None"),
+        (lambda path: trainer(path, priced("low"), loss="crm", factor="price"), "column rejected_price, got 'low'"),
+        (
+            lambda path: trainer(path, priced(float("nan")), loss="crm", factor="price"),
+            "column rejected_price, got nan",
+        ),
         (
             lambda path: trainer(path, datasets.Dataset.from_list(ROWS).to_iterable_dataset(), loss="crm"),
             "bin_edges for a streamed dataset",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -135,15 +136,15 @@ class RewardTrainer(trl.RewardTrainer):
             starts: list[Any] = [example.get(name) for name in _STARTS]
             if None in starts:
                 prompt = None if tokenized else _prompt_ids(processing_class, example)
-                shared = [common_prefix(prompt or a, b) for a, b in ((rejected, chosen), (chosen, rejected))]
+                shared = [
+                    common_prefix(a if prompt is None else prompt, b)
+                    for a, b in ((rejected, chosen), (chosen, rejected))
+                ]
                 starts = [min(start, len(ids) - 1) for start, ids in zip(shared, (chosen, rejected))]
             row = dict(zip(_STARTS, starts))
             if _has(args, "crm"):
                 for name, ids, start in zip(_factor_columns(args), (chosen, rejected), starts):
-                    if args.factor == "length":
-                        row[name] = example.get(name, len(ids) - start)
-                    elif name not in example:
-                        raise ValueError(f"Expected the dataset to have a column {name}, got {', '.join(example)}")
+                    row[name] = _number(example, name, len(ids) - start if args.factor == "length" else None)
             return row
 
         with args.main_process_first():
@@ -273,6 +274,19 @@ def _has(args: RewardConfig, part: str) -> bool:
 
 def _factor_columns(args: RewardConfig) -> tuple[str, str]:
     return f"chosen_{args.factor}", f"rejected_{args.factor}"
+
+
+def _number(example: dict[str, Any], name: str, default: int | None) -> float:
+    if name not in example and default is None:
+        raise ValueError(f"Expected the dataset to have a column {name}, got {', '.join(example)}")
+    value = example.get(name, default)
+    try:
+        number = float(value)  # type: ignore[arg-type]
+    except (TypeError, ValueError):
+        number = math.nan
+    if math.isnan(number):
+        raise ValueError(f"Expected numbers in the dataset's column {name}, got {value!r}")
+    return number
 
 
 def _prompt_ids(tokenizer: Any, example: dict[str, Any]) -> list[int] | None:
