@@ -183,7 +183,7 @@ class Lens:
         pyplot = needed("matplotlib.pyplot", "plot")
         if self.positions == "all" and not pairs:
             return self._map(pyplot, 0 if text is None else text, label, ax)
-        curves = self.margins if pairs else self.rewards if text is None else self.rewards[text : text + 1]
+        curves = self.margins if pairs else self.rewards if text is None else self.rewards[[text]]
         curves = (curves[..., label] if curves.dim() > 2 else curves).double().numpy()
         ax = pyplot.subplots(figsize=(7, 4), layout="constrained")[1] if ax is None else ax
         layers = np.arange(curves.shape[1])

@@ -288,6 +288,9 @@ def test_a_result_draws_itself():
     names = lens.plot(pairs=True).get_legend_handles_labels()[1]
     assert names[0] == "mean of 11 pairs, 95% interval" and names[1].startswith("median crystallisation")
     assert lens.plot(text=3).lines[0].get_ydata().tolist() == pytest.approx(lens.rewards[3, :, 0].tolist())
+    assert lens.plot(text=-1).lines[0].get_ydata().tolist() == pytest.approx(lens.rewards[-1, :, 0].tolist())
+    with pytest.raises(IndexError):
+        lens.plot(text=22)
     image = rm.lens(texts[:2], positions="all").plot(text=1, label=1).images[0]
     assert image.get_array().shape == (4, 3)
     pyplot.close("all")
