@@ -298,11 +298,14 @@ def correlation_penalty(x: Tensor, factor: Tensor) -> Tensor:
     _tensor(factor, "factor", x)
     expect(x.dim() == 1 and x.size(0) >= 1, "x", "of shape (N,) with N >= 1", tuple(x.shape))
     expect(factor.shape == x.shape, "factor", f"of shape {tuple(x.shape)}", tuple(factor.shape))
+    if factor.is_complex():
+        raise TypeError(f"Expected factor to have a real dtype, got {factor.dtype}")
     x, x_square, x_constant = _centred(x)
-    z, z_square, z_constant = _centred(factor.to(x.dtype))
+    # In fp64, at unit length: what a factor's numbers are (bytes, seconds since 1970) is not what fp32 holds.
+    z, z_square, z_constant = _centred(factor.double())
+    z = (z / torch.where(z_constant, 1, z_square).sqrt()).to(x.dtype)
     constant = x_constant | z_constant
-    scale = torch.where(constant, 1, x_square).sqrt() * torch.where(constant, 1, z_square).sqrt()
-    return torch.where(constant, 0, (x * z).sum() / scale).abs()
+    return torch.where(constant, 0, (x * z).sum() / torch.where(constant, 1, x_square).sqrt()).abs()
 
 
 def _centred(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -860,6 +860,13 @@ def test_the_correlation_penalty_is_pearsons_and_passes_gradcheck():
     assert correlation_penalty(x.bfloat16(), torch.arange(30)).dtype == torch.float32
 
 
+@pytest.mark.parametrize("scale, shift", [(1e25, 0), (1e-25, 0), (1, 2**40)])
+def test_the_correlation_penalty_does_not_depend_on_the_factor_s_unit(scale, shift):
+    x, z = normal(30).float(), torch.arange(30)
+    other = shift + z if scale == 1 else scale * z.double()
+    torch.testing.assert_close(correlation_penalty(x, other), correlation_penalty(x, z))
+
+
 @pytest.mark.parametrize("constant", [0.0, 0.1, 1e6])
 def test_the_correlation_penalty_of_constants_is_zero_with_a_zero_gradient(constant):
     for x, z in ((torch.full((7,), constant), torch.arange(7)), (torch.arange(7.0), torch.full((7,), constant))):
@@ -882,6 +889,7 @@ PLAIN_ERRORS = [
     (lambda: correlation_penalty(X, BINS[:3]), ValueError, "Expected factor to be of shape (4,), got (3,)"),
     (lambda: correlation_penalty(X[:0], X[:0]), ValueError, "Expected x to be of shape (N,) with N >= 1"),
     (lambda: correlation_penalty(X, [1.0]), TypeError, "Expected factor to be a torch.Tensor, got list"),
+    (lambda: correlation_penalty(X, X.to(torch.complex64)), TypeError, "Expected factor to have a real dtype"),
     (lambda: bin_factor(X, 0), ValueError, "Expected n to be at least 1, got 0"),
     (lambda: bin_factor(X, 2.0), TypeError, "Expected n to be an int, got float"),
     (lambda: bin_factor(X[:0], 2), ValueError, "Expected z to be of shape (N,) with N >= 1"),
