@@ -386,6 +386,10 @@ def _place(sae: SAE, layer: int | None, site: str | None) -> tuple[int, str]:
             f"Expected layer, since the SAE's hook_name, {sae.hook_name!r}, names none that rmfast knows: "
             "blocks.L.hook_resid_pre, _resid_mid, _resid_post, _attn_out or _mlp_out, or a layer, model.layers.L"
         )
+    if site is None and found is None and sae.hook_name:
+        raise ValueError(
+            f"Expected site, one of {', '.join(SITES)}, since the SAE's hook_name, {sae.hook_name!r}, names none"
+        )
     layer = found[0] if layer is None and found is not None else layer
     assert layer is not None
     return layer, site or ("resid_post" if found is None else found[1])

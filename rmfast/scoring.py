@@ -623,7 +623,7 @@ class RewardModel:
 
         Raises:
             ValueError, TypeError: as `attribute`; the SAE's width is not the model's, or its hook_name names no place
-                that rmfast knows and no layer is given.
+                that rmfast knows, and layer or site is not given.
         """
         from rmfast.sae import sae_attribution
 

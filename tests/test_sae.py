@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from dataclasses import replace
 
 import models as M
 import oracle as O
@@ -334,14 +335,18 @@ def test_an_sae_of_another_width_is_refused_with_both_widths(tmp_path):
     assert "got one of width 64 (d_in)" in str(error.value)
 
 
-def test_a_hook_that_names_no_place_needs_a_layer(tmp_path):
+def test_a_hook_that_names_no_place_needs_a_layer_and_a_site(tmp_path):
     rm = rmfast.RewardModel(model("llama", torch.float32))
     sae = load(tmp_path, metadata={"hook_name": "blocks.1.attn.hook_z"})
     with pytest.raises(
         ValueError, match=r"Expected layer, since the SAE's hook_name, 'blocks\.1\.attn\.hook_z', names"
     ):
         rm.sae_attribution(IDS, sae)
-    assert rm.sae_attribution(IDS, sae, layer=0).site == "resid_post"
+    with pytest.raises(ValueError, match=r"Expected site, one of resid_pre, .*'blocks\.1\.attn\.hook_z', names none"):
+        rm.sae_attribution(IDS, sae, layer=0)
+    found = rm.sae_attribution(IDS, sae, layer=0, site="attn_out")
+    assert (found.layer, found.site) == (0, "attn_out")
+    assert rm.sae_attribution(IDS, replace(sae, hook_name=None), layer=0).site == "resid_post"
 
 
 def test_models_whose_reward_is_no_such_sum_are_refused(tmp_path):
