@@ -107,7 +107,7 @@ class Sweep(Problem):
 
     @functools.cached_property
     def _exact(self) -> Callable[[int], float]:
-        """The reward of a site in fp64; of a model that is too large for that in fp32, 100,000 times finer than bf16."""
+        """The reward of a site in fp64; of a model too large for that in fp32, 100,000 times finer than bf16."""
         weights = sum(p.numel() for p in self.model.parameters())
         precise = torch.float64 if 8 * weights < machine.free_memory(self.device) else torch.float32
         wide = Loop(copy.deepcopy(self.model).to(precise), self.inputs[0], self.device)

@@ -384,7 +384,9 @@ class _Options:
         token = (rng.random(tokens) * np.array([len(self.baseline[i]) for i in text])).astype(np.int64)
         found: dict[tuple[str, int], Tensor] = {}
         for i in np.unique(text):
-            record = self.patcher.record(self.baseline[i], len(self.baseline[i]) - 1, set(self.kinds), self.layers, base=False)
+            record = self.patcher.record(
+                self.baseline[i], len(self.baseline[i]) - 1, set(self.kinds), self.layers, base=False
+            )
             here = np.flatnonzero(text == i)
             for key in ((kind, layer) for kind in self.kinds for layer in self.layers):
                 rows = record.activations(*key)
