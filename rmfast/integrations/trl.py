@@ -316,7 +316,8 @@ def rmfast_reward(rm: Any, *, name: str = "rmfast_reward", **score: Any) -> Call
     Returns:
         A function of prompts and completions, both strings or both lists of messages, that gives a reward for each.
         As TRL does with reward models of its own, strings are scored as prompt + completion, whatever chat template
-        there is (`format="chat"` makes turns of them), and messages by the model's chat template.
+        there is (`format="chat"` makes turns of them), and messages by the model's chat template. Unlike TRL's, strings
+        get the special tokens that their tokenizer adds (BOS), as RewardTrainer trains them.
 
     Raises:
         ValueError: the model has several labels.
