@@ -655,10 +655,19 @@ def _fold(module: Any, indices: Tensor, values: Tensor) -> None:
 # Running --------------------------------------------------------------------------------------------------------------
 
 
-def variants_of(rm: RewardModel, interventions: Sequence[Any]) -> Callable[..., Tensor]:
-    """What `score` runs for several interventions: a function of `RewardModel._run`'s arguments -> (V, N, K)."""
+def variants_of(rm: RewardModel, interventions: Sequence[Any], index: Sequence[int] | None) -> Callable[..., Tensor]:
+    """What `score` runs for several interventions: a function of `RewardModel._run`'s arguments -> (V, N, K), or with
+    an index of the one that each input gets (N, K)."""
     if isinstance(interventions, Intervention) or not isinstance(interventions, Sequence):
         raise TypeError(f"Expected interventions to be a list of them, got {type(interventions).__name__}")
+    asked = None
+    if index is not None:
+        asked, count = np.asarray(index), len(interventions)
+        if asked.ndim != 1 or (
+            asked.size and (asked.dtype.kind not in "iu" or asked.min() < -1 or asked.max() >= count)
+        ):
+            raise ValueError(f"Expected intervention_index to be ints in [-1, {count}), got {index!r}")
+        interventions = [*interventions, None]  # which -1 is, from the end
     folded: dict[tuple, RewardModel] = {}  # with clamps at all positions alone: variants that share them share a copy
 
     def made(value: Any) -> RewardModel:
@@ -670,6 +679,7 @@ def variants_of(rm: RewardModel, interventions: Sequence[Any]) -> Callable[..., 
         return intervened(folded.get(key, rm), [value])
 
     models = [made(value) for value in interventions]
+    chosen = None if asked is None else asked.astype(np.int64) % len(models)
     groups: dict[Any, list[int]] = {}
     for i, model in enumerate(models):
         groups.setdefault(_clamp_key(model.interventions), []).append(i)
@@ -677,20 +687,40 @@ def variants_of(rm: RewardModel, interventions: Sequence[Any]) -> Callable[..., 
     def run(
         encoded: list[Encoded], read: list[np.ndarray], batch_tokens: int | None, progress: bool, engine: str | None
     ) -> Tensor:
-        out = [torch.empty(0)] * len(models)
+        if chosen is not None and len(chosen) != len(encoded):
+            raise ValueError(f"Expected intervention_index for each of {len(encoded)} inputs, got {len(chosen)}")
+        out = [torch.empty(0)] * len(models if chosen is None else encoded)
         for group in groups.values():
+            some = np.arange(len(encoded))
+            if chosen is not None:
+                group = [i for i in group if i in chosen]
+                some = np.flatnonzero(np.isin(chosen, group))
+            if not group:
+                continue
+            items = [encoded[n] for n in some]
             heads = [models[i].binding for i in group]
 
             def head(hidden: Tensor, rows: Tensor, heads: list[_model.Binding] = heads) -> Tensor:
                 return torch.cat([binding.rewards(hidden, rows) for binding in heads], 1)
 
-            values = models[group[0]]._run(encoded, read, batch_tokens, progress, engine, head)
+            reads = [read[n] for n in some]
+            values = models[group[0]]._run(items, reads, batch_tokens, progress, engine, head)
             rewards = torch.cat(values) if values else torch.empty(0, rm.num_labels * len(group))
             one_each = rewards.size(1) == rm.num_labels  # a model that pools by itself runs no head of ours
             for j, i in enumerate(group):
                 own = rewards if one_each else rewards.unflatten(1, (len(group), -1))[:, j]
-                out[i] = models[i]._corrected(own, encoded)
-        return torch.stack(out) if out else torch.empty(0, len(encoded), rm.num_labels)
+                if chosen is None:
+                    out[i] = models[i]._corrected(own, items)
+                    continue
+                # Rewards of all of a group's heads are there, as texts that are alike share one row: a row has no one
+                # intervention, which the op's own intervention_index would ask for.
+                mine = np.flatnonzero(chosen[some] == i)
+                fixed = models[i]._corrected(own[torch.from_numpy(mine)], [items[n] for n in mine])
+                for n, reward in zip(some[mine], fixed):
+                    out[n] = reward
+        if not out:
+            return torch.empty(*(() if chosen is not None else (0,)), len(encoded), rm.num_labels)
+        return torch.stack(out)
 
     return run
 

@@ -104,6 +104,7 @@ class RewardModel:
         format: Format | None = None,
         positions: Sequence[int] | None = None,
         interventions: Sequence[Any] | None = None,
+        intervention_index: Sequence[int] | None = None,
         engine: Literal["packed", "padded"] | None = None,
     ) -> Tensor:
         """One reward (or K) for each input: the head's raw output.
@@ -126,10 +127,11 @@ class RewardModel:
                 pooling.
             interventions: V of them (`rmfast.interventions`; None for none): the rewards under each, on top of the
                 model's own. Those that clamp the same neurons, or none, share one pass of the body.
+            intervention_index: the one of them that each input gets, −1 for none, in place of all.
 
         Returns:
             (N,) for K = 1, else (N, K), in input order, on the CPU; fp32 (fp64 for an fp64 model). With interventions
-            (V, N) or (V, N, K).
+            and no intervention_index (V, N) or (V, N, K).
 
         Raises:
             InputError: (a ValueError) an input is empty, of an unknown kind, over max_length, outside of the
@@ -138,10 +140,12 @@ class RewardModel:
         """
         scale = None if normalize is None else _normalize(normalize, self.num_labels)
         variants = None
+        if interventions is None and intervention_index is not None:
+            raise ValueError("Expected interventions with intervention_index, got None")
         if interventions is not None:
             from rmfast.interventions import variants_of
 
-            variants = variants_of(self, interventions)
+            variants = variants_of(self, interventions, intervention_index)
         encoded = self.encode(inputs, max_length=max_length, truncation=truncation, format=format)
         if positions is not None and len(positions) != len(encoded):
             raise ValueError(f"Expected one position for each of {len(encoded)} inputs, got {len(positions)}")

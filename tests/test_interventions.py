@@ -402,6 +402,28 @@ def test_variants_that_share_clamps_at_all_positions_share_one_copy(monkeypatch)
     assert torch.equal(got[3], rm.with_interventions(removals[0]).score(TEXTS))
 
 
+@pytest.mark.parametrize("engine", ["packed", "padded"])
+def test_each_text_may_have_an_intervention_of_its_own(engine):
+    model = M.decoder("llama")
+    rm = rmfast.RewardModel(model)
+    variants = [clamp(rm, "last"), DirectionRemoval(torch.eye(model.config.hidden_size)[:2]), clamp(rm, "all"), None]
+    texts = [text for text in TEXTS for _ in range(4)]  # alike, but for what is done to them
+    index = torch.tensor([0, 1, 2, -1] * len(TEXTS))
+    every = rm.score(texts, interventions=variants, engine=engine)
+    got = rm.score(texts, interventions=variants, intervention_index=index, engine=engine)
+    M.assert_rewards(got, every[index, range(len(texts))], M.reward_scale(model))
+    assert rm.score([], interventions=variants, intervention_index=[]).shape == (0,)
+
+
+@pytest.mark.parametrize("index", [[0], [0] * 10, [2, *[0] * (len(TEXTS) - 1)], [0.5] * len(TEXTS), [[0]] * len(TEXTS)])
+def test_an_index_that_does_not_fit_is_refused(index):
+    rm = rmfast.RewardModel(M.decoder("llama"))
+    with pytest.raises(ValueError, match="intervention_index"):
+        rm.score(TEXTS, interventions=[None, clamp(rm, "last")], intervention_index=index)
+    with pytest.raises(ValueError, match="interventions with intervention_index"):
+        rm.score(TEXTS, intervention_index=index)
+
+
 def test_no_inputs_and_no_variants():
     rm = RewardModel(M.decoder("llama"))
     assert rm.score([], interventions=[None, clamp(rm, "last")]).shape == (2, 0)
