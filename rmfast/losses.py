@@ -221,7 +221,8 @@ def bin_factor(z: Tensor, n: int) -> Tensor:
     """Quantile bins of a factor, such as response lengths: int64 (N,), 0 .. n − 1, for `binned_mmd`.
 
     A value's bin is ⌊n · (values below it) / N⌋. So the bins are as equal in size as ties allow: equal values share a
-    bin, that of the first of them, and bins may stay empty. NaN counts as infinity.
+    bin, that of the first of them, and bins may stay empty. A factor of at most n different values, such as a flag, has
+    a bin for each of them instead. NaN counts as infinity.
 
     Args:
         z: (N,), any real dtype, N at least 1.
@@ -241,7 +242,11 @@ def bin_factor(z: Tensor, n: int) -> Tensor:
     z = z.detach().contiguous()
     if z.is_floating_point():
         z = torch.where(z.isnan(), torch.inf, z)  # bisection is lost beside NaN
-    below = torch.searchsorted(z.sort().values, z).clamp(max=z.size(0) - 1)
+    ordered = z.sort().values
+    values = ordered.unique_consecutive()
+    if values.size(0) <= n:  # quantiles would put a flag that more than half of the rows have into one bin
+        return torch.searchsorted(values, z)
+    below = torch.searchsorted(ordered, z).clamp(max=z.size(0) - 1)
     return below * n // z.size(0)
 
 

@@ -88,8 +88,7 @@ def train(states: Tensor, factor: Tensor, penalty: Penalty, seed: int) -> Tensor
     generator = torch.Generator().manual_seed(seed)
     head = torch.zeros(states.size(2), requires_grad=True)
     optimizer = torch.optim.AdamW([head], lr=RATE, weight_decay=DECAY)
-    # Quantiles would put the prefix's two values into one bin where most texts have it.
-    binned = factor.long() if factor.max() == 1 else losses.bin_factor(factor.reshape(-1), BINS).reshape(factor.shape)
+    binned = losses.bin_factor(factor.reshape(-1), BINS).reshape(factor.shape)
     for step in range(STEPS):
         for group in optimizer.param_groups:
             group["lr"] = RATE * (1 - step / STEPS)

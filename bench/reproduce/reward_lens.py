@@ -5,7 +5,8 @@
 MODEL is a sequence-classification folder with SmolLM2's weights (examples/demo_data.py makes one). DATA holds pairs of
 texts: the sdist of vaderSentiment 3.3.2, from whose review snippets *minimal* pairs are made (one word becomes its
 opposite, tokens as many as before), or JSON lines, plain or .gz, of chosen and rejected dialogues (HH-RLHF's form).
-Prints a table, writes reward_lens.json, .png and the grids (.npz) to OUT. A quarter of an hour on two cores.
+Prints a table, writes reward_lens.json, .png and the grids of every pair (.npz, from which an interrupted run goes on)
+to OUT. A quarter of an hour on two cores.
 
 For every pair the rejected text's components are put into the chosen text's run (noising), measured three ways:
 
@@ -104,6 +105,15 @@ def grids(rm: Any, pair: Pair, sites: str) -> dict[str, np.ndarray]:
     return {name: grid.reshape(shape) for name, grid in out.items()}
 
 
+def kept(path: Path, rm: Any, pair: Pair, sites: str) -> dict[str, np.ndarray]:
+    """`grids`, from the file where that is there."""
+    if not path.exists():
+        part = path.with_suffix(".part.npz")
+        np.savez(part, **grids(rm, pair, sites))  # type: ignore[arg-type]
+        part.replace(path)
+    return dict(np.load(path))
+
+
 def band(grid: np.ndarray, sites: str, name: str) -> np.ndarray:
     """The part of a grid, (site, layer) or (layer, head), in these layers."""
     axis = 1 if sites == "components" else 0
@@ -183,16 +193,14 @@ def main() -> None:
     }  # fmt: skip
     print(facts)
     rows: list[dict[str, Any]] = []
-    kept: dict[str, np.ndarray] = {}
     for sites, count in (("components", len(pairs)), ("heads", args.head_pairs)):
-        found = [grids(rm, pair, sites) for pair in tqdm(pairs[:count], desc=sites)]
+        some = enumerate(tqdm(pairs[:count], desc=sites))
+        found = [kept(args.out / f"{sites}-{i}.npz", rm, pair, sites) for i, pair in some]
         if len({len(each) for each in found}) > 1:  # equal lengths among unequal ones: by index is aligned
             for each in found:
                 for name in ("", "gradient, "):
                     each.setdefault(f"{name}by index", each[f"{name}aligned"])
-        kept |= {f"{sites}/{name}": np.stack([each[name] for each in found]) for name in found[0]}
         rows += table(found, sites)
-    np.savez_compressed(args.out / "reward_lens.npz", **kept)  # type: ignore[arg-type]
     (args.out / "reward_lens.json").write_text(json.dumps({"facts": facts, "rows": rows}, indent=1) + "\n")
     plot(rows, args.out / "reward_lens.png")
     print(f"{'sites':<11} {'patched':<11} {'layers':<13} {'predicted by':<14} Spearman")

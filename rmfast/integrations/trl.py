@@ -119,9 +119,6 @@ class RewardTrainer(trl.RewardTrainer):
         if not isinstance(data, Dataset):
             raise ValueError(f"Expected bin_edges for a streamed dataset, a {type(data).__name__}, got None")
         z = torch.tensor([x for column in columns for x in data[column]], dtype=torch.float32)
-        values = z.unique()
-        if len(values) <= self.args.bins:
-            return values[1:]  # quantiles would put a factor of two values into one bin where most rows have the larger
         bins = losses.bin_factor(z, self.args.bins)
         return torch.stack([z[bins == b].min() for b in bins.unique()[1:]]) if (bins > 0).any() else z[:0]
 
