@@ -8,14 +8,13 @@ add to it. With the norm's scale s frozen at what it is on the whole stream, the
 
 A head adds W_O x_h, so its part is the dot of its own output x_h with a *projector* W_Oᵀ(γ⊙w), made once for a layer.
 An MLP neuron's is the same with the down projection. Neither is ever an array of (tokens, heads, d). A norm between
-projection and stream (Gemma 2 and 3) has its scale frozen as well. All of it is read while the model's own forward
-runs; no activation is kept.
+projection and stream (Gemma 2 and 3) has its scale frozen as well. All of it is read at the rows that are read, while
+texts run as for `score`, packed where that can be; no activation is kept.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import chain, product
@@ -26,9 +25,10 @@ import torch
 from torch import Tensor, nn
 
 from rmfast import model as _model
+from rmfast.engine import of_rows_read
 from rmfast.grids import PatchSweep, figure_size, heat_map, needed
 from rmfast.hooks import LayersPatcher, Point
-from rmfast.inputs import Encoded, several
+from rmfast.inputs import Encoded, several, words
 from rmfast.kernels.reward_head.reference import LAYER, NONE, NORMS, fold_bias, fold_gain
 from rmfast.ops import reward_head
 from rmfast.sites import UNITS
@@ -52,6 +52,7 @@ _WHOLE = {"head_out": "attn_out", "mlp_neuron": "mlp_out"}
 # heads of 64: 9 ms against 55 ms in one piece and 34 ms by einsum); a GPU wants larger launches.
 _CHUNK_ELEMENTS = {"cpu": 1 << 18}
 _CHUNK_ELEMENTS_ACCELERATOR = 1 << 26
+_NUMBERS = 1 << 26  # contributions of one run at most, but for one text: 256 MiB
 
 
 @dataclass(eq=False, repr=False, kw_only=True)
@@ -237,9 +238,7 @@ def attribute(
     many = several(inputs)
     texts = rm.encode(list(inputs) if many else [inputs], **encoding)
     parts = _Parts(rm, [name for name in _GIVES if name in named], norm)
-    results = [
-        parts.attribution(text, rm._position(text.ids, i, None), positions == "all") for i, text in enumerate(texts)
-    ]
+    results = parts.attributions(texts, positions == "all")
     return results if many else results[0]
 
 
@@ -341,9 +340,13 @@ class _Units:
 
 
 class _Parts:
-    """A model's components as directions in them; made once for any number of texts."""
+    """A model's components as directions in them; made once for any number of texts.
 
-    def __init__(self, rm: RewardModel, names: list[str], norm: Literal["frozen", "raw"]):
+    Args:
+        packed: whether a run may be the packed engine's.
+    """
+
+    def __init__(self, rm: RewardModel, names: list[str], norm: Literal["frozen", "raw"], packed: bool = True):
         self.rm, self.names, self.norm = rm, names, norm
         _linear(rm.binding)  # refused before anything runs
         self.patcher = LayersPatcher(rm.binding)
@@ -353,6 +356,11 @@ class _Parts:
             self.patcher.units(kind)
         self._stored = next(p.dtype for p in binding.root.parameters() if p.is_floating_point())
         self.direction, self.constant, self.dtype = self.head.direction, self.head.constant, self.head.dtype
+        # A norm that stays in the body is one that the packed engine leaves out.
+        engine = rm._packed_engine() if packed and binding is rm.binding else "padded"
+        self.engine = "padded" if isinstance(engine, str) else None
+        # Layers that the engine has taken apart: known to add up, and their attention and MLP run as other modules.
+        self.fused = [] if isinstance(engine, str) or engine.why else [layer for _, layer in engine.layers]
         with binding.session(grad=True), torch.no_grad():
             self.units = {
                 (kind, layer): self._units(kind, layer)
@@ -360,6 +368,11 @@ class _Parts:
                 if kind in _WHOLE
                 for layer in range(self.patcher.layers)
             }
+        # Of the part of a run that is under way, from the embedding on: by component and layer the dots with the
+        # directions, (m, K) or (m, units, K), the final norm's scale left out; the sum of the components, (m, d).
+        self._dots: dict[tuple[str, int], Tensor] = {}
+        self._sum = torch.empty(0)
+        self._bits = 64  # of the least precise component
 
     def _units(self, kind: str, layer: int) -> _Units:
         point, added = self.patcher.points[layer][kind], self.patcher.points[layer][_WHOLE[kind]].module
@@ -388,102 +401,156 @@ class _Parts:
         )
         return _Norm.of(self.dtype, kind, gain, bias, _model._eps(module))
 
-    def attribution(self, text: Encoded, read: int, every: bool) -> Attribution:
-        dots, stream, rewards, tolerance = self._run(text, slice(None) if every else slice(read, read + 1))
-        scale = self.head.scale(stream)  # (n, 1)
-        absent = {axis for axis, there in (("position", every), ("label", len(self.constant) > 1)) if not there}
+    # Results ----------------------------------------------------------------------------------------------------------
 
-        def result(x: Tensor, *axes: str) -> tuple[Tensor, tuple[str, ...]]:
-            x = x.squeeze([i for i, axis in enumerate(axes) if axis in absent])
-            return x.cpu(), tuple(axis for axis in axes if axis not in absent)
+    def attributions(self, texts: list[Encoded], every: bool) -> list[Attribution]:
+        read = [self.rm._position(text.ids, i, None) for i, text in enumerate(texts)]
+        rows = [np.arange(len(text)) if every else np.array([at]) for text, at in zip(texts, read)]
+        # Layers and units of each token's numbers by name, None where there is one for all.
+        sizes: dict[str, tuple[int | None, int | None]] = {}
+        for name in self.names:
+            layers = None if name == "embedding" else self.patcher.layers
+            sizes |= dict.fromkeys(_GIVES[name], (layers, None))
+            if name in _WHOLE:
+                sizes[name] = layers, self.patcher.units(name)[0]
+        labels = len(self.constant)
+        counts = [labels * (layers or 1) * (units or 1) for layers, units in sizes.values()]
+        constant = self._result(self.constant[None], False)[0].cpu()
+        found: list[Attribution] = []
+        while len(found) < len(texts):
+            # All neurons of all tokens are many numbers: some texts at a time.
+            numbers = np.cumsum([len(at) * sum(counts) for at in rows[len(found) :]])
+            some = slice(len(found), len(found) + max(1, int(np.searchsorted(numbers, _NUMBERS, side="right"))))
+            values = self.run(texts[some], rows[some], self._contributions)
+            for text, at, each in zip(texts[some], read[some], values):
+                rewards, *parts = each.split([labels, *counts], 1)
+                results = {
+                    name: self._result(part, every, *size, unit=UNITS.get(name))
+                    for (name, size), part in zip(sizes.items(), parts, strict=True)
+                }
+                found.append(
+                    Attribution(
+                        contributions={name: x for name, (x, _) in results.items()},
+                        axes={name: axes for name, (_, axes) in results.items()},
+                        constant=constant,
+                        rewards=self._result(rewards, every)[0],
+                        norm=self.norm,
+                        read=at,
+                        tokens=words(self.rm.tokenizer, text.ids.tolist()),
+                        token_ids=text.ids.tolist(),
+                    )
+                )
+        return found
+
+    def _result(
+        self, values: Tensor, every: bool, layers: int | None = None, units: int | None = None, unit: str | None = None
+    ) -> tuple[Tensor, tuple[str, ...]]:
+        """(n, layers · units · K) as a result's tensor, and the names of its axes."""
+        x = values.unflatten(1, (layers or 1, units or 1, -1)).transpose(0, 1)
+        names = (layers and "layer", every and "position", units and unit, len(self.constant) > 1 and "label")
+        x = x.squeeze([i for i, name in enumerate(names) if not name]).contiguous()
+        return x, tuple(name for name in names if name)  # type: ignore[misc]
+
+    def _contributions(self, stream: Tensor, scale: Tensor, rewards: Tensor) -> Tensor:
+        """(m, C): rewards, and the contributions of the names in their order, each (layers, units, K)."""
 
         def layers(name: str) -> Tensor:
-            return torch.stack([dots[name, layer].to(scale.device) for layer in range(self.patcher.layers)])
+            count = 1 if name == "embedding" else self.patcher.layers
+            return torch.stack([self._dots[name, layer].to(scale.device) for layer in range(count)], 1)
 
-        found: dict[str, tuple[Tensor, tuple[str, ...]]] = {}
+        columns = [rewards]
         for component in self.names:
-            if component == "embedding":
-                found["embedding"] = result(dots["embedding", 0] * scale, "position", "label")
-                continue
-            parts = {name: layers(name) for name in _GIVES[component]}
+            parts = [layers(name) for name in _GIVES[component]]
             if component in _WHOLE:
-                units, bias = parts.values()
-                self._check_sum(component, units, bias, layers(_WHOLE[component]), tolerance)
-            for name, x in parts.items():
-                unit = [UNITS[name]] if name in UNITS else []
-                found[name] = result(x * (scale[..., None] if unit else scale), "layer", "position", *unit, "label")
-        ids, tokenizer = text.ids.tolist(), self.rm.tokenizer
-        return Attribution(
-            contributions={name: x for name, (x, _) in found.items()},
-            axes={name: axes for name, (_, axes) in found.items()},
-            constant=result(self.constant.clone(), "label")[0],
-            rewards=result(rewards.clone(), "position", "label")[0],
-            norm=self.norm,
-            read=read,
-            tokens=[str(i) for i in ids] if tokenizer is None else [tokenizer.decode([i]) for i in ids],
-            token_ids=ids,
-        )
+                units, bias = parts
+                self._check_sum(component, units, bias, layers(_WHOLE[component]))
+            columns += [part.flatten(1) * scale for part in parts]
+        return torch.cat(columns, 1)
 
-    def _run(self, text: Encoded, rows: slice) -> tuple[dict[tuple[str, int], Tensor], Tensor, Tensor, float]:
-        """Runs a text alone and reads some rows of it.
+    # Running ----------------------------------------------------------------------------------------------------------
 
-        Returns:
-            By component and layer the dots with the directions, (n, K) or (n, units, K), the final norm's scale left
-            out; the stream (n, d) that this norm is given; the rewards (n, K); how far sums may be off, relatively.
+    def run(
+        self,
+        texts: list[Encoded],
+        rows: list[np.ndarray],
+        use: Callable[[Tensor, Tensor, Tensor], Tensor],
+        taps: Sequence[tuple[Point, Callable[[Tensor], None]]] = (),
+    ) -> list[Tensor]:
+        """What `use` makes of the texts' rows, (len(rows[i]), C) each, on the CPU; `taps` see what comes by.
+
+        use: is given, for some rows at a time, the stream (m, d) before the final norm, that norm's scale (m, 1) and
+            the rewards (m, K).
         """
-        dots: dict[tuple[str, int], Tensor] = {}
-        total: Tensor | None = None
-        bits = 64  # of the least precise part
 
-        def part(name: str, layer: int, x: Tensor) -> None:
-            nonlocal total, bits
-            x = x[0, rows]
-            bits = min(bits, torch.finfo(x.dtype).bits)
-            dots[name, layer] = reward_head(x, self.direction.to(x.device))
-            total = x.to(self.dtype) if total is None else total + x.to(total)
+        def read(hidden: Tensor, at: Tensor) -> Tensor:
+            stream, rewards = hidden.reshape(-1, hidden.size(-1))[at], self.binding.rewards(hidden, at)
+            if not self.fused:
+                self._check_stream(stream.to(self.dtype))
+            return use(stream, self.head.scale(stream), rewards.to(self.dtype))
 
-        def given(name: str, layer: int, x: Tensor) -> None:
-            units = self.units[name, layer]
-            dots[name, layer] = unit_dots(units.given.view(x)[0, rows], units.projector)
+        return self.rm._run_watched(self.binding, [*self._taps(), *taps], texts, rows, read, engine=self.engine)
 
-        def result(name: str, layer: int, x: Tensor) -> None:
-            units = self.units[name, layer]
-            scale = units.norm.scale(x[0, rows], self.dtype)
-            dots[name, layer] *= scale[..., None]
-            dots[_GIVES[name][1], layer] = units.bias * scale + units.constant
+    def _taps(self) -> Iterator[tuple[Point, Callable[[Tensor], None]]]:
+        points, layers = self.patcher.points, range(self.patcher.layers)
+        yield points[0]["resid_pre"], self._embedding
+        for kind, layer in product(("attn_out", "mlp_out"), layers):
+            if not self.fused:
+                yield points[layer][kind], partial(self._added, kind, layer, {})
+            elif kind in {_WHOLE.get(name, name) for name in self.names}:
+                module, norm = self.fused[layer].adds(kind)
+                head = {}
+                if norm is not None:
+                    head = {"norm": norm.kind, "norm_weight": norm.module.weight, "eps": _model._eps(norm.module)}
+                yield Point(module, "out"), partial(self._added, kind, layer, head)
+        for (kind, layer), units in self.units.items():
+            yield units.given, partial(self._given, kind, layer)
+            yield units.result, partial(self._projected, kind, layer)
 
-        points = self.patcher.points
-        with self.binding.session(), ExitStack() as stack:
-            stack.enter_context(points[0]["resid_pre"].tapped(partial(part, "embedding", 0)))
-            for name, layer in product(("attn_out", "mlp_out"), range(self.patcher.layers)):
-                stack.enter_context(points[layer][name].tapped(partial(part, name, layer)))
-            for (name, layer), units in self.units.items():
-                stack.enter_context(units.given.tapped(partial(given, name, layer)))
-                stack.enter_context(units.result.tapped(partial(result, name, layer)))
-            hidden = self._hidden(text)
-            rewards = self.binding.rewards(hidden, torch.arange(len(text), device=hidden.device)[rows])
-            stream = hidden[0, rows].to(self.dtype)
-        # A part that is left out is off by its own size; bf16, in many layers, by a few percent. NaN tells nothing.
-        tolerance = 1e-3 if bits >= 32 else 0.1
-        if total is None or (total - stream).norm() > tolerance * stream.norm():
+    def _embedding(self, x: Tensor) -> None:
+        x = of_rows_read(x)
+        self._dots = {("embedding", 0): reward_head(x, self.direction.to(x.device))}
+        self._sum, self._bits = x.to(self.dtype), torch.finfo(x.dtype).bits
+
+    def _added(self, kind: str, layer: int, norm: dict[str, Any], x: Tensor) -> None:
+        """What attention or an MLP adds to the stream, or would but for a norm behind it."""
+        if (kind, layer) in self._dots:  # a module that has several calls: the first one, as the points are tried
+            return
+        x = of_rows_read(x)
+        self._dots[kind, layer] = reward_head(x, self.direction.to(x.device), **norm)
+        self._bits = min(self._bits, torch.finfo(x.dtype).bits)
+        if not self.fused:
+            self._sum = self._sum + x.to(self._sum)
+
+    def _given(self, kind: str, layer: int, x: Tensor) -> None:
+        if (kind, layer) not in self._dots:
+            units = self.units[kind, layer]
+            self._dots[kind, layer] = unit_dots(units.given.view(of_rows_read(x)[None])[0], units.projector)
+
+    def _projected(self, kind: str, layer: int, x: Tensor) -> None:
+        bias = _GIVES[kind][1], layer
+        if bias not in self._dots:
+            units = self.units[kind, layer]
+            scale = units.norm.scale(of_rows_read(x), self.dtype)
+            self._dots[kind, layer] *= scale[..., None]
+            self._dots[bias] = units.bias * scale + units.constant
+
+    @property
+    def _tolerance(self) -> float:
+        # A part that is left out is off by its own size; bf16, in many layers, by a few percent.
+        return 1e-3 if self._bits >= 32 else 0.1
+
+    def _check_stream(self, stream: Tensor) -> None:
+        if (self._sum - stream).norm() > self._tolerance * stream.norm():  # NaN tells nothing
             raise ValueError(
                 "Expected layers that add their attention and MLP to the residual stream, so that the reward is a sum "
                 f"over them; those of {type(self.binding.root).__name__} ({type(self.patcher.modules[0]).__name__}) do "
                 "not: they normalise the sum, or have other parts"
             )
-        return dots, stream, rewards, tolerance
 
-    def _hidden(self, text: Encoded) -> Tensor:
-        ids = torch.from_numpy(text.ids)[None].to(self.binding.device)
-        args = [ids, torch.ones_like(ids)]
-        # A decoder that takes token types (GPT-2) looks them up as words; only encoders have them in their inputs.
-        if text.types is not None and not self.binding.causal:
-            args.append(torch.from_numpy(text.types)[None].to(ids.device))
-        return self.binding.hidden(*args)
-
-    def _check_sum(self, kind: str, units: Tensor, bias: Tensor, whole: Tensor, tolerance: float) -> None:
+    def _check_sum(self, kind: str, units: Tensor, bias: Tensor, whole: Tensor) -> None:
+        """Of (m, L, units, K), (m, L, K) and (m, L, K)."""
         error = (units.sum(2) + bias - whole).norm()
-        if whole.isfinite().all() and not error <= tolerance * max(units.norm(), whole.norm()):
+        if whole.isfinite().all() and not error <= self._tolerance * max(units.norm(), whole.norm()):
             raise ValueError(
                 f"Expected {kind} to make {_WHOLE[kind]} through a linear map and a norm behind it alone; behind the "
                 f"{type(self.units[kind, 0].given.module).__name__} of {type(self.patcher.modules[0]).__name__}, or in "

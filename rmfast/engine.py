@@ -108,6 +108,12 @@ def entering(x: Tensor) -> Tensor:
     return parts[0] if len(parts) == 1 else parts[0] + parts[1]
 
 
+def of_rows_read(x: Tensor) -> Tensor:
+    """(m, n) at the rows that are read, of what a module has for all rows of a run, or (last layer) those alone."""
+    x, rows = x.reshape(-1, x.size(-1)), _model.rows_read()
+    return x if rows is None or len(x) == len(rows) else x[rows.to(x.device)]
+
+
 def _rows(index: np.ndarray, device: torch.device) -> Tensor | slice:
     """Row indices; a slice where they are one stretch (the prompt of best-of-N), which then is not copied."""
     if len(index) and index[-1] - index[0] == len(index) - 1 and (np.diff(index) == 1).all():
@@ -229,6 +235,12 @@ class Layer:
         """What attention adds to the stream, from its heads' outputs (n, Hq, D)."""
         out = self.attn.o_proj(heads.flatten(1))
         return self.norms[1](out) if self.sandwich else out
+
+    def adds(self, kind: str) -> tuple[nn.Module, Norm | None]:
+        """The module that gives what attention (or the MLP, "mlp_out") adds to the stream, and the norm behind it."""
+        if kind == "attn_out":
+            return self.attn.o_proj, self.norms[1] if self.sandwich else None
+        return self.mlp if self.activation is None else self.mlp.down_proj, self.norms[3] if self.sandwich else None
 
     @property
     def middle_norm(self) -> Norm:

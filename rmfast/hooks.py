@@ -24,7 +24,7 @@ from rmfast import model as _model
 from rmfast.inputs import Encoded
 from rmfast.sites import KINDS, Edits, Values
 
-__all__ = ["LayerRecord", "LayersPatcher", "Point", "given", "layered", "points"]
+__all__ = ["LayerRecord", "LayersPatcher", "Point", "Watched", "given", "layered", "points"]
 
 Side = Literal["in", "out"]
 
@@ -72,7 +72,7 @@ class Point:
         return x[..., self.start :].unfold(-1, width, self.step or width)[:, :, :units]
 
     @contextmanager
-    def tapped(self, use: Callable[[Tensor], Tensor | None]) -> Iterator[None]:
+    def tapped(self, use: Callable[[Tensor], Tensor | None], every_call: bool = False) -> Iterator[None]:
         """Calls use(x) on the tensor, once, at the module's next call by this thread; what it returns takes x's place.
 
         Hooks that are there already come before it: it sees, and has the last word on, what they make of the tensor.
@@ -80,13 +80,14 @@ class Point:
 
         Args:
             use: gets (B, T, n) as the module does, and returns a tensor of that shape or None.
+            every_call: at all of the module's calls by this thread.
         """
         thread, calls = threading.get_ident(), 0
 
         def applied(x: Tensor) -> Tensor | None:
             nonlocal calls
             calls += threading.get_ident() == thread
-            return use(x) if calls == 1 and threading.get_ident() == thread else None
+            return use(x) if (calls == 1 or every_call) and threading.get_ident() == thread else None
 
         def before(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> Any:
             new = applied(given(args, kwargs))
@@ -267,6 +268,25 @@ def _layers(binding: _model.Binding) -> tuple[str, list[nn.Module]]:
         f"{type(body).__name__} has no list of its layers: rmfast looks for a torch.nn.ModuleList of "
         f"config.num_hidden_layers ({count}) different modules; its lists: {seen}"
     )
+
+
+class Watched(_model.Binding):
+    """A binding in whose sessions `taps` see the tensors at their points, at every call of the modules."""
+
+    taps: Sequence[tuple[Point, Callable[[Tensor], None]]]
+
+    @classmethod
+    def of(cls, binding: _model.Binding, taps: Sequence[tuple[Point, Callable[[Tensor], None]]]) -> Watched:
+        made = cls(**{item.name: getattr(binding, item.name) for item in dataclasses.fields(binding)})
+        made.taps = taps
+        return made
+
+    @contextmanager
+    def session(self, grad: bool = False, clamped: bool = True) -> Iterator[None]:
+        with super().session(grad, clamped), ExitStack() as stack:
+            for point, use in self.taps:
+                stack.enter_context(point.tapped(use, every_call=True))
+            yield
 
 
 # Running --------------------------------------------------------------------------------------------------------------

@@ -50,6 +50,11 @@ class Text:
     characters: int | None = None  # of the response: a pair's second, the last message, or all of a string
 
 
+def words(tokenizer: Any, ids: list[int]) -> list[str]:
+    """The tokens of a text, each by itself; their ids where there is no tokenizer."""
+    return [str(i) for i in ids] if tokenizer is None else [tokenizer.decode([i]) for i in ids]
+
+
 def several(inputs: Any) -> bool:
     """Whether inputs is a list of them, not one of them: chat messages, token ids."""
     return isinstance(inputs, list) and bool(inputs) and not isinstance(inputs[0], dict | int | np.integer)

@@ -9,11 +9,9 @@ runs and padded ones are those of `score`. No activation is kept.
 
 from __future__ import annotations
 
-import copy
-import threading
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field, fields
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, field
 from functools import partial
 from typing import TYPE_CHECKING, Any, Literal, cast
 
@@ -25,7 +23,8 @@ from rmfast import model as _model
 from rmfast.attribution import FrozenHead, check_norm
 from rmfast.engine import entering
 from rmfast.grids import figure_size, heat_map, needed
-from rmfast.hooks import given, layered
+from rmfast.hooks import Point, layered
+from rmfast.inputs import words
 from rmfast.ops import reward_head
 
 if TYPE_CHECKING:
@@ -249,13 +248,10 @@ def lens(
     read = [rm._position(text.ids, i, None) for i, text in enumerate(texts)]
     every = positions == "all"
     rows = [np.arange(len(text)) if every else np.array([at]) for text, at in zip(texts, read)]
-    rm._packed_engine()  # before hooks are in the layers, which would rule it out; kept by rm
-    watched = copy.copy(rm)
-    watched.binding = streams = _Streams(**{item.name: getattr(bound, item.name) for item in fields(bound)})
-    streams.watch(layers, linear, norm == "frozen")
+    streams = _Streams(bound, layers, linear, norm == "frozen")
     # A norm that stays in the body is one that the packed engine leaves out.
     engine = None if bound is rm.binding else "padded"
-    found = watched._run(texts, rows, batch_tokens, progress, engine, streams.read)
+    found = rm._run_watched(bound, streams.taps, texts, rows, streams.read, batch_tokens, progress, engine)
     squeezed = [value[..., 0] if rm.num_labels == 1 else value for value in found]  # (reads, L + 2[, K])
     layered_rewards, scores = [value[:, :-1] for value in squeezed], [value[:, -1] for value in squeezed]
     shape = (0, len(layers) + 1, *([] if rm.num_labels == 1 else [rm.num_labels]))
@@ -269,45 +265,37 @@ def lens(
         positions=positions,
         read=read,
         token_ids=[text.ids.tolist() for text in texts],
-        _decode=partial(_words, rm.tokenizer),
+        _decode=partial(words, rm.tokenizer),
     )
 
 
-class _Streams(_model.Binding):
-    """A binding whose sessions read the layers' streams on the way."""
+class _Streams:
+    """What the head makes of each layer's stream in a run, at the rows that are read."""
 
-    def watch(self, layers: list[nn.Module], linear: FrozenHead | None, frozen: bool) -> None:
-        self.layers, self.linear, self.frozen = layers, linear, frozen
+    def __init__(self, bound: _model.Binding, layers: list[nn.Module], linear: FrozenHead | None, frozen: bool) -> None:
+        self.bound, self.linear, self.frozen = bound, linear, frozen
         self.seen: dict[int, Tensor] = {}
+        self.taps = [(Point(layer, "in"), partial(self._see, index)) for index, layer in enumerate(layers)]
         # While the body runs, the norm gives back what it is given.
-        self.own_norm = None if self.norm is None else self.norm.forward
+        self.own_norm = None if bound.norm is None else bound.norm.forward
 
-    @contextmanager
-    def session(self, grad: bool = False, clamped: bool = True) -> Iterator[None]:
-        with super().session(grad, clamped), ExitStack() as stack:
-            for index, layer in enumerate(self.layers):
-                see = partial(self._see, threading.get_ident(), index)
-                stack.callback(layer.register_forward_pre_hook(see, with_kwargs=True).remove)
-            yield
-
-    def _see(self, thread: int, index: int, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
-        if threading.get_ident() == thread:
-            self.seen[index] = self._rewards(entering(given(args, kwargs)))
+    def _see(self, index: int, x: Tensor) -> None:
+        self.seen[index] = self._rewards(entering(x))
 
     def _rewards(self, stream: Tensor) -> Tensor:
         """(m, d) -> (m, K); for "frozen" and "raw" without scale and constant."""
         if self.linear is not None:
             return reward_head(stream, self.linear.direction.to(stream.device))
         with ExitStack() as stack:
-            if self.norm is not None and self.leaves_norm_out:
-                stack.enter_context(_model.replaced_forward(self.norm, cast(Callable, self.own_norm)))
-            return self.rewards(stream[None], torch.arange(stream.size(0), device=stream.device))
+            if self.bound.norm is not None and self.bound.leaves_norm_out:
+                stack.enter_context(_model.replaced_forward(self.bound.norm, cast(Callable, self.own_norm)))
+            return self.bound.rewards(stream[None], torch.arange(stream.size(0), device=stream.device))
 
     def read(self, hidden: Tensor, rows: Tensor) -> Tensor:
         """(M, L + 2, K): the reward at every layer, and the model's own; what `RewardModel._run` takes as head."""
-        scores = self.rewards(hidden, rows)
+        scores = self.bound.rewards(hidden, rows)
         last = scores
-        seen = [self.seen[index].to(scores.device) for index in range(len(self.layers))]
+        seen = [self.seen[index].to(scores.device) for index in range(len(self.taps))]
         self.seen = {}
         if self.linear is not None:
             stream = hidden.reshape(-1, hidden.size(-1))[rows]
@@ -315,7 +303,3 @@ class _Streams(_model.Binding):
             seen = [value * scale + constant for value in seen]
             last = scores if self.frozen else self._rewards(stream) + constant
         return torch.stack([*seen, last, scores], 1)
-
-
-def _words(tokenizer: Any, ids: list[int]) -> list[str]:
-    return [str(i) for i in ids] if tokenizer is None else [tokenizer.decode([i]) for i in ids]

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -24,8 +24,10 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from rmfast.attribution import _Parts
+from rmfast.engine import entering, of_rows_read
 from rmfast.grids import figure_size, heat_map, needed
-from rmfast.inputs import Encoded, several
+from rmfast.hooks import Point
+from rmfast.inputs import Encoded, several, words
 from rmfast.ops import reward_head, topk_encode
 
 if TYPE_CHECKING:
@@ -366,9 +368,7 @@ def sae_attribution(
     at = _place(sae, layer, site)
     many = several(inputs)
     texts = rm.encode(list(inputs) if many else [inputs], **encoding)
-    features = _Features(rm, sae, *at, norm, top)
-    every = positions == "all"
-    results = [features.attribution(text, rm._position(text.ids, i, None), every) for i, text in enumerate(texts)]
+    results = _Features(rm, sae, *at, norm, top).attributions(texts, positions == "all")
     return results if many else results[0]
 
 
@@ -402,7 +402,8 @@ class _Features:
         self, rm: RewardModel, sae: SAE, layer: int, site: str, norm: Literal["frozen", "raw"], top: int | None
     ):
         self.sae, self.layer, self.site, self.norm = sae, layer, site, norm
-        self.parts = parts = _Parts(rm, [], norm)
+        # Inside of layers, the packed engine's fused parts pass some sites by.
+        self.parts = parts = _Parts(rm, [], norm, packed=site.startswith("resid_p"))
         if not 0 <= layer < parts.patcher.layers:
             raise ValueError(f"Expected layer to be from 0 to {parts.patcher.layers - 1}, got {layer}")
         parts.patcher.units(site)
@@ -412,7 +413,6 @@ class _Features:
                 f"Expected an SAE of the model's width, {width} (hidden_size of {type(rm.binding.root).__name__}), got "
                 f"one of width {sae.W_enc.size(0)} (d_in)"
             )
-        self.point = parts.patcher.points[layer][site]
         most = sae.W_enc.size(1) if sae.k is None else sae.k
         self.top = min(most, top or (_TOP if sae.k is None else sae.k))
         device = sae.W_enc.device
@@ -422,46 +422,72 @@ class _Features:
             self.projected = reward_head(sae.W_dec, self.direction).to(self.dtype)  # (F, K): W_dec a
             self.bias = self.direction @ sae.b_dec.to(self.dtype)  # (K,)
 
-    def attribution(self, text: Encoded, read: int, every: bool) -> SAEAttribution:
-        rows = slice(None) if every else slice(read, read + 1)
-        seen: list[Tensor] = []
-
-        def keep(x: Tensor) -> None:
-            seen.append(x[0, rows].detach().clone())  # which the model may go on to change
-
-        with self.point.tapped(keep):
-            _, stream, rewards, _ = self.parts._run(text, rows)
-        h = seen[0].to(self.direction.device)
-        scale = self.parts.head.scale(stream).to(self.direction)  # (n, 1)
-        features, activations, kept, rest, b_dec = self._features(h)
-        total = reward_head(h, self.direction).to(self.dtype)  # (n, K)
-        error = total.double() - kept.double().sum(1) - rest.double() - b_dec.double()
-
-        def result(x: Tensor, label: bool = True) -> Tensor:
-            """(n, ...[, K]) without the axes that the result does not have."""
-            x = x.to(self.dtype) if x.is_floating_point() else x
-            x = x.squeeze(-1) if label and len(self.direction) == 1 else x
-            return x.cpu() if every else x[0].cpu()
-
-        ids, tokenizer = text.ids.tolist(), self.parts.rm.tokenizer
+    def attributions(self, texts: list[Encoded], every: bool) -> list[SAEAttribution]:
+        read = [self.parts.rm._position(text.ids, i, None) for i, text in enumerate(texts)]
+        rows = [np.arange(len(text)) if every else np.array([at]) for text, at in zip(texts, read)]
+        labels, m = len(self.direction), self.top
+        sizes = [m, m, m * labels, *[labels] * 5]
         constant = self.parts.constant.cpu()
-        return SAEAttribution(
-            features=result(features, label=False),
-            activations=result(activations, label=False),
-            contributions=result(kept * scale[:, None]),
-            rest=result(rest * scale),
-            b_dec=result(b_dec * scale),
-            error=result(error * scale),
-            total=result(total * scale),
-            constant=constant[0] if len(constant) == 1 else constant,
-            rewards=result(rewards),
-            norm=self.norm,
-            layer=self.layer,
-            site=self.site,
-            read=read,
-            tokens=[str(i) for i in ids] if tokenizer is None else [tokenizer.decode([i]) for i in ids],
-            token_ids=ids,
-        )
+        found = []
+        for text, at, values in zip(texts, read, self.parts.run(texts, rows, self._terms, self._taps())):
+            values = values if every else values[0]
+            features, activations, kept, *each = values.split(sizes, -1)
+            if labels > 1:
+                kept = kept.unflatten(-1, (m, labels))
+            else:
+                each = [x.squeeze(-1) for x in each]
+            rest, b_dec, error, total, rewards = (x.to(self.dtype) for x in each)
+            ids = text.ids.tolist()
+            found.append(
+                SAEAttribution(
+                    features=features.long(),
+                    activations=activations.to(self.dtype),
+                    contributions=kept.to(self.dtype),
+                    rest=rest,
+                    b_dec=b_dec,
+                    error=error,
+                    total=total,
+                    constant=constant[0] if labels == 1 else constant,
+                    rewards=rewards,
+                    norm=self.norm,
+                    layer=self.layer,
+                    site=self.site,
+                    read=at,
+                    tokens=words(self.parts.rm.tokenizer, ids),
+                    token_ids=ids,
+                )
+            )
+        return found
+
+    def _taps(self) -> list[tuple[Point, Callable[[Tensor], None]]]:
+        points = self.parts.patcher.points
+        if self.site == "resid_pre":
+            return [(points[self.layer]["resid_pre"], self._enters)]
+        if self.site != "resid_post":
+            return [(points[self.layer][self.site], self._at_site)]
+        # What enters the next layer, or after the last one leaves the body.
+        return [(points[self.layer + 1]["resid_pre"], self._enters)] if self.layer + 1 < len(points) else []
+
+    # Copies, since the model may go on to change what it has.
+
+    def _enters(self, x: Tensor) -> None:
+        self.seen = entering(x).clone()
+
+    def _at_site(self, x: Tensor) -> None:
+        self.seen = of_rows_read(x).clone()
+
+    def _terms(self, stream: Tensor, scale: Tensor, rewards: Tensor) -> Tensor:
+        """(m, C) in fp64, which holds the numbers of features: they, f, their terms, the rest's, b_dec's, the error's,
+        the total and the rewards."""
+        last = self.site == "resid_post" and self.layer + 1 == self.parts.patcher.layers
+        h = (stream if last else self.seen).to(self.direction.device)
+        scale = scale.to(self.direction)  # (m, 1)
+        features, activations, kept, rest, b_dec = self._features(h)
+        total = reward_head(h, self.direction).to(self.dtype)  # (m, K)
+        error = (total.double() - kept.double().sum(1) - rest.double() - b_dec.double()).to(self.dtype)
+        terms = [kept.flatten(1), rest, b_dec, error, total]
+        columns = [features, activations, *(x * scale for x in terms), rewards]
+        return torch.cat([x.to(scale.device, torch.float64) for x in columns], 1)
 
     def _features(self, h: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
         """Of rows (n, d), without the final norm's scale: features (n, m), f (n, m), their part (n, m, K), that of all

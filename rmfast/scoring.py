@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import os
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -17,6 +18,7 @@ from rmfast import backends as _backends
 from rmfast import inputs as _inputs
 from rmfast import model as _model
 from rmfast.engine import Engine, Unsupported
+from rmfast.hooks import Point, Watched
 from rmfast.inputs import Encoded, Format, InputError, Truncation
 from rmfast.planner import plan, windows
 
@@ -361,6 +363,23 @@ class RewardModel:
             flat = torch.cat(results).cpu() if results else torch.empty(0, self.num_labels)
         # A clone made outside of inference mode is an ordinary tensor, which autograd may save.
         return list(flat.clone().split(counts))
+
+    def _run_watched(
+        self,
+        bound: _model.Binding,
+        taps: Sequence[tuple[Point, Callable[[Tensor], None]]],
+        encoded: list[Encoded],
+        read: list[np.ndarray],
+        head: Callable[[Tensor, Tensor], Tensor],
+        batch_tokens: int | None = None,
+        progress: bool = False,
+        engine: str | None = None,
+    ) -> list[Tensor]:
+        """`_run` with a head, while `taps` see what comes by at their points; `bound` is `hooks.layered`'s."""
+        self._packed_engine()  # before hooks are in the layers, which would rule it out; kept by self
+        watched = copy.copy(self)
+        watched.binding = Watched.of(bound, taps)
+        return watched._run(encoded, read, batch_tokens, progress, engine, head)
 
     def _run_padded(
         self, encoded: list[Encoded], read: list[np.ndarray], batch_tokens: int, bar: tqdm, head: Callable

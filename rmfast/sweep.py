@@ -28,7 +28,7 @@ from tqdm.auto import tqdm
 from rmfast import model as _model
 from rmfast.grids import PatchSweep
 from rmfast.hooks import LayersPatcher
-from rmfast.inputs import Encoded, several
+from rmfast.inputs import Encoded, several, words
 from rmfast.patching import SuffixPatcher
 from rmfast.sites import KINDS, UNITS, Edits, Patcher, Record, Values
 
@@ -425,7 +425,7 @@ class _Options:
         alike = all(some == longest[: len(some)] for some in units)
         coords["unit"] = longest if alike else list(range(grid.shape[-1]))
         coords |= dict.fromkeys(("head", "neuron"), self.units[self.kinds[0]])
-        ids, tokenizer = pair.base.ids.tolist(), self.rm.tokenizer
+        ids = pair.base.ids.tolist()
         base, other = (r if labelled or r is None else r[0] for r in (base, other))
         clean, corrupted = (other, base) if self.mode == "denoising" else (base, other)
         return PatchSweep(
@@ -436,7 +436,7 @@ class _Options:
             corrupted_reward=corrupted,
             base="corrupted" if self.mode == "denoising" else "clean",
             mode=self.mode,
-            tokens=[str(i) for i in ids] if tokenizer is None else [tokenizer.decode([i]) for i in ids],
+            tokens=words(self.rm.tokenizer, ids),
             token_ids=ids,
             unpaired=int((pair.partner < 0).sum()),
             without_effect=len(grid.same),

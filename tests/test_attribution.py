@@ -280,11 +280,39 @@ def test_axes_are_named_and_components_are_those_asked_for():
     assert repr(heads) == "Attribution(norm 'frozen', at token 2 'b' of 3, head_out 3 × 4 × 2, attn_bias 3 × 2)"
 
 
-def test_a_list_gives_one_result_for_each_text():
-    rm = rmfast.RewardModel(model("llama"))
-    texts = M.token_ids([5, 9], seed=1)
-    for found, text in zip(rm.attribute(texts), texts, strict=True):
-        assert torch.equal(found.total, rm.attribute(text).total) and found.token_ids == text
+@pytest.mark.parametrize("numbers", [1 << 26, 3000], ids=["at once", "some texts at a time"])
+@pytest.mark.parametrize("positions", ["last", "all"])
+@pytest.mark.parametrize("family", ["llama", "gemma2", "gpt2", "neox", "phi3-longrope"])
+def test_each_text_of_a_list_has_the_parts_that_it_has_alone(family, positions, numbers, fp64, monkeypatch):
+    monkeypatch.setattr(attribution, "_NUMBERS", numbers)
+    rm = rmfast.RewardModel(model(family, labels=2))
+    texts = M.token_ids([5, 9, 40, 1], seed=1)
+    texts += [texts[2][:30] + texts[1], texts[2][:20]]  # beginnings that are run once
+    for components in (("embedding", "attn_out", "mlp_out"), FINE):
+        for found, text in zip(rm.attribute(texts, components=components, positions=positions), texts, strict=True):
+            alone = rm.attribute(text, components=components, positions=positions)
+            assert found.token_ids == text and found.axes == alone.axes and found.read == alone.read
+            torch.testing.assert_close(found.rewards, alone.rewards, rtol=1e-9, atol=1e-9)
+            for name, x in alone.contributions.items():
+                torch.testing.assert_close(found.of(name), x, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma2", "gpt2"])
+def test_texts_run_packed_but_where_hooks_expect_batches(family, monkeypatch):
+    m = model(family, torch.float32)
+    ways = []
+    for name in ("_run_packed", "_run_padded"):
+        run = getattr(rmfast.RewardModel, name)
+        monkeypatch.setattr(rmfast.RewardModel, name, lambda *a, name=name, run=run: (ways.append(name), run(*a))[1])
+    texts = M.token_ids([5, 9, 13], seed=1)
+    packed = rmfast.RewardModel(m).attribute(texts, components=FINE, positions="all")
+    O.layers(m)[1].register_forward_hook(lambda module, args, out: None)
+    padded = rmfast.RewardModel(m).attribute(texts, components=FINE, positions="all")
+    assert ways == ["_run_packed", "_run_padded"]
+    for a, b in zip(packed, padded, strict=True):
+        assert a.axes == b.axes
+        for name, x in a.contributions.items():
+            torch.testing.assert_close(x, b.of(name), rtol=1e-5, atol=1e-5 * scale(m))
 
 
 def test_texts_are_cut_and_formatted_as_by_score():

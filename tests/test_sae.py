@@ -276,6 +276,34 @@ def test_a_list_gives_one_result_for_each_text_and_nothing_stays_in_the_model(tm
     assert [(len(x._forward_hooks), len(x._forward_pre_hooks)) for x in m.modules()] == before
 
 
+@pytest.mark.parametrize("positions", ["last", "all"])
+@pytest.mark.parametrize("layer, site", [
+    (0, "resid_pre"), (1, "resid_pre"), (0, "resid_post"), (2, "resid_post"), (1, "resid_mid"), (1, "attn_out"),
+    (1, "mlp_out"),
+])  # fmt: skip
+@pytest.mark.parametrize("family", ["llama", "gemma2", "gpt2"])
+def test_each_text_of_a_list_has_the_features_that_it_has_alone(family, layer, site, positions, tmp_path):
+    m = model(family, torch.float32)
+    rm, sae = rmfast.RewardModel(m), load(tmp_path)
+    options = {"layer": layer, "site": site, "positions": positions}
+    texts = M.token_ids([5, 9, 17], seed=1)
+    texts.append(texts[2][:15] + texts[0])  # a beginning that is run once
+    for found, text in zip(rm.sae_attribution(texts, sae, **options), texts, strict=True):
+        want = (O.activation(m, text, site, layer)[:, 0].detach() * slope(m, text)[0]).sum(-1)  # (T,)
+        torch.testing.assert_close(found.total, want if positions == "all" else want[-1], rtol=1e-4, atol=1e-4)
+        alone = rm.sae_attribution(text, sae, **options)
+        assert found.token_ids == text and found.read == alone.read == len(text) - 1
+        total, parts = terms(found)
+        torch.testing.assert_close(parts, total, rtol=1e-4, atol=1e-4)
+        for name in ("total", "rest", "b_dec", "error", "rewards"):
+            torch.testing.assert_close(getattr(found, name), getattr(alone, name), rtol=1e-4, atol=1e-4)
+        # Features of nearly the same contribution may change places.
+        for x in (found, alone):
+            x.contributions, x.activations = (y.sort(-1).values for y in (x.contributions, x.activations))
+        torch.testing.assert_close(found.contributions, alone.contributions, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(found.activations, alone.activations, rtol=1e-4, atol=1e-4)
+
+
 @pytest.mark.parametrize("labels", [1, 2])
 @pytest.mark.parametrize("positions", ["last", "all"])
 def test_a_table_has_a_row_for_each_active_feature(positions, labels, tmp_path):
