@@ -6,6 +6,9 @@ without the final norm), so that all contenders give the same numbers:
 - batched: padded batches sorted by length with output_hidden_states (and the last layer's stream by a hook, since
   transformers normalises that), the read tokens' streams stacked and multiplied with the head.
 
+`attribution/pairs`: the same texts and contenders for what the embedding and each layer's attention and MLP add to the
+reward at the read token, w·o_c; reward-lens' is its `ComponentAttribution`, batched has hooks on attention and MLPs.
+
 `lens/streams`: every token's stream of every layer through the final norm and head, a layer at a time, against the norm
 and head as modules and the baselines of `reward_head`.
 
@@ -53,22 +56,55 @@ class Pairs(scoring.Scoring):
         return float((out.cpu().double()[self.sample] - self.exact.cpu()).abs().max() / self.exact.abs().max())
 
 
-def _streams(model: Any, texts: scoring.Texts, device: torch.device) -> Tensor:
-    """(texts, layers + 1): w·h at the last tokens, from one padded batch."""
-    last: list[Tensor] = []
-    handle = model.model.norm.register_forward_pre_hook(lambda module, args: last.append(args[0]))
+class Parts(Pairs):
+    """Results are (texts, 1 + 2 layers): the embedding, attention and MLP of layer 0, of layer 1, ..."""
+
+    @functools.cached_property
+    def exact(self) -> Tensor:
+        wide = copy.deepcopy(self.model).double()
+        return torch.stack([_parts(wide, [self.inputs[0][i]], self.device)[0] for i in self.sample])
+
+
+def _seen(
+    model: Any, texts: scoring.Texts, device: torch.device, modules: list[nn.Module], options: dict[str, bool]
+) -> tuple[list[Tensor], Any, tuple[Tensor, Tensor]]:
+    """What modules are given (norms) or give at the last tokens in one padded batch, its result, and these tokens."""
     longest, lengths = max(map(len, texts)), torch.tensor([len(text) for text in texts], device=device)
+    at = torch.arange(len(texts), device=device), lengths - 1
     ids = torch.full((len(texts), longest), scoring.PAD, device=device)
     for row, text in zip(ids, texts):
         row[: len(text)] = torch.from_numpy(text)
     mask = (torch.arange(longest, device=device) < lengths[:, None]).long()
+    seen: list[Tensor] = []
+
+    def see(module: nn.Module, args: tuple, out: Any) -> None:
+        out = args[0] if module is model.model.norm else out
+        seen.append((out[0] if isinstance(out, tuple) else out)[at])
+
+    handles = [module.register_forward_hook(see) for module in modules]
     try:
         with torch.inference_mode():
-            out = model.model(input_ids=ids, attention_mask=mask, use_cache=False, output_hidden_states=True)
+            out = model.model(input_ids=ids, attention_mask=mask, use_cache=False, **options)
     finally:
-        handle.remove()
-    at = torch.arange(len(texts), device=device), lengths - 1
-    stacked = torch.stack([states[at] for states in (*out.hidden_states[:-1], last[0])], 1)
+        for handle in handles:
+            handle.remove()
+    return seen, out, at
+
+
+def _streams(model: Any, texts: scoring.Texts, device: torch.device) -> Tensor:
+    """(texts, layers + 1): w·h at the last tokens, from one padded batch."""
+    last, out, at = _seen(model, texts, device, [model.model.norm], {"output_hidden_states": True})
+    return _dots(model, [*(states[at] for states in out.hidden_states[:-1]), *last])
+
+
+def _parts(model: Any, texts: scoring.Texts, device: torch.device) -> Tensor:
+    """(texts, 1 + 2 layers): w·o_c of every component at the last tokens, from one padded batch."""
+    blocks = [part for layer in model.model.layers for part in (layer.self_attn, layer.mlp)]
+    return _dots(model, _seen(model, texts, device, [model.model.embed_tokens, *blocks], {})[0])
+
+
+def _dots(model: Any, rows: list[Tensor]) -> Tensor:
+    stacked = torch.stack(rows, 1)
     wide = stacked if stacked.dtype == torch.float64 else stacked.float()
     with torch.inference_mode():
         return wide @ model.score.weight[0].to(wide)
@@ -79,12 +115,23 @@ def lens(p: Pairs) -> Callable[[scoring.Texts], Tensor]:
     return lambda texts: p.rm.lens(texts, norm="raw").rewards
 
 
-def batched(size: int) -> Maker:
+def attribute(p: Parts) -> Callable[[scoring.Texts], Tensor]:
+    assert p.rm.explain().startswith("engine: packed, fused"), p.rm.explain()
+
+    def run(texts: scoring.Texts) -> Tensor:
+        found = p.rm.attribute(texts, norm="raw")
+        pairs = [torch.stack([each.of("attn_out"), each.of("mlp_out")], 1).flatten() for each in found]
+        return torch.stack([torch.cat([each.of("embedding")[None], pair]) for each, pair in zip(found, pairs)])
+
+    return run
+
+
+def batched(size: int, one: Callable[..., Tensor]) -> Maker:
     def make(p: Pairs) -> Callable[[scoring.Texts], Tensor]:
         def run(texts: scoring.Texts) -> Tensor:
             order = np.argsort([-len(text) for text in texts], kind="stable")
             parts = [order[i : i + size] for i in range(0, len(order), size)]
-            out = torch.cat([_streams(p.model, [texts[i] for i in some], p.device) for some in parts])
+            out = torch.cat([one(p.model, [texts[i] for i in some], p.device) for some in parts])
             return out[torch.from_numpy(np.argsort(order)).to(out.device)]
 
         return run
@@ -92,18 +139,37 @@ def batched(size: int) -> Maker:
     return make
 
 
-def reward_lens(p: Pairs) -> Callable[[scoring.Texts], Tensor]:
-    """Token ids come to it as words, prompt and response apart."""
-    from reward_lens import RewardLens
-
-    tracer = RewardLens(sweep.peer(p.model, "{{ messages[0]['content'] }} {{ messages[1]['content'] }}", p.device))
+def _peer(p: Pairs) -> tuple[Any, list[tuple[str, str, str]]]:
+    """reward-lens' wrapper of the model, and the pairs: token ids come to it as words, prompt and response apart."""
+    wrapper = sweep.peer(p.model, "{{ messages[0]['content'] }} {{ messages[1]['content'] }}", p.device)
     words = [[" ".join(map(str, part)) for part in np.split(text, [p.prompts[i // 2]])] for i, text in
              enumerate(p.inputs[0])]  # fmt: skip
-    pairs = [(a[0], a[1], b[1]) for a, b in zip(words[::2], words[1::2])]
+    return wrapper, [(a[0], a[1], b[1]) for a, b in zip(words[::2], words[1::2])]
+
+
+def reward_lens(p: Pairs) -> Callable[[scoring.Texts], Tensor]:
+    from reward_lens import RewardLens
+
+    wrapper, pairs = _peer(p)
+    tracer = RewardLens(wrapper)
 
     def run(texts: scoring.Texts) -> Tensor:
         found = [tracer.trace(*pair) for pair in pairs]
         both = [x for one in found for x in (one.reward_lens_preferred, one.reward_lens_dispreferred)]
+        return torch.from_numpy(np.stack(both))
+
+    return run
+
+
+def component_attribution(p: Parts) -> Callable[[scoring.Texts], Tensor]:
+    from reward_lens import ComponentAttribution
+
+    wrapper, pairs = _peer(p)
+    attribution = ComponentAttribution(wrapper)
+
+    def run(texts: scoring.Texts) -> Tensor:
+        found = [attribution.attribute(*pair) for pair in pairs]
+        both = [x for one in found for x in (one.contributions_preferred, one.contributions_dispreferred)]
         return torch.from_numpy(np.stack(both))
 
     return run
@@ -170,21 +236,22 @@ def vectors(p: Heads) -> Callable[[Tensor], Tensor]:
     return run
 
 
-def _pairs(short: str, dtype: str, targets: dict[str, float]) -> Benchmark:
+def _pairs(short: str, dtype: str, targets: dict[str, float], parts: bool = False) -> Benchmark:
     tiny = {"hidden_size": 48, "intermediate_size": 80, "num_hidden_layers": 2, "num_attention_heads": 4,
             "num_key_value_heads": 2}  # fmt: skip
     shape = {"model": "SmolLM2-135M", "workload": "hh", "texts": 128, "dtype": dtype}
-    baselines: dict[str, dict[str, Maker]] = {"batched": {str(size): batched(size) for size in (4, 8, 16)}}
+    one = _parts if parts else _streams
+    baselines: dict[str, dict[str, Maker]] = {"batched": {str(size): batched(size, one) for size in (4, 8, 16)}}
     if importlib.util.find_spec("reward_lens"):
-        baselines["reward-lens"] = {"": reward_lens}
+        baselines["reward-lens"] = {"": component_attribution if parts else reward_lens}
     else:
         targets = {name: least for name, least in targets.items() if name != "reward-lens"}
     return Benchmark(
-        f"lens/pairs-{short}",
+        f"{'attribution' if parts else 'lens'}/pairs-{short}",
         shape,
         quick=shape | {"model": json.dumps(tiny), "texts": 4},
-        problem=Pairs,
-        ours=lens,
+        problem=Parts if parts else Pairs,
+        ours=attribute if parts else lens,
         baselines=baselines,
         limit={"cpu": "gemm", "cuda": "gemm"},
         targets={"cpu": targets},
@@ -198,6 +265,8 @@ HEADS = {"tokens": 2048, "heads": 32, "d": 2048, "dtype": "float32"}
 BENCHMARKS = [
     _pairs("fp32", "float32", {"reward-lens": 2.5}),
     _pairs("bf16", "bfloat16", {"reward-lens": 5}),
+    _pairs("fp32", "float32", {}, parts=True),
+    _pairs("bf16", "bfloat16", {}, parts=True),
     Benchmark(
         "lens/streams-bf16",
         STREAMS,
