@@ -29,6 +29,7 @@ import argparse
 import gzip
 import json
 import re
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -124,26 +125,28 @@ def band(grid: np.ndarray, sites: str, name: str) -> np.ndarray:
 
 
 def table(found: list[dict[str, np.ndarray]], sites: str) -> list[dict[str, Any]]:
-    rows = []
-    for measured in MEASURED:
-        if measured not in found[0]:
-            continue
-        for name in BANDS:
-            each = {}
-            for predicted in PREDICTED:
-                key = f"gradient, {measured}" if predicted == "gradient" else predicted
-                sides = ([band(grid[side], sites, name) for grid in found] for side in (key, measured))
-                compared = rmfast.compare(*sides)
-                each[predicted] = compared.each_spearman
-                rows.append({
-                    "sites": sites, "measured": measured, "layers": name, "predicted": predicted,
-                    "spearman": compared.spearman._asdict(), "kendall": compared.kendall._asdict(),
-                })  # fmt: skip
-            more = mean_of_pairs(each["norm"] - each["raw"])
-            rows.append({
-                "sites": sites, "measured": measured, "layers": name, "predicted": "norm less raw",
-                "spearman": more._asdict(),
-            })  # fmt: skip
+    rows: list[dict[str, Any]] = []
+    each: dict[tuple[str, str, str], np.ndarray] = {}
+    ways = [way for way in MEASURED if way in found[0]]
+    for measured, name, predicted in product(ways, BANDS, PREDICTED):
+        key = f"gradient, {measured}" if predicted == "gradient" else predicted
+        sides = ([band(grid[side], sites, name) for grid in found] for side in (key, measured))
+        compared = rmfast.compare(*sides)
+        each[measured, name, predicted] = compared.each_spearman
+        rows.append({
+            "sites": sites, "measured": measured, "layers": name, "predicted": predicted,
+            "spearman": compared.spearman._asdict(), "kendall": compared.kendall._asdict(),
+        })  # fmt: skip
+    # What the norm adds, and what the alignment does, over the pairs that have both.
+    differences = [((way, "norm"), (way, "raw")) for way in ways]
+    if "by index" in ways:
+        differences += [(("aligned", predicted), ("by index", predicted)) for predicted in PREDICTED]
+    for (a, b), name in product(differences, BANDS):
+        more = mean_of_pairs(each[a[0], name, a[1]] - each[b[0], name, b[1]])
+        measured, predicted = (x if x == y else f"{x} less {y}" for x, y in zip(a, b))
+        rows.append({
+            "sites": sites, "measured": measured, "layers": name, "predicted": predicted, "spearman": more._asdict(),
+        })  # fmt: skip
     return rows
 
 
@@ -203,10 +206,10 @@ def main() -> None:
         rows += table(found, sites)
     (args.out / "reward_lens.json").write_text(json.dumps({"facts": facts, "rows": rows}, indent=1) + "\n")
     plot(rows, args.out / "reward_lens.png")
-    print(f"{'sites':<11} {'patched':<11} {'layers':<13} {'predicted by':<14} Spearman")
+    print(f"{'sites':<11} {'patched':<22} {'layers':<13} {'predicted by':<14} Spearman")
     for row in rows:
         value, low, high, n = row["spearman"].values()
-        where = f"{row['sites']:<11} {row['measured']:<11} {row['layers']:<13} {row['predicted']:<14}"
+        where = f"{row['sites']:<11} {row['measured']:<22} {row['layers']:<13} {row['predicted']:<14}"
         print(f"{where} {value:+.3f} [{low:+.3f}, {high:+.3f}] (n {n})")
 
 
