@@ -223,6 +223,8 @@ def attribute(
     components: str | Sequence[str] = ("embedding", "attn_out", "mlp_out"),
     positions: Literal["last", "all"] = "last",
     norm: Literal["frozen", "raw"] = "frozen",
+    batch_tokens: int | None = None,
+    progress: bool = False,
     **encoding: Any,
 ) -> Attribution | list[Attribution]:
     """See `RewardModel.attribute`."""
@@ -237,7 +239,7 @@ def attribute(
             raise ValueError(f'Expected {name} to be "{known[0]}" or "{known[1]}", got {value!r}')
     many = several(inputs)
     texts = rm.encode(list(inputs) if many else [inputs], **encoding)
-    parts = _Parts(rm, [name for name in _GIVES if name in named], norm)
+    parts = _Parts(rm, [name for name in _GIVES if name in named], norm, batch_tokens, progress)
     results = parts.attributions(texts, positions == "all")
     return results if many else results[0]
 
@@ -346,8 +348,12 @@ class _Parts:
         packed: whether a run may be the packed engine's.
     """
 
-    def __init__(self, rm: RewardModel, names: list[str], norm: Literal["frozen", "raw"], packed: bool = True):
+    def __init__(
+        self, rm: RewardModel, names: list[str], norm: Literal["frozen", "raw"], batch_tokens: int | None,
+        progress: bool, packed: bool = True,
+    ):  # fmt: skip
         self.rm, self.names, self.norm = rm, names, norm
+        self.batch_tokens, self.progress = batch_tokens, progress
         _linear(rm.binding)  # refused before anything runs
         self.patcher = LayersPatcher(rm.binding)
         self.binding = binding = self.patcher.binding
@@ -488,7 +494,9 @@ class _Parts:
                 self._check_stream(stream.to(self.dtype))
             return use(stream, self.head.scale(stream), rewards.to(self.dtype))
 
-        return self.rm._run_watched(self.binding, [*self._taps(), *taps], texts, rows, read, engine=self.engine)
+        return self.rm._run_watched(
+            self.binding, [*self._taps(), *taps], texts, rows, read, self.batch_tokens, self.progress, self.engine
+        )
 
     def _taps(self) -> Iterator[tuple[Point, Callable[[Tensor], None]]]:
         points, layers = self.patcher.points, range(self.patcher.layers)

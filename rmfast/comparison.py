@@ -205,7 +205,10 @@ def compare_attribution(
     if rm.num_labels > 1:
         sweeps = [sweep.select(label=label) for sweep in sweeps]
     base, other = (clean, corrupted) if mode == "noising" else (corrupted, clean)
-    parts = [rm.attribute(texts, components=sites, norm=norm, **encoding) for texts in (base, other)]
+    parts = [
+        rm.attribute(texts, components=sites, norm=norm, batch_tokens=batch_tokens, **encoding)
+        for texts in (base, other)
+    ]
     predicted = [after.like(sweep) - before.like(sweep) for before, after, sweep in zip(*parts, sweeps)]
     return compare(predicted, sweeps, seed=seed)
 

@@ -645,7 +645,13 @@ def out_of_memory(error: RuntimeError) -> bool:
 
 
 def _hooked(module: nn.Module) -> bool:
-    return bool(module._forward_hooks or module._forward_pre_hooks)
+    """Whether it has forward hooks that do something.
+
+    The first call with output_hidden_states or output_attentions leaves transformers' own on all layers for good; they
+    do nothing in a run that did not ask for these outputs.
+    """
+    hooks = [*module._forward_hooks.values(), *module._forward_pre_hooks.values()]
+    return any(getattr(hook, "__module__", None) != "transformers.utils.output_capturing" for hook in hooks)
 
 
 @contextmanager

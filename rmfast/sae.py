@@ -355,6 +355,8 @@ def sae_attribution(
     positions: Literal["last", "all"] = "last",
     norm: Literal["frozen", "raw"] = "frozen",
     top: int | None = None,
+    batch_tokens: int | None = None,
+    progress: bool = False,
     **encoding: Any,
 ) -> SAEAttribution | list[SAEAttribution]:
     """See `RewardModel.sae_attribution`."""
@@ -368,7 +370,8 @@ def sae_attribution(
     at = _place(sae, layer, site)
     many = several(inputs)
     texts = rm.encode(list(inputs) if many else [inputs], **encoding)
-    results = _Features(rm, sae, *at, norm, top).attributions(texts, positions == "all")
+    features = _Features(rm, sae, *at, norm, top, batch_tokens, progress)
+    results = features.attributions(texts, positions == "all")
     return results if many else results[0]
 
 
@@ -399,11 +402,12 @@ class _Features:
     """An SAE's features as directions in a model's reward; made once for any number of texts."""
 
     def __init__(
-        self, rm: RewardModel, sae: SAE, layer: int, site: str, norm: Literal["frozen", "raw"], top: int | None
-    ):
+        self, rm: RewardModel, sae: SAE, layer: int, site: str, norm: Literal["frozen", "raw"], top: int | None,
+        batch_tokens: int | None, progress: bool,
+    ):  # fmt: skip
         self.sae, self.layer, self.site, self.norm = sae, layer, site, norm
         # Inside of layers, the packed engine's fused parts pass some sites by.
-        self.parts = parts = _Parts(rm, [], norm, packed=site.startswith("resid_p"))
+        self.parts = parts = _Parts(rm, [], norm, batch_tokens, progress, packed=site.startswith("resid_p"))
         if not 0 <= layer < parts.patcher.layers:
             raise ValueError(f"Expected layer to be from 0 to {parts.patcher.layers - 1}, got {layer}")
         parts.patcher.units(site)

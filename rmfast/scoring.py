@@ -584,11 +584,13 @@ class RewardModel:
         components: str | Sequence[str] = ("embedding", "attn_out", "mlp_out"),
         positions: Literal["last", "all"] = "last",
         norm: Literal["frozen", "raw"] = "frozen",
+        batch_tokens: int | None = None,
+        progress: bool = False,
         max_length: int | None = None,
         truncation: Truncation = "error",
         format: Format | None = None,
     ) -> Any:
-        """Direct attribution: the reward of a text as a sum over components, from one forward of the model.
+        """Direct attribution: the reward of a text as a sum over components, from one pass of the body.
 
         Args:
             inputs: one text, of any form that `score` takes, or a list of texts.
@@ -598,7 +600,7 @@ class RewardModel:
             positions: "last", the token at which `score` reads, or "all": the rewards of `token_values`.
             norm: "frozen" takes the final norm, its scale frozen at what it is, into every contribution: they sum to
                 the reward. "raw" leaves it out, w·o_c (arXiv 2604.26130): their sum is not the reward.
-            max_length, truncation, format: as for `score`.
+            batch_tokens, progress, max_length, truncation, format: as for `score`.
 
         Returns:
             A `rmfast.Attribution`, or for a list one for each text.
@@ -611,8 +613,8 @@ class RewardModel:
 
         self._expect_clamps_alone(("all",))
         return attribute(
-            self, inputs, components=components, positions=positions, norm=norm, max_length=max_length,
-            truncation=truncation, format=format,
+            self, inputs, components=components, positions=positions, norm=norm, batch_tokens=batch_tokens,
+            progress=progress, max_length=max_length, truncation=truncation, format=format,
         )  # fmt: skip
 
     def sae_attribution(
@@ -625,11 +627,13 @@ class RewardModel:
         positions: Literal["last", "all"] = "last",
         norm: Literal["frozen", "raw"] = "frozen",
         top: int | None = None,
+        batch_tokens: int | None = None,
+        progress: bool = False,
         max_length: int | None = None,
         truncation: Truncation = "error",
         format: Format | None = None,
     ) -> Any:
-        """What features of a sparse autoencoder add to the reward, f_i (W_dec γ⊙w)_i, from one forward of the model.
+        """What features of a sparse autoencoder add to the reward, f_i (W_dec γ⊙w)_i, from one pass of the body.
 
         Args:
             inputs: one text, of any form that `score` takes, or a list of texts.
@@ -639,7 +643,7 @@ class RewardModel:
             positions: "last", the token at which `score` reads, or "all": the rewards of `token_values`.
             norm: as for `attribute`.
             top: features of a token that are kept, those of largest contribution; default k of a TopK SAE, else 64.
-            max_length, truncation, format: as for `score`.
+            batch_tokens, progress, max_length, truncation, format: as for `score`.
 
         Returns:
             A `rmfast.SAEAttribution`, or for a list one for each text.
@@ -652,8 +656,8 @@ class RewardModel:
 
         self._expect_clamps_alone(("all",))
         return sae_attribution(
-            self, inputs, sae, layer=layer, site=site, positions=positions, norm=norm, top=top, max_length=max_length,
-            truncation=truncation, format=format,
+            self, inputs, sae, layer=layer, site=site, positions=positions, norm=norm, top=top,
+            batch_tokens=batch_tokens, progress=progress, max_length=max_length, truncation=truncation, format=format,
         )  # fmt: skip
 
     def with_interventions(self, *interventions: Any) -> RewardModel:

@@ -160,6 +160,19 @@ def test_hooks_get_the_padded_batches_they_expect():
     assert "engine: packed" in rm.explain()
 
 
+def test_the_hooks_that_transformers_leaves_behind_rule_nothing_out():
+    model = decoder("llama")
+    rm, inputs = RewardModel(model), texts(5)
+    want = rm.score(inputs)
+    with torch.no_grad():
+        model(torch.tensor([[1, 2, 3]]), output_hidden_states=True)
+    assert any(module._forward_hooks for module in model.modules())
+    assert "engine: packed, fused" in rm.explain() and "engine: packed, fused" in RewardModel(model).explain()
+    assert torch.equal(rm.score(inputs, engine="packed"), want)
+    model.model.layers[0].register_forward_hook(lambda module, args, out: None)
+    assert "hooks (on layers.0) expect padded batches" in rm.explain()
+
+
 def test_an_encoder_runs_padded_and_says_why():
     rm = RewardModel(M.encoder("Bert"))
     assert "engine: padded (not packed: its attention sees later tokens too)" in rm.explain()

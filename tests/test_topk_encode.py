@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import platform
 import re
 import subprocess
 import sys
@@ -12,6 +13,7 @@ from conftest import backends_of
 from torch import Tensor
 
 import rmfast
+from rmfast import backends
 from rmfast.ops import _topk_encode as op
 from rmfast.ops import topk_encode
 
@@ -155,11 +157,14 @@ def test_views_of_any_strides(backend, dtype, use):
             assert all(torch.equal(a, b) for a, b in zip(got, want))
 
 
+@pytest.mark.parametrize("pays", [True, False], ids=["own matmul", "fp32 matmul"])
 @pytest.mark.parametrize("backend", CPP)
-def test_many_rows_take_several_blocks(backend, use, monkeypatch):
+def test_many_rows_take_several_blocks(backend, pays, use, monkeypatch):
     use(backend)
+    monkeypatch.setattr(backends, "bf16_matmul_pays", lambda: pays)
     monkeypatch.setattr(op, "_ROWS", 40)
     monkeypatch.setattr(op, "_FEATURES", 16)
+    monkeypatch.setattr(op, "_WIDENED_FEATURES", 16)
     monkeypatch.setattr(op, "_TRANSPOSE_ROWS", 4)
     for dtype in DTYPES:
         x, weight, bias, b_dec = inputs(43, 100, 300, dtype, draw=whole)
@@ -169,15 +174,30 @@ def test_many_rows_take_several_blocks(backend, use, monkeypatch):
             assert torch.equal(values.double(), want[0]) and torch.equal(indices, want[1])
 
 
+@pytest.mark.parametrize("pays, error", [(True, 2**-8), (False, 1e-6)], ids=["own matmul", "fp32 matmul"])
 @pytest.mark.parametrize("backend", CPP)
-def test_products_of_16_bit_inputs_are_not_rounded_where_the_cpu_has_no_instructions_for_them(
-    backend, use, monkeypatch
+def test_bf16_products_are_rounded_only_where_the_cpu_s_bf16_matmul_is_the_faster_one(
+    backend, pays, error, use, monkeypatch
 ):
     use(backend)
-    monkeypatch.setattr(op, "_multiplies", lambda dtype: False)
-    x, weight, bias, b_dec = inputs(7, 64, 500, torch.bfloat16)
-    values, _ = topk_encode(x, weight, bias, 20, b_dec=b_dec)
-    torch.testing.assert_close(values.double(), truth(x, weight, bias, 20, b_dec)[0], rtol=1e-5, atol=1e-5)
+    monkeypatch.setattr(backends, "bf16_matmul_pays", lambda: pays)
+    for n, d, features, k in (*SIZES, (7, 64, 500, 20)):
+        x, weight, bias, b_dec = inputs(n, d, features, torch.bfloat16)
+        for w in (weight, weight.T.contiguous().T):
+            values, indices = topk_encode(x, w, bias, k, b_dec=b_dec)
+            pre = (x - b_dec).double() @ weight.double() + bias.double()
+            for want in (pre.gather(1, indices).relu(), truth(x, weight, bias, k, b_dec)[0]):
+                torch.testing.assert_close(values.double(), want, rtol=0, atol=error * float(pre.abs().max()))
+
+
+def test_which_matmul_pays_is_a_property_of_the_cpu(monkeypatch):
+    ask = backends.bf16_matmul_pays.__wrapped__
+    assert ask() in (True, False)
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: True)
+    assert ask() == (platform.machine() == "x86_64")
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)
+    assert not ask()
 
 
 @pytest.mark.parametrize("backend", CPP)

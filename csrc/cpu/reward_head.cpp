@@ -155,6 +155,14 @@ extern "C" __attribute__((visibility("default"))) const char* rmfast_cpu_isa() {
   return found ? found->name : nullptr;
 }
 
+extern "C" __attribute__((visibility("default"))) bool rmfast_cpu_is_amd() {
+#ifdef RMFAST_X86
+  return __builtin_cpu_is("amd");
+#else
+  return false;
+#endif
+}
+
 STABLE_TORCH_LIBRARY_IMPL(rmfast_native, CPU, m) {
   m.impl("reward_head", TORCH_BOX(&rmfast::reward_head));
   m.impl("reward_head_backward", TORCH_BOX(&rmfast::reward_head_backward));

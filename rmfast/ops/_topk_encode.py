@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import functools
-import platform
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -21,8 +20,8 @@ native.define("transpose_16_(Tensor(a!) out, Tensor x) -> ()")
 
 # Bytes of a row block's column and of a feature tile's row: 2048 x 2048 in fp32, 4096 x 1024 in 16 bits. On Zen 4
 # torch's matmul is then at its rate for whole matrices or above it (95 GFLOP/s a core in fp32 against 93); with 512
-# rows in fp32 it packs the weights so often that it loses 6%.
-_ROWS, _FEATURES = 8192, 512
+# rows in fp32 it packs the weights so often that it loses 6%. Tiles that are widened are narrower, for memory's sake.
+_ROWS, _FEATURES, _WIDENED_FEATURES = 8192, 512, 128
 
 # torch's bf16 matmul takes weights of unit stride over d 7% faster (Zen 4, 217 against 203 GFLOP/s a core), for which a
 # tile is transposed: as long as 30 rows take.
@@ -39,12 +38,9 @@ def _triton(x: Tensor, weight: Tensor, bias: Tensor | None, k: int, b_dec: Tenso
     return _reference.topk_encode(x, weight, bias, k, b_dec, relu)
 
 
-@functools.cache
 def _multiplies(dtype: torch.dtype) -> bool:
     """Whether this CPU's matmul in dtype is no slower than in fp32 (that of fp16 is 200 times, on Zen 4)."""
-    if dtype != torch.bfloat16:
-        return dtype != torch.float16
-    return platform.machine().lower() in ("x86_64", "amd64") and torch.cpu._is_avx512_bf16_supported()
+    return _backends.bf16_matmul_pays() if dtype == torch.bfloat16 else dtype != torch.float16
 
 
 def _cpp(x: Tensor, weight: Tensor, bias: Tensor | None, k: int, b_dec: Tensor | None, relu: bool):
@@ -52,30 +48,50 @@ def _cpp(x: Tensor, weight: Tensor, bias: Tensor | None, k: int, b_dec: Tensor |
 
     Nearly all time is the matmul's, and no other is as fast on every CPU (AMX, AVX-512 BF16, MKL).
     """
-    merge, transpose = torch.ops.rmfast_native.topk_merge_, torch.ops.rmfast_native.transpose_16_
-    n, d = x.shape
-    width = weight.size(1)
+    merge = torch.ops.rmfast_native.topk_merge_
+    n, width = x.size(0), weight.size(1)
     dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
     stored = x.dtype if _multiplies(x.dtype) else dtype
     values, indices = _topk_encode_fake(x, weight, bias, k)
-    rows, features = min(n, _ROWS // stored.itemsize), min(width, _FEATURES * stored.itemsize)
+    wide = stored != x.dtype
+    rows = min(n, _ROWS // stored.itemsize)
+    features = min(width, (_WIDENED_FEATURES if wide else _FEATURES) * stored.itemsize)
     products = x.new_empty(rows * features, dtype=stored)
-    turned = None
-    if stored == torch.bfloat16 and rows >= _TRANSPOSE_ROWS and weight.stride(1) == 1:
-        turned = weight.new_empty(features, d)
+    tile_of = _tiles(weight, features, stored, wide, rows)
     for i in range(0, n, rows):
         block = x[i : i + rows]
         block = (block if b_dec is None else block - b_dec).to(stored)
         for j in range(0, width, features):
-            tile = weight[:, j : j + features].to(stored)
-            if turned is not None:
-                transpose(turned[: tile.size(1)], tile)
-                tile = turned[: tile.size(1)].T
+            tile = tile_of(j)
             out = products[: block.size(0) * tile.size(1)].view(block.size(0), -1)
             torch.mm(block, tile, out=out)
             some = None if bias is None else bias[j : j + features]
             merge(values[i : i + rows], indices[i : i + rows], out, some, j, j + features >= width)
     return values.relu_() if relu else values, indices
+
+
+def _tiles(weight: Tensor, features: int, stored: torch.dtype, wide: bool, rows: int) -> Callable[[int], Tensor]:
+    """Function of the first feature of a tile (d, at most `features`) in the dtype and layout that are multiplied."""
+    by_row = weight.stride(1) == 1
+
+    def part(j: int) -> Tensor:
+        return weight[:, j : j + features]
+
+    if wide:
+        shape = (weight.size(0), features) if by_row else (features, weight.size(0))
+        space = weight.new_empty(shape, dtype=stored)
+        space = space if by_row else space.T
+        return lambda j: space[:, : part(j).size(1)].copy_(part(j))
+    if stored == torch.bfloat16 and rows >= _TRANSPOSE_ROWS and by_row:
+        turned = weight.new_empty(features, weight.size(0))
+
+        def transposed(j: int) -> Tensor:
+            out = turned[: part(j).size(1)]
+            torch.ops.rmfast_native.transpose_16_(out, part(j))
+            return out.T
+
+        return transposed
+    return part
 
 
 _backends.register("topk_encode", triton=lambda: _triton, cpp=lambda: _cpp, eager=lambda: _reference.topk_encode)
@@ -96,9 +112,9 @@ def topk_encode(
     made for some rows and features at a time and merged into the rows' k largest.
 
     Rounding: x − b_dec is rounded to x's dtype, as SAELens does. Products are accumulated in float32 (float64 for
-    float64), and for 16-bit inputs not rounded, but by the C++ backend in bfloat16 on a CPU with instructions for it:
-    there the sum over d is rounded to bfloat16 once, before the bias is added. The bias is added, and the largest are
-    chosen, in float32.
+    float64), and for 16-bit inputs not rounded, but by the C++ backend in bfloat16 on a CPU whose matmul is faster in
+    it (AMX, or AVX-512 BF16 on AMD): there the sum over d is rounded to bfloat16 once, before the bias is added. The
+    bias is added, and the largest are chosen, in float32.
 
     Args:
         x: (N, d), float64, float32, bfloat16 or float16, any strides.
