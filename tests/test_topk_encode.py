@@ -164,6 +164,7 @@ def test_many_rows_take_several_blocks(backend, pays, use, monkeypatch):
     monkeypatch.setattr(backends, "bf16_matmul_pays", lambda: pays)
     monkeypatch.setattr(op, "_ROWS", 40)
     monkeypatch.setattr(op, "_FEATURES", 16)
+    monkeypatch.setattr(op, "_WIDENED_ROWS", 40)
     monkeypatch.setattr(op, "_WIDENED_FEATURES", 16)
     monkeypatch.setattr(op, "_TRANSPOSE_ROWS", 4)
     for dtype in DTYPES:

@@ -20,8 +20,10 @@ native.define("transpose_16_(Tensor(a!) out, Tensor x) -> ()")
 
 # Bytes of a row block's column and of a feature tile's row: 2048 x 2048 in fp32, 4096 x 1024 in 16 bits. On Zen 4
 # torch's matmul is then at its rate for whole matrices or above it (95 GFLOP/s a core in fp32 against 93); with 512
-# rows in fp32 it packs the weights so often that it loses 6%. Tiles that are widened are narrower, for memory's sake.
-_ROWS, _FEATURES, _WIDENED_FEATURES = 8192, 512, 128
+# rows in fp32 it packs the weights so often that it loses 6%. Where both are widened from 16 bits and so take memory of
+# their own, 1024 x 768 (Emerald Rapids: 3% slower than 2048 x 1024, half of its memory).
+_ROWS, _FEATURES = 8192, 512
+_WIDENED_ROWS, _WIDENED_FEATURES = 4096, 192
 
 # torch's bf16 matmul takes weights of unit stride over d 7% faster (Zen 4, 217 against 203 GFLOP/s a core), for which a
 # tile is transposed: as long as 30 rows take.
@@ -54,7 +56,7 @@ def _cpp(x: Tensor, weight: Tensor, bias: Tensor | None, k: int, b_dec: Tensor |
     stored = x.dtype if _multiplies(x.dtype) else dtype
     values, indices = _topk_encode_fake(x, weight, bias, k)
     wide = stored != x.dtype
-    rows = min(n, _ROWS // stored.itemsize)
+    rows = min(n, (_WIDENED_ROWS if wide else _ROWS) // stored.itemsize)
     features = min(width, (_WIDENED_FEATURES if wide else _FEATURES) * stored.itemsize)
     products = x.new_empty(rows * features, dtype=stored)
     tile_of = _tiles(weight, features, stored, wide, rows)
