@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
@@ -105,11 +105,14 @@ class Comparison:
         return ax
 
 
-def mean_of_pairs(values: Any, *, confidence: float = 0.95, seed: int = 0) -> Estimate:
+def mean_of_pairs(
+    values: Any, *, statistic: Callable[..., Any] = np.mean, confidence: float = 0.95, seed: int = 0
+) -> Estimate:
     """The mean over pairs and its bootstrap interval (percentiles of 9,999 resamples of the pairs).
 
     Args:
         values: (P,) one number for each pair; those that are not finite are left out, and not counted in n.
+        statistic: np.median in its place.
         confidence: of the interval, in (0, 1).
         seed: of the resampling.
 
@@ -124,11 +127,11 @@ def mean_of_pairs(values: Any, *, confidence: float = 0.95, seed: int = 0) -> Es
         raise ValueError(f"Expected confidence to be in (0, 1), got {confidence!r}")
     # Percentiles, since BCa has no interval where values are equal (a perfect correlation in every pair).
     found = stats.bootstrap(
-        (values,), np.mean, n_resamples=_RESAMPLES, confidence_level=confidence, method="percentile",
+        (values,), statistic, n_resamples=_RESAMPLES, confidence_level=confidence, method="percentile",
         batch=max(1, _AT_ONCE // len(values)), rng=np.random.default_rng(seed),
     )  # fmt: skip
     low, high = map(float, found.confidence_interval)
-    return Estimate(float(values.mean()), low, high, len(values))
+    return Estimate(float(statistic(values)), low, high, len(values))
 
 
 def compare(
@@ -181,6 +184,7 @@ def compare_attribution(
     mode: Literal["noising", "denoising"],
     norm: Literal["frozen", "raw"],
     label: int | None,
+    confidence: float,
     seed: int,
     layers: Any = None,
     heads: Any = None,
@@ -196,8 +200,9 @@ def compare_attribution(
     if not several(clean) or not several(corrupted):
         raise TypeError("Expected clean and corrupted to be lists of texts")
     _check_pairs(len(clean))
-    if label is None and rm.num_labels > 1:
-        raise ValueError(f"Expected label, the reward to compare of this model's {rm.num_labels}, got None")
+    labels = range(rm.num_labels)
+    if label not in labels and (label is not None or len(labels) > 1):
+        raise ValueError(f"Expected label, the reward to compare of this model's {len(labels)}, got {label!r}")
     sweeps = rm.patch_sweep(
         clean, corrupted, mode=mode, sites=sites, layers=layers, positions="joint", heads=heads, neurons=neurons,
         align=align, batch_tokens=batch_tokens, progress=progress, **encoding,
@@ -210,7 +215,7 @@ def compare_attribution(
         for texts in (base, other)
     ]
     predicted = [after.like(sweep) - before.like(sweep) for before, after, sweep in zip(*parts, sweeps)]
-    return compare(predicted, sweeps, seed=seed)
+    return compare(predicted, sweeps, confidence=confidence, seed=seed)
 
 
 def _effects(item: Any) -> np.ndarray:

@@ -57,7 +57,7 @@ def words(tokenizer: Any, ids: list[int]) -> list[str]:
 
 def several(inputs: Any) -> bool:
     """Whether inputs is a list of them, not one of them: chat messages, token ids."""
-    return isinstance(inputs, list) and bool(inputs) and not isinstance(inputs[0], dict | int | np.integer)
+    return isinstance(inputs, list) and not (inputs and isinstance(inputs[0], dict | int | np.integer))
 
 
 def encode(

@@ -116,10 +116,12 @@ class Lens:
             The mean over pairs with its interval and the number of pairs.
 
         Raises:
-            ValueError: as for `margins`; different numbers of pairs, fewer than 10 of them, or K > 1.
+            ValueError: as for `margins`; different norms or numbers of pairs, fewer than 10 of them, or K > 1.
         """
         from rmfast.comparison import mean_of_pairs
 
+        if self.norm != other.norm:
+            raise ValueError(f"Expected lenses of one norm, got {self.norm!r} and {other.norm!r}")
         curves = [lens._curves() for lens in (self, other)]
         if len(curves[0]) != len(curves[1]):
             raise ValueError(f"Expected lenses of the same pairs, got {len(curves[0])} and {len(curves[1])} of them")
@@ -149,7 +151,7 @@ class Lens:
             ImportError: pandas is not installed.
         """
         pandas = needed("pandas", "to_dataframe")
-        frames = []
+        frames = [pandas.DataFrame(columns=["text", "layer", "position", "token", "reward"])] if not len(self) else []
         for i, rewards in enumerate(self.rewards):
             axes = ["layer", *(["position"] if self.positions == "all" else [])]
             axes += ["label"] if rewards.dim() > len(axes) else []
@@ -179,6 +181,8 @@ class Lens:
             ImportError: matplotlib is not installed.
             ValueError: as for `margins`, with `pairs`.
         """
+        from rmfast.comparison import LEAST_PAIRS, mean_of_pairs
+
         pyplot = needed("matplotlib.pyplot", "plot")
         if self.positions == "all" and not pairs:
             return self._map(pyplot, 0 if text is None else text, label, ax)
@@ -187,20 +191,25 @@ class Lens:
         ax = pyplot.subplots(figsize=(7, 4), layout="constrained")[1] if ax is None else ax
         layers = np.arange(curves.shape[1])
         ax.plot(layers, curves.T, color="0.6", linewidth=0.6, alpha=0.6)
+        curves = curves[np.isfinite(curves).all(1)]  # of a pair that is not there is no mean
         name = f"mean of {len(curves)} {'pairs' if pairs else 'texts'}"
-        if pairs and len(curves) >= 10:
-            from rmfast.comparison import mean_of_pairs
-
+        if pairs and len(curves) >= LEAST_PAIRS:
             means = [mean_of_pairs(curves[:, layer]) for layer in layers]
             ax.fill_between(layers, [m.low for m in means], [m.high for m in means], alpha=0.3)
             name += ", 95% interval"
-        ax.plot(layers, curves.mean(0), label=name)
+        if len(curves):
+            ax.plot(layers, curves.mean(0), label=name)
         if pairs:
             found = self.crystallisation()
             layer = (found[:, label] if found.dim() > 1 else found).numpy()
-            if (layer >= 0).any():
-                middle = float(np.median(layer[layer >= 0]))
-                ax.axvline(middle, linestyle=":", color="0.3", label=f"median crystallisation {middle:g}")
+            layer = layer[layer >= 0]
+            if len(layer):
+                middle, extent = float(np.median(layer)), ""
+                if len(layer) >= LEAST_PAIRS:
+                    estimate = mean_of_pairs(layer, statistic=np.median)
+                    extent = f"[{estimate.low:g}, {estimate.high:g}] "
+                name = f"median crystallisation {middle:g} {extent}(n {len(layer)})"
+                ax.axvline(middle, linestyle=":", color="0.3", label=name)
         ax.axhline(0, color="0.8", linewidth=0.8, zorder=0)
         ax.set_xlabel("layer (0: embedding)")
         ax.set_ylabel(f"{'margin' if pairs else 'reward'}, norm {self.norm}")

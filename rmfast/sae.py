@@ -101,8 +101,10 @@ class SAE:
             x = getattr(self, name)
             if x is None or tuple(x.shape) != shape:
                 raise ValueError(f"Expected {name} to have shape {shape}, got {None if x is None else tuple(x.shape)}")
-        if self.architecture == "topk" and not (isinstance(self.k, int) and 1 <= self.k <= features):
-            raise ValueError(f"Expected k to be from 1 to the number of features, {features}, got {self.k!r}")
+        if self.architecture == "topk":
+            if not is_int(self.k) or not 1 <= self.k <= features:  # type: ignore[operator]
+                raise ValueError(f"Expected k to be from 1 to the number of features, {features}, got {self.k!r}")
+            self.k = int(self.k)  # type: ignore[arg-type]
 
     def __repr__(self) -> str:
         d, features = self.W_enc.shape
@@ -129,11 +131,18 @@ class SAE:
         for path in paths:
             if not path.is_file():
                 raise FileNotFoundError(f"{folder} is no SAE that SAELens saved: it has no {path.name}")
-        options = _options(json.loads(paths[0].read_text()))
-        stored = str(options.get("dtype", "float32")).removeprefix("torch.") if dtype is None else dtype
+        try:
+            config = json.loads(paths[0].read_text())
+        except ValueError as error:
+            raise ValueError(f"{paths[0]} is no JSON: {error}") from None
+        if not isinstance(config, dict):
+            raise ValueError(f"Expected {paths[0]} to hold an object, got {type(config).__name__}")
+        options = _options(config)
+        stored = options.get("dtype", "float32") if dtype is None else dtype
         if not isinstance(stored, torch.dtype):
-            one_of("dtype", stored, tuple(_DTYPES))
-            stored = _DTYPES[stored]
+            name = str(stored).removeprefix("torch.")
+            one_of("dtype", name, tuple(_DTYPES))
+            stored = _DTYPES[name]
         tensors = {name: x.to(device, stored) for name, x in load_file(paths[1]).items()}
         if "log_threshold" in tensors:
             tensors["threshold"] = tensors.pop("log_threshold").exp()
@@ -199,6 +208,10 @@ class SAE:
             return pre.relu() if self.threshold is None else torch.where(pre > self.threshold, pre.relu(), 0)
 
 
+def is_int(value: Any) -> bool:
+    return isinstance(value, int | np.integer) and not isinstance(value, bool)
+
+
 def one_of(name: str, value: Any, known: tuple[str, ...]) -> None:
     if value not in known:
         raise ValueError(f"Expected {name} of an SAE to be one of {', '.join(known)}, got {value!r}")
@@ -225,7 +238,7 @@ def _options(config: Mapping[str, Any]) -> dict[str, Any]:
     one_of("activation_fn", options.get("activation_fn", "relu"), ("relu",))
     one_of("reshape_activations", options.get("reshape_activations", "none"), ("none",))
     for name in ("finetuning_scaling_factor", "hook_head_index"):
-        if options.get(name) not in (None, False):
+        if options.get(name) is not None and options[name] is not False:  # 0 is a head
             raise ValueError(f"Expected an SAE without {name}, got {options[name]!r}")
     return options
 
@@ -365,8 +378,10 @@ def sae_attribution(
     for name, value, known in (("positions", positions, ("last", "all")), ("norm", norm, ("frozen", "raw"))):
         if value not in known:
             raise ValueError(f'Expected {name} to be "{known[0]}" or "{known[1]}", got {value!r}')
-    if top is not None and (isinstance(top, bool) or not isinstance(top, int) or top < 1):
+    if top is not None and (not is_int(top) or top < 1):
         raise ValueError(f"Expected top to be at least 1, got {top!r}")
+    if layer is not None and not is_int(layer):
+        raise ValueError(f"Expected layer to be an int, got {layer!r}")
     at = _place(sae, layer, site)
     many = several(inputs)
     texts = rm.encode(list(inputs) if many else [inputs], **encoding)
@@ -423,7 +438,7 @@ class _Features:
         self.dtype = parts.dtype
         self.direction = parts.direction.to(device, self.dtype)
         with torch.no_grad():
-            self.projected = reward_head(sae.W_dec, self.direction).to(self.dtype)  # (F, K): W_dec a
+            self.projected = reward_head(sae.W_dec.contiguous(), self.direction).to(self.dtype)  # (F, K): W_dec a
             self.bias = self.direction @ sae.b_dec.to(self.dtype)  # (K,)
 
     def attributions(self, texts: list[Encoded], every: bool) -> list[SAEAttribution]:

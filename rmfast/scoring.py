@@ -725,6 +725,7 @@ class RewardModel:
         norm: Literal["frozen", "raw"] = "frozen",
         align: Any = "auto",
         label: int | None = None,
+        confidence: float = 0.95,
         seed: int = 0,
         batch_tokens: int | None = None,
         progress: bool = False,
@@ -743,6 +744,7 @@ class RewardModel:
             layers, heads, neurons, mode, align, batch_tokens, progress: as for `patch_sweep`.
             norm: as for `attribute`.
             label: which reward of a model with K > 1.
+            confidence: of the intervals, in (0, 1).
             seed: of the bootstrap.
             max_length, truncation, format: as for `score`.
 
@@ -757,8 +759,8 @@ class RewardModel:
         self._expect_clamps_alone(("all",))
         return compare_attribution(
             self, clean, corrupted, sites=sites, layers=layers, heads=heads, neurons=neurons, mode=mode, norm=norm,
-            align=align, label=label, seed=seed, batch_tokens=batch_tokens, progress=progress, max_length=max_length,
-            truncation=truncation, format=format,
+            align=align, label=label, confidence=confidence, seed=seed, batch_tokens=batch_tokens, progress=progress,
+            max_length=max_length, truncation=truncation, format=format,
         )  # fmt: skip
 
     def _expect_clamps_alone(self, positions: tuple[str, ...] = ("last", "all")) -> None:

@@ -233,35 +233,38 @@ class _Options:
         if self.mode not in _PAIRED:
             if corrupted is not None:
                 raise ValueError(f"Expected no corrupted text with mode {self.mode!r}, which patches the clean run")
-            return [self._pair(text, None) for text in cleans], many
+            return [self._pair(i, text, None) for i, text in enumerate(cleans)], many
         if corrupted is None:
             raise ValueError(f"Expected a corrupted text with mode {self.mode!r}")
         if several(corrupted) != many or (many and len(corrupted) != len(clean)):
             raise ValueError("Expected clean and corrupted to be one text each, or lists of the same length")
         others = self._encode("corrupted", list(corrupted) if many else [corrupted])
         ordered = zip(cleans, others) if self.mode == "noising" else zip(others, cleans)
-        return [self._pair(base, other) for base, other in ordered], many
+        return [self._pair(i, base, other) for i, (base, other) in enumerate(ordered)], many
 
-    def _pair(self, base: Encoded, other: Encoded | None) -> _Pair:
-        read = self._read(base)
+    def _pair(self, index: int, base: Encoded, other: Encoded | None) -> _Pair:
+        read = self._read(base, index)
         if other is None:
             return _Pair(base, None, read, 0, np.arange(len(base)), 0)
         if np.array_equal(base.ids, other.ids):
-            raise ValueError("Expected clean and corrupted to differ in at least one token: they are the same")
-        partner = self._aligned(base.ids, other.ids)
-        shared = min(len(base), len(other))
-        alike = (base.ids[:shared] == other.ids[:shared]) & (partner[:shared] == np.arange(shared))
-        other_read = self._read(other)
+            raise ValueError(
+                f"Expected clean and corrupted to differ in at least one token: those of pair {index} are the same"
+            )
+        partner, other_read = self._aligned(base.ids, other.ids), self._read(other, index)
         if self.causal:
             partner[partner > other_read] = -1  # behind the token that is read nothing is run
+        if isinstance(self.align, str) and partner[read] < 0:
+            partner[read] = other_read  # texts that end in different words are still read at their ends
+        shared = min(len(base), len(other))
+        alike = (base.ids[:shared] == other.ids[:shared]) & (partner[:shared] == np.arange(shared))
         first = int(np.append(alike, False).argmin())
         if self.binding.length_group(len(base)) != self.binding.length_group(len(other)):
             first = 0  # other rotary frequencies: the runs differ from the first token on
         return _Pair(base, other, read, other_read, partner, first)
 
-    def _read(self, text: Encoded) -> int:
+    def _read(self, text: Encoded, index: int) -> int:
         """Where the reward is read; a model that pools by itself reads where it does."""
-        return self.rm._position(text.ids, 0, None) if self.binding.head else 0
+        return self.rm._position(text.ids, index, None) if self.binding.head else 0
 
     def _aligned(self, base: np.ndarray, other: np.ndarray) -> np.ndarray:
         """For each position of the base run the other run's, or -1."""

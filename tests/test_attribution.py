@@ -315,6 +315,10 @@ def test_texts_run_packed_but_where_hooks_expect_batches(family, monkeypatch):
             torch.testing.assert_close(x, b.of(name), rtol=1e-5, atol=1e-5 * scale(m))
 
 
+def test_no_texts_have_no_results():
+    assert rmfast.RewardModel(model("llama", torch.float32)).attribute([]) == []
+
+
 def test_texts_are_cut_and_formatted_as_by_score():
     rm = rmfast.RewardModel(model("llama"), M.tokenizer())
     found = rm.attribute(("abc", "defg"), max_length=6, truncation="left")

@@ -120,6 +120,13 @@ def test_one_call_compares_attribution_with_patching(rm, sites, mode):
     np.testing.assert_allclose(again.each_spearman, found.each_spearman)
 
 
+def test_texts_of_unequal_length_are_patched_where_they_are_read(rm):
+    shorter = [ids[: 5 + i % 3] for i, ids in enumerate(CORRUPTED)]
+    found = rm.compare(CLEAN, shorter, confidence=0.9)
+    assert found.confidence == 0.9
+    assert all(measured[:, -1].all() for measured in found.measured)  # the last layer's attention and MLP
+
+
 def test_the_raw_form_predicts_other_effects(rm):
     frozen, raw = (rm.compare(CLEAN, CORRUPTED, norm=norm) for norm in ("frozen", "raw"))
     assert not np.allclose(frozen.predicted, raw.predicted) and np.allclose(frozen.measured, raw.measured)
@@ -144,6 +151,8 @@ def test_a_label_is_chosen_of_several():
         (lambda rm: rmfast.compare(*noisy(), confidence=95), "confidence to be in (0, 1), got 95"),
         (lambda rm: rmfast.compare(np.ones((20, 5)), noisy(20, 5)[0]), "at least 10 pairs for a mean with an interval"),
         (lambda rm: rm.compare(CLEAN[:9], CORRUPTED[:9]), "at least 10 pairs for a correlation over pairs, got 9"),
+        (lambda rm: rm.compare([], []), "at least 10 pairs for a correlation over pairs, got 0"),
+        (lambda rm: rm.compare(CLEAN, CORRUPTED, label=1), "the reward to compare of this model's 1, got 1"),
         (lambda rm: rm.compare(CLEAN, CORRUPTED, mode="zero"), 'mode to be "noising" or "denoising", got \'zero\''),
         (lambda rm: rm.compare(CLEAN, CORRUPTED, sites="resid_post"), "components to be different ones of embedding"),
     ],

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import re
 import threading
 
@@ -286,7 +287,13 @@ def test_a_result_draws_itself():
     lens = rm.lens(texts)
     assert lens.plot(label=1).get_legend_handles_labels()[1] == ["mean of 22 texts"]
     names = lens.plot(pairs=True).get_legend_handles_labels()[1]
-    assert names[0] == "mean of 11 pairs, 95% interval" and names[1].startswith("median crystallisation")
+    assert names[0] == "mean of 11 pairs, 95% interval"
+    assert re.fullmatch(r"median crystallisation \S+ \[\S+, \S+\] \(n 11\)", names[1])
+    lens.rewards[4] = torch.nan
+    names = lens.plot(pairs=True).get_legend_handles_labels()[1]
+    assert names[0] == "mean of 10 pairs, 95% interval" and names[1].endswith("(n 10)")
+    few = rm.lens(texts[:4]).plot(pairs=True).get_legend_handles_labels()[1]
+    assert few[0] == "mean of 2 pairs" and re.fullmatch(r"median crystallisation \S+ \(n 2\)", few[1])
     assert lens.plot(text=3).lines[0].get_ydata().tolist() == pytest.approx(lens.rewards[3, :, 0].tolist())
     assert lens.plot(text=-1).lines[0].get_ydata().tolist() == pytest.approx(lens.rewards[-1, :, 0].tolist())
     with pytest.raises(IndexError):
@@ -300,6 +307,8 @@ def test_no_texts_give_an_empty_result():
     rm = rmfast.RewardModel(model(labels=2))
     assert rm.lens([]).rewards.shape == (0, 4, 2) and rm.lens([]).scores.shape == (0, 2)
     assert rm.lens([], positions="all").rewards == []
+    if importlib.util.find_spec("pandas"):
+        assert rm.lens([]).to_dataframe().empty
 
 
 # Bad input ------------------------------------------------------------------------------------------------------------
@@ -337,6 +346,10 @@ def test_wrong_arguments_and_models_are_named(make, options, message):
     [
         (lambda: lens_of(torch.zeros(3, 4)).margins, "chosen and rejected texts alternately, an even number, got 3"),
         (lambda: lens_of(torch.zeros(2, 4), positions="all").margins, 'at the read token (positions="last") for pairs'),
+        (
+            lambda: pairs(torch.ones(4, 3)).compare(lens_of(torch.ones(8, 3), norm="raw")),
+            "lenses of one norm, got 'final' and 'raw'",
+        ),
         (lambda: pairs(torch.ones(4, 3)).compare(pairs(torch.ones(5, 3))), "lenses of the same pairs, got 4 and 5"),
         (
             lambda: pairs(torch.randn(9, 3)).compare(pairs(torch.randn(9, 3))),

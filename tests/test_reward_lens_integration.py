@@ -273,6 +273,27 @@ def test_a_reward_made_in_another_way_is_its_own():
     assert "its adapter makes the reward in another way" in said
 
 
+@old
+def test_a_reward_that_is_made_in_another_way_from_now_on():
+    w = wrapper()
+    patcher = reward_lens.ActivationPatcher(w)
+    with integration.enable():
+        patcher.patch_all_components(*PAIRS[0], show_progress=False)
+    w.adapter.extract_reward = lambda output, inputs: 2 * output.logits[0, 0]
+    without, within, said = both(lambda: patcher.patch_all_components(*PAIRS[0], show_progress=False))
+    np.testing.assert_array_equal(within.patch_effects, without.patch_effects)
+    assert "its adapter makes the reward in another way" in said
+
+
+@old
+@pytest.mark.parametrize("corpus", [lambda: iter(TEXTS), list], ids=["iterator", "empty"])
+def test_a_corpus_that_can_not_be_counted_is_its_own(corpus):
+    patcher = reward_lens.ActivationPatcher(wrapper())
+    without, within, said = both(lambda: patcher.patch_all_components_mean(*PAIRS[0], corpus(), show_progress=False))
+    np.testing.assert_array_equal(within.patch_effects, without.patch_effects)
+    assert "a corpus that is no list of pairs" in said
+
+
 # On and off -----------------------------------------------------------------------------------------------------------
 
 

@@ -7,6 +7,7 @@ import re
 from dataclasses import replace
 
 import models as M
+import numpy as np
 import oracle as O
 import pytest
 import torch
@@ -114,6 +115,7 @@ def test_thresholds_may_be_kept_as_logarithms(tmp_path):
 def test_the_dtype_is_the_configuration_s_or_the_one_asked_for(tmp_path):
     path = folder(tmp_path, config("topk", dtype="bfloat16"))
     assert rmfast.SAE.load(path).W_enc.dtype == torch.bfloat16
+    assert rmfast.SAE.load(path, dtype="torch.float16").W_enc.dtype == torch.float16
     assert rmfast.SAE.load(path, dtype="float64").b_dec.dtype == torch.float64
 
 
@@ -126,14 +128,24 @@ def test_the_dtype_is_the_configuration_s_or_the_one_asked_for(tmp_path):
     (config("standard", reshape_activations="hook_z"), "reshape_activations of an SAE to be one of none, got 'hook_z'"),
     (config("standard", finetuning_scaling_factor=True), "an SAE without finetuning_scaling_factor, got True"),
     (config("standard", hook_head_index=3), "an SAE without hook_head_index, got 3"),
+    (config("standard", hook_head_index=0), "an SAE without hook_head_index, got 0"),
     (config("standard", dtype="int8"), "dtype of an SAE to be one of float64, float32, bfloat16, float16, got 'int8'"),
     (config("topk", k=0), "k to be from 1 to the number of features, 200, got 0"),
+    (config("topk", k=True), "k to be from 1 to the number of features, 200, got True"),
     (config("topk", k=201), "k to be from 1 to the number of features, 200, got 201"),
     (config("standard", d_in=64), "W_enc to have shape (d_in, d_sae) = (64, 200) of cfg.json, got (48, 200)"),
 ], ids=lambda x: x if isinstance(x, str) else "")  # fmt: skip
 def test_what_is_not_supported_is_named(cfg, message, tmp_path):
     with pytest.raises(ValueError, match=re.escape(message)):
         rmfast.SAE.load(folder(tmp_path, cfg))
+
+
+def test_a_configuration_that_can_not_be_read_is_named(tmp_path):
+    path = folder(tmp_path, config("topk"))
+    for text, message in (("{", "cfg.json is no JSON"), ("[]", "cfg.json to hold an object, got list")):
+        (path / "cfg.json").write_text(text)
+        with pytest.raises(ValueError, match=message):
+            rmfast.SAE.load(path)
 
 
 def test_files_and_weights_that_are_missing_are_named(tmp_path):
@@ -276,6 +288,23 @@ def test_a_list_gives_one_result_for_each_text_and_nothing_stays_in_the_model(tm
     assert [(len(x._forward_hooks), len(x._forward_pre_hooks)) for x in m.modules()] == before
 
 
+def test_no_texts_have_no_results(tmp_path):
+    assert rmfast.RewardModel(model("llama", torch.float32)).sae_attribution([], load(tmp_path)) == []
+
+
+def test_a_decoder_may_be_the_transposed_encoder():
+    w = weights()
+    rm = rmfast.RewardModel(model("llama", torch.float32))
+    tied, copied = (
+        rmfast.SAE(
+            architecture="topk", k=np.int64(K), W_enc=w["W_enc"], b_enc=w["b_enc"], W_dec=W_dec, b_dec=w["b_dec"]
+        )
+        for W_dec in (w["W_enc"].T, w["W_enc"].T.contiguous())
+    )
+    found, want = (rm.sae_attribution(IDS, sae, layer=1, site="resid_post") for sae in (tied, copied))
+    assert torch.equal(found.contributions, want.contributions) and torch.equal(found.features, want.features)
+
+
 @pytest.mark.parametrize("positions", ["last", "all"])
 @pytest.mark.parametrize("layer, site", [
     (0, "resid_pre"), (1, "resid_pre"), (0, "resid_post"), (2, "resid_post"), (1, "resid_mid"), (1, "attn_out"),
@@ -342,6 +371,7 @@ def test_plots_name_the_features(positions, tmp_path):
 @pytest.mark.parametrize("options, kind, message", [
     ({"sae": "folder"}, TypeError, "sae to be a rmfast.SAE (rmfast.SAE.load(folder)), got str"),
     ({"layer": 3}, ValueError, "layer to be from 0 to 2, got 3"),
+    ({"layer": "1"}, ValueError, "layer to be an int, got '1'"),
     ({"layer": -1}, ValueError, "layer to be from 0 to 2, got -1"),
     ({"site": "head_out"}, ValueError, "site to be one of resid_pre, resid_mid, resid_post, attn_out, mlp_out, got 'h"),
     ({"positions": "joint"}, ValueError, 'positions to be "last" or "all", got \'joint\''),

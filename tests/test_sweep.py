@@ -208,8 +208,20 @@ def test_texts_of_unequal_length_are_aligned():
             new = oracle.activation(m, clean, "resid_post", 0)[[partner[position]], 0]
             truth = oracle.oracle(m, corrupted, 8, "resid_post", 0, [position], 0, new)
             assert abs(float(sweep.rewards[0, position] - truth)) < 1e-10
+        # Where nothing at the end is alike, the read token still gets the other read token's activation.
+        short = rm.patch_sweep(clean, corrupted[:5])
+        assert short.unpaired == 2 and not short.rewards[:, 4].isnan().any()
+        new = oracle.activation(m, clean, "resid_post", 0)[[7], 0]
+        truth = oracle.oracle(m, corrupted[:5], 4, "resid_post", 0, [4], 0, new)
+        assert abs(float(short.rewards[0, 4] - truth)) < 1e-10
     mapped = rm.patch_sweep(clean, corrupted, align={0: 0, 3: 4, 7: 8})
     assert mapped.unpaired == 6 and not mapped.rewards[:, [0, 4, 8]].isnan().any()
+
+
+def test_pairs_are_named_that_do_not_differ():
+    rm = rmfast.RewardModel(model("llama"))
+    with pytest.raises(ValueError, match="to differ in at least one token: those of pair 1 are the same"):
+        rm.patch_sweep([[1, 2, 3], [4, 5]], [[1, 2, 4], [4, 5]])
 
 
 def test_align_matches_both_ends_and_what_corresponds_between():

@@ -1,6 +1,6 @@
 """Does linear attribution predict what patching does to a reward? (arXiv 2604.26130, which found that it does not)
 
-    python -m bench.reproduce.reward_lens MODEL DATA OUT [--pairs 100] [--head-pairs 30] [--tokens 96]
+    python -m bench.reproduce.reward_lens MODEL DATA OUT [--pairs 100] [--head-pairs 100] [--tokens 96]
 
 MODEL is a sequence-classification folder with SmolLM2's weights (examples/demo_data.py makes one). DATA holds pairs of
 texts: the sdist of vaderSentiment 3.3.2, from whose review snippets *minimal* pairs are made (one word becomes its
@@ -10,7 +10,7 @@ to OUT. A quarter of an hour on two cores.
 
 For every pair the rejected text's components are put into the chosen text's run (noising), measured three ways:
 
-- *aligned*: all positions at once, each from its partner (`PatchSweep`'s alignment);
+- *aligned*: all positions at once, each from its partner (`patch_sweep`'s alignment, the read tokens partners);
 - *by index*: all positions at once, position i from position i, as the paper does; the same where lengths are equal;
 - *read token*: at the token where the reward is read alone.
 
@@ -38,7 +38,7 @@ from tqdm import tqdm
 
 import rmfast
 from bench.reproduce.snippets import read_snippets
-from rmfast.comparison import mean_of_pairs
+from rmfast.comparison import LEAST_PAIRS, mean_of_pairs
 
 MEASURED, PREDICTED = ("aligned", "by index", "read token"), ("raw", "norm", "gradient")
 SITES: dict[str, Any] = {"components": ["attn_out", "mlp_out"], "heads": "head_out"}
@@ -107,12 +107,16 @@ def grids(rm: Any, pair: Pair, sites: str) -> dict[str, np.ndarray]:
 
 
 def kept(path: Path, rm: Any, pair: Pair, sites: str) -> dict[str, np.ndarray]:
-    """`grids`, from the file where that is there."""
-    if not path.exists():
-        part = path.with_suffix(".part.npz")
-        np.savez(part, **grids(rm, pair, sites))  # type: ignore[arg-type]
-        part.replace(path)
-    return dict(np.load(path))
+    """`grids`, from the file where that is there and of this pair and model."""
+    of = json.dumps([rm.fingerprint, *pair])
+    if path.exists():
+        found = dict(np.load(path))
+        if str(found.pop("of", "")) == of:
+            return found
+    found, part = grids(rm, pair, sites), path.with_suffix(".part.npz")
+    np.savez(part, of=of, **found)  # type: ignore[arg-type]
+    part.replace(path)
+    return found
 
 
 def band(grid: np.ndarray, sites: str, name: str) -> np.ndarray:
@@ -182,9 +186,11 @@ def main() -> None:
     parser.add_argument("data", type=Path)
     parser.add_argument("out", type=Path)
     parser.add_argument("--pairs", type=int, default=100)
-    parser.add_argument("--head-pairs", type=int, default=30, help="of them, for the larger grid of heads")
+    parser.add_argument("--head-pairs", type=int, default=100, help="of them, for the larger grid of heads; 0 for none")
     parser.add_argument("--tokens", type=int, default=96, help="of a text, at most")
     args = parser.parse_args()
+    if args.pairs < LEAST_PAIRS or 0 < args.head_pairs < LEAST_PAIRS:
+        parser.error(f"a mean with an interval needs {LEAST_PAIRS} pairs")
     args.out.mkdir(parents=True, exist_ok=True)
     rm = rmfast.load(args.model)
     read = minimal_pairs if args.data.name.endswith(".tar.gz") else dialogue_pairs
@@ -197,6 +203,8 @@ def main() -> None:
     print(facts)
     rows: list[dict[str, Any]] = []
     for sites, count in (("components", len(pairs)), ("heads", args.head_pairs)):
+        if not count:
+            continue
         some = enumerate(tqdm(pairs[:count], desc=sites))
         found = [kept(args.out / f"{sites}-{i}.npz", rm, pair, sites) for i, pair in some]
         if len({len(each) for each in found}) > 1:  # equal lengths among unequal ones: by index is aligned

@@ -480,7 +480,8 @@ def _readout(rm: RewardModel, runtime: Any, policy: Any, readout: Any) -> Tensor
 
 # reward-lens' RewardModel ---------------------------------------------------------------------------------------------
 
-_agrees: weakref.WeakKeyDictionary[Any, bool] = weakref.WeakKeyDictionary()  # by wrapper: is its reward rm.score's?
+# By wrapper: the adapter and functions that make its reward, and whether that is rm.score's.
+_agrees: weakref.WeakKeyDictionary[Any, tuple[tuple, bool]] = weakref.WeakKeyDictionary()
 
 
 def _wrapped(wrapper: Any) -> RewardModel:
@@ -489,9 +490,12 @@ def _wrapped(wrapper: Any) -> RewardModel:
     if not type(adapter).__module__.startswith("reward_lens."):
         raise _Outside("an adapter of its own")
     rm = _bound(wrapper)
-    if wrapper not in _agrees:
-        _agrees[wrapper] = _reads_first_label(wrapper, rm)
-    if not _agrees[wrapper]:
+    makers = (adapter.extract_reward, adapter.extract_reward_batch)
+    key = (id(adapter), *(getattr(maker, "__func__", maker) for maker in makers))
+    known = _agrees.get(wrapper)
+    if known is None or known[0] != key:
+        known = _agrees[wrapper] = key, _reads_first_label(wrapper, rm)
+    if not known[1]:
         raise _Outside("its adapter makes the reward in another way")
     return rm
 
@@ -682,6 +686,9 @@ def _patch_all_components_mean(
     original: Any, self: Any, prompt: str, preferred: str, dispreferred: str, corpus_pairs: Any,
     max_length: int = 2048, show_progress: bool = True,
 ) -> Any:  # fmt: skip
+    if not isinstance(corpus_pairs, list | tuple) or not corpus_pairs:
+        raise _Outside("a corpus that is no list of pairs, or has none")
+
     def means() -> dict[tuple[str, int], Tensor]:
         total: dict[tuple[str, int], Tensor] = {}
         for pair in corpus_pairs:
