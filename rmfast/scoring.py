@@ -769,7 +769,7 @@ class RewardModel:
             if getattr(part, "positions", None) not in positions:
                 raise ValueError(
                     f"Expected a model under no interventions but clamps at {' or '.join(positions)} positions, got "
-                    f"{part}: what it changes is no component of the stream"
+                    f"{part}: the runs that are read here would not show it"
                 )
 
     def _patcher(self) -> Any:
