@@ -214,6 +214,10 @@ def test_texts_of_unequal_length_are_aligned():
         new = oracle.activation(m, clean, "resid_post", 0)[[7], 0]
         truth = oracle.oracle(m, corrupted[:5], 4, "resid_post", 0, [4], 0, new)
         assert abs(float(short.rewards[0, 4] - truth)) < 1e-10
+        # So it does where the other text goes on.
+        longer = rm.patch_sweep(clean, clean[:5])
+        truth = oracle.oracle(m, clean[:5], 4, "resid_post", 0, [4], 0, new)
+        assert longer.unpaired == 0 and abs(float(longer.rewards[0, 4] - truth)) < 1e-10
     mapped = rm.patch_sweep(clean, corrupted, align={0: 0, 3: 4, 7: 8})
     assert mapped.unpaired == 6 and not mapped.rewards[:, [0, 4, 8]].isnan().any()
 
