@@ -422,11 +422,12 @@ class _Parts:
         labels = len(self.constant)
         counts = [labels * (layers or 1) * (units or 1) for layers, units in sizes.values()]
         constant = self._result(self.constant[None], False)[0].cpu()
+        ends = np.cumsum([len(at) * sum(counts) for at in rows])  # numbers of the texts up to each
         found: list[Attribution] = []
-        while len(found) < len(texts):
+        while (first := len(found)) < len(texts):
             # All neurons of all tokens are many numbers: some texts at a time.
-            numbers = np.cumsum([len(at) * sum(counts) for at in rows[len(found) :]])
-            some = slice(len(found), len(found) + max(1, int(np.searchsorted(numbers, _NUMBERS, side="right"))))
+            most = _NUMBERS + (ends[first - 1] if first else 0)
+            some = slice(first, max(first + 1, int(np.searchsorted(ends, most, side="right"))))
             values = self.run(texts[some], rows[some], self._contributions)
             for text, at, each in zip(texts[some], read[some], values):
                 rewards, *parts = each.split([labels, *counts], 1)
@@ -438,7 +439,7 @@ class _Parts:
                     Attribution(
                         contributions={name: x for name, (x, _) in results.items()},
                         axes={name: axes for name, (_, axes) in results.items()},
-                        constant=constant,
+                        constant=constant.clone(),
                         rewards=self._result(rewards, every)[0],
                         norm=self.norm,
                         read=at,
@@ -454,7 +455,8 @@ class _Parts:
         """(n, layers · units · K) as a result's tensor, and the names of its axes."""
         x = values.unflatten(1, (layers or 1, units or 1, -1)).transpose(0, 1)
         names = (layers and "layer", every and "position", units and unit, len(self.constant) > 1 and "label")
-        x = x.squeeze([i for i, name in enumerate(names) if not name]).contiguous()
+        # A copy: a view would keep the numbers of all texts.
+        x = x.squeeze([i for i, name in enumerate(names) if not name]).clone(memory_format=torch.contiguous_format)
         return x, tuple(name for name in names if name)  # type: ignore[misc]
 
     def _contributions(self, stream: Tensor, scale: Tensor, rewards: Tensor) -> Tensor:
@@ -491,8 +493,9 @@ class _Parts:
         def read(hidden: Tensor, at: Tensor) -> Tensor:
             stream, rewards = hidden.reshape(-1, hidden.size(-1))[at], self.binding.rewards(hidden, at)
             if not self.fused:
-                self._check_stream(stream.to(self.dtype))
-            return use(stream, self.head.scale(stream), rewards.to(self.dtype))
+                self._check_stream(stream.to(self._sum))
+            scale = self.head.scale(stream)
+            return use(stream, scale, rewards.to(scale))
 
         return self.rm._run_watched(
             self.binding, [*self._taps(), *taps], texts, rows, read, self.batch_tokens, self.progress, self.engine

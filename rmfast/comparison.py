@@ -123,8 +123,7 @@ def mean_of_pairs(
     values = values[np.isfinite(values)]
     if len(values) < LEAST_PAIRS:
         raise ValueError(f"Expected at least {LEAST_PAIRS} pairs for a mean with an interval, got {len(values)}")
-    if not 0 < confidence < 1:
-        raise ValueError(f"Expected confidence to be in (0, 1), got {confidence!r}")
+    _check_confidence(confidence)
     # Percentiles, since BCa has no interval where values are equal (a perfect correlation in every pair).
     found = stats.bootstrap(
         (values,), statistic, n_resamples=_RESAMPLES, confidence_level=confidence, method="percentile",
@@ -200,6 +199,7 @@ def compare_attribution(
     if not several(clean) or not several(corrupted):
         raise TypeError("Expected clean and corrupted to be lists of texts")
     _check_pairs(len(clean))
+    _check_confidence(confidence)
     labels = range(rm.num_labels)
     if label not in labels and (label is not None or len(labels) > 1):
         raise ValueError(f"Expected label, the reward to compare of this model's {len(labels)}, got {label!r}")
@@ -226,6 +226,11 @@ def _effects(item: Any) -> np.ndarray:
         )
     effects = item.effect if isinstance(item, PatchSweep) else item
     return np.asarray(effects.double() if hasattr(effects, "double") else effects, np.float64)
+
+
+def _check_confidence(confidence: float) -> None:
+    if not 0 < confidence < 1:
+        raise ValueError(f"Expected confidence to be in (0, 1), got {confidence!r}")
 
 
 def _check_pairs(count: int) -> None:

@@ -437,6 +437,7 @@ class _Features:
         device = sae.W_enc.device
         self.dtype = parts.dtype
         self.direction = parts.direction.to(device, self.dtype)
+        self.seen: Tensor | None = None  # the stream at the rows that are read, of the part of a run that is under way
         with torch.no_grad():
             self.projected = reward_head(sae.W_dec.contiguous(), self.direction).to(self.dtype)  # (F, K): W_dec a
             self.bias = self.direction @ sae.b_dec.to(self.dtype)  # (K,)
@@ -455,18 +456,20 @@ class _Features:
                 kept = kept.unflatten(-1, (m, labels))
             else:
                 each = [x.squeeze(-1) for x in each]
-            rest, b_dec, error, total, rewards = (x.to(self.dtype) for x in each)
+            # Copies: views would keep the numbers of all texts.
+            kept, activations, *each = (x.to(self.dtype, copy=True) for x in (kept, activations, *each))
+            rest, b_dec, error, total, rewards = each
             ids = text.ids.tolist()
             found.append(
                 SAEAttribution(
                     features=features.long(),
-                    activations=activations.to(self.dtype),
-                    contributions=kept.to(self.dtype),
+                    activations=activations,
+                    contributions=kept,
                     rest=rest,
                     b_dec=b_dec,
                     error=error,
                     total=total,
-                    constant=constant[0] if labels == 1 else constant,
+                    constant=(constant[0] if labels == 1 else constant).clone(),
                     rewards=rewards,
                     norm=self.norm,
                     layer=self.layer,
@@ -483,7 +486,7 @@ class _Features:
         if self.site == "resid_pre":
             return [(points[self.layer]["resid_pre"], self._enters)]
         if self.site != "resid_post":
-            return [(points[self.layer][self.site], self._at_site)]
+            return [(points[0]["resid_pre"], self._start), (points[self.layer][self.site], self._at_site)]
         # What enters the next layer, or after the last one leaves the body.
         return [(points[self.layer + 1]["resid_pre"], self._enters)] if self.layer + 1 < len(points) else []
 
@@ -492,14 +495,20 @@ class _Features:
     def _enters(self, x: Tensor) -> None:
         self.seen = entering(x).clone()
 
+    def _start(self, x: Tensor) -> None:
+        self.seen = None
+
     def _at_site(self, x: Tensor) -> None:
-        self.seen = of_rows_read(x).clone()
+        if self.seen is None:  # a module that has several calls: the first one, as the points are tried
+            self.seen = of_rows_read(x).clone()
 
     def _terms(self, stream: Tensor, scale: Tensor, rewards: Tensor) -> Tensor:
         """(m, C) in fp64, which holds the numbers of features: they, f, their terms, the rest's, b_dec's, the error's,
         the total and the rewards."""
         last = self.site == "resid_post" and self.layer + 1 == self.parts.patcher.layers
-        h = (stream if last else self.seen).to(self.direction.device)
+        h = stream if last else self.seen
+        assert h is not None
+        h = h.to(self.direction.device)
         scale = scale.to(self.direction)  # (m, 1)
         features, activations, kept, rest, b_dec = self._features(h)
         total = reward_head(h, self.direction).to(self.dtype)  # (m, K)

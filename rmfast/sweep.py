@@ -253,7 +253,7 @@ class _Options:
         partner, other_read = self._aligned(base.ids, other.ids), self._read(other, index)
         if self.causal:
             partner[partner > other_read] = -1  # behind the token that is read nothing is run
-        if isinstance(self.align, str) and self.align == "auto":
+        if isinstance(self.align, str) and self.align == "auto" and self.binding.head:
             partner[read] = other_read  # also where texts end in other words, or one goes on where the other ends
         shared = min(len(base), len(other))
         alike = (base.ids[:shared] == other.ids[:shared]) & (partner[:shared] == np.arange(shared))

@@ -315,6 +315,16 @@ def test_texts_run_packed_but_where_hooks_expect_batches(family, monkeypatch):
             torch.testing.assert_close(x, b.of(name), rtol=1e-5, atol=1e-5 * scale(m))
 
 
+def test_results_share_no_memory_with_each_other_or_the_model():
+    m = biased(model("llama", torch.float32))
+    texts = M.token_ids([5, 9], seed=1)
+    first, second = rmfast.RewardModel(m).attribute(texts)
+    for x in (first.rewards, first.constant, *first.contributions.values()):
+        assert x.untyped_storage().nbytes() == x.nbytes
+    first.constant.zero_()
+    assert second.constant == m.score.bias.detach()[0] != 0
+
+
 def test_no_texts_have_no_results():
     assert rmfast.RewardModel(model("llama", torch.float32)).attribute([]) == []
 

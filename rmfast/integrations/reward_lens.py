@@ -481,7 +481,7 @@ def _readout(rm: RewardModel, runtime: Any, policy: Any, readout: Any) -> Tensor
 # reward-lens' RewardModel ---------------------------------------------------------------------------------------------
 
 # By wrapper: the adapter and functions that make its reward, and whether that is rm.score's.
-_agrees: weakref.WeakKeyDictionary[Any, tuple[tuple, bool]] = weakref.WeakKeyDictionary()
+_agrees: weakref.WeakKeyDictionary[Any, tuple[weakref.ref, list, bool]] = weakref.WeakKeyDictionary()
 
 
 def _wrapped(wrapper: Any) -> RewardModel:
@@ -490,12 +490,11 @@ def _wrapped(wrapper: Any) -> RewardModel:
     if not type(adapter).__module__.startswith("reward_lens."):
         raise _Outside("an adapter of its own")
     rm = _bound(wrapper)
-    makers = (adapter.extract_reward, adapter.extract_reward_batch)
-    key = (id(adapter), *(getattr(maker, "__func__", maker) for maker in makers))
+    makers = [getattr(f, "__func__", f) for f in (adapter.extract_reward, adapter.extract_reward_batch)]
     known = _agrees.get(wrapper)
-    if known is None or known[0] != key:
-        known = _agrees[wrapper] = key, _reads_first_label(wrapper, rm)
-    if not known[1]:
+    if known is None or known[0]() is not adapter or known[1] != makers:
+        known = _agrees[wrapper] = weakref.ref(adapter), makers, _reads_first_label(wrapper, rm)
+    if not known[2]:
         raise _Outside("its adapter makes the reward in another way")
     return rm
 
