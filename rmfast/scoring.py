@@ -521,7 +521,8 @@ class RewardModel:
             heads, neurons: which units of kinds that have them; heads default to all (K/V heads for k and v).
             align: "auto" (equal lengths position by position; else what both texts begin and end with, and between
                 that the tokens that correspond; in any case the tokens where the rewards are read), "strict" (equal
-                lengths only), or a map from clean to corrupted positions. Positions without a partner are NaN and counted in `unpaired`.
+                lengths only), or a map from clean to corrupted positions. Positions without a partner are NaN and
+                counted in `unpaired`.
             metric: a function of the rewards (K,) that gives one number, taken in their place.
             screen, top: with "atp", only the `top` sites that `attribution_patch` ranks first are run, others are NaN.
             batch_tokens: most rows that run at once; default as for `score`. An edited run must fit.
