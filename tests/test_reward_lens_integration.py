@@ -288,9 +288,10 @@ def test_a_reward_that_is_made_in_another_way_from_now_on():
 @old
 @pytest.mark.parametrize("corpus", [lambda: iter(TEXTS), list], ids=["iterator", "empty"])
 def test_a_corpus_that_can_not_be_counted_is_its_own(corpus):
-    patcher = reward_lens.ActivationPatcher(wrapper())
+    w = wrapper()
+    patcher = reward_lens.ActivationPatcher(w)
     without, within, said = both(lambda: patcher.patch_all_components_mean(*PAIRS[0], corpus(), show_progress=False))
-    np.testing.assert_array_equal(within.patch_effects, without.patch_effects)
+    near(within.patch_effects, without.patch_effects, w.model)  # its runs of the corpus are ours
     assert "a corpus that is no list of pairs" in said
 
 
