@@ -21,6 +21,7 @@ __all__ = ["Comparison", "Estimate", "compare", "compare_attribution", "mean_of_
 # An interval from fewer pairs says nothing, nor does a rank among fewer sites: of 4 there are 24 orders.
 LEAST_PAIRS = 10
 LEAST_SITES = 4
+SITES = ("attn_out", "head_out", "mlp_out", "mlp_neuron")  # what both attribution and patching have
 _RESAMPLES = 9999
 _AT_ONCE = 1 << 20  # values that are resampled at once, 16 MiB: all resamples of 10,000 pairs would be 1.6 GB
 
@@ -200,6 +201,9 @@ def compare_attribution(
         raise TypeError("Expected clean and corrupted to be lists of texts")
     _check_pairs(len(clean))
     _check_confidence(confidence)
+    named = [sites] if isinstance(sites, str) else list(sites)
+    if not named or not set(named) <= set(SITES):
+        raise ValueError(f"Expected sites to be of {', '.join(SITES)}, got {sites!r}")
     labels = range(rm.num_labels)
     if label not in labels and (label is not None or len(labels) > 1):
         raise ValueError(f"Expected label, the reward to compare of this model's {len(labels)}, got {label!r}")

@@ -154,7 +154,10 @@ def test_a_label_is_chosen_of_several():
         (lambda rm: rm.compare([], []), "at least 10 pairs for a correlation over pairs, got 0"),
         (lambda rm: rm.compare(CLEAN, CORRUPTED, label=1), "the reward to compare of this model's 1, got 1"),
         (lambda rm: rm.compare(CLEAN, CORRUPTED, mode="zero"), 'mode to be "noising" or "denoising", got \'zero\''),
-        (lambda rm: rm.compare(CLEAN, CORRUPTED, sites="resid_post"), "components to be different ones of embedding"),
+        (
+            lambda rm: rm.compare(CLEAN, CORRUPTED, sites="resid_post"),
+            "Expected sites to be of attn_out, head_out, mlp_out",
+        ),
     ],
 )
 def test_too_little_and_wrong_arguments_are_named(rm, use, message):
