@@ -300,6 +300,8 @@ def test_each_text_of_a_list_has_the_parts_that_it_has_alone(family, positions, 
 @pytest.mark.parametrize("family", ["llama", "gemma2", "gpt2"])
 def test_texts_run_packed_but_where_hooks_expect_batches(family, monkeypatch):
     m = model(family, torch.float32)
+    if family == "gemma2":  # the oldest transformers' SDPA leaves out its softcap
+        m.set_attn_implementation("eager")
     ways = []
     for name in ("_run_packed", "_run_padded"):
         run = getattr(rmfast.RewardModel, name)
