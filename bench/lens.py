@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import importlib
 import importlib.util
 import json
 from collections.abc import Callable
@@ -50,7 +51,11 @@ class Pairs(scoring.Scoring):
     @functools.cached_property
     def exact(self) -> Tensor:
         wide = copy.deepcopy(self.model).double()
-        return torch.stack([_streams(wide, [self.inputs[0][i]], self.device)[0] for i in self.sample])
+        return torch.stack([self.batch(wide, [self.inputs[0][i]], self.device)[0] for i in self.sample])
+
+    @staticmethod
+    def batch(model: Any, texts: scoring.Texts, device: torch.device) -> Tensor:
+        return _streams(model, texts, device)
 
     def error(self, out: Tensor) -> float:
         return float((out.cpu().double()[self.sample] - self.exact.cpu()).abs().max() / self.exact.abs().max())
@@ -59,10 +64,9 @@ class Pairs(scoring.Scoring):
 class Parts(Pairs):
     """Results are (texts, 1 + 2 layers): the embedding, attention and MLP of layer 0, of layer 1, ..."""
 
-    @functools.cached_property
-    def exact(self) -> Tensor:
-        wide = copy.deepcopy(self.model).double()
-        return torch.stack([_parts(wide, [self.inputs[0][i]], self.device)[0] for i in self.sample])
+    @staticmethod
+    def batch(model: Any, texts: scoring.Texts, device: torch.device) -> Tensor:
+        return _parts(model, texts, device)
 
 
 def _seen(
@@ -126,12 +130,12 @@ def attribute(p: Parts) -> Callable[[scoring.Texts], Tensor]:
     return run
 
 
-def batched(size: int, one: Callable[..., Tensor]) -> Maker:
+def batched(size: int) -> Maker:
     def make(p: Pairs) -> Callable[[scoring.Texts], Tensor]:
         def run(texts: scoring.Texts) -> Tensor:
             order = np.argsort([-len(text) for text in texts], kind="stable")
             parts = [order[i : i + size] for i in range(0, len(order), size)]
-            out = torch.cat([one(p.model, [texts[i] for i in some], p.device) for some in parts])
+            out = torch.cat([p.batch(p.model, [texts[i] for i in some], p.device) for some in parts])
             return out[torch.from_numpy(np.argsort(order)).to(out.device)]
 
         return run
@@ -139,40 +143,25 @@ def batched(size: int, one: Callable[..., Tensor]) -> Maker:
     return make
 
 
-def _peer(p: Pairs) -> tuple[Any, list[tuple[str, str, str]]]:
-    """reward-lens' wrapper of the model, and the pairs: token ids come to it as words, prompt and response apart."""
-    wrapper = sweep.peer(p.model, "{{ messages[0]['content'] }} {{ messages[1]['content'] }}", p.device)
-    words = [[" ".join(map(str, part)) for part in np.split(text, [p.prompts[i // 2]])] for i, text in
-             enumerate(p.inputs[0])]  # fmt: skip
-    return wrapper, [(a[0], a[1], b[1]) for a, b in zip(words[::2], words[1::2])]
+def reward_lens(tool: str, method: str, found: str) -> Maker:
+    """Its tool's method on every pair, whose result has `found` for the preferred and the dispreferred text."""
 
+    def make(p: Pairs) -> Callable[[scoring.Texts], Tensor]:
+        wrapper = sweep.peer(p.model, "{{ messages[0]['content'] }} {{ messages[1]['content'] }}", p.device)
+        call = getattr(getattr(importlib.import_module("reward_lens"), tool)(wrapper), method)
+        # Token ids come to it as words, prompt and response apart.
+        words = [[" ".join(map(str, part)) for part in np.split(text, [p.prompts[i // 2]])] for i, text in
+                 enumerate(p.inputs[0])]  # fmt: skip
+        pairs = [(a[0], a[1], b[1]) for a, b in zip(words[::2], words[1::2])]
 
-def reward_lens(p: Pairs) -> Callable[[scoring.Texts], Tensor]:
-    from reward_lens import RewardLens
+        def run(texts: scoring.Texts) -> Tensor:
+            each = [call(*pair) for pair in pairs]
+            both = [getattr(one, f"{found}_{side}") for one in each for side in ("preferred", "dispreferred")]
+            return torch.from_numpy(np.stack(both))
 
-    wrapper, pairs = _peer(p)
-    tracer = RewardLens(wrapper)
+        return run
 
-    def run(texts: scoring.Texts) -> Tensor:
-        found = [tracer.trace(*pair) for pair in pairs]
-        both = [x for one in found for x in (one.reward_lens_preferred, one.reward_lens_dispreferred)]
-        return torch.from_numpy(np.stack(both))
-
-    return run
-
-
-def component_attribution(p: Parts) -> Callable[[scoring.Texts], Tensor]:
-    from reward_lens import ComponentAttribution
-
-    wrapper, pairs = _peer(p)
-    attribution = ComponentAttribution(wrapper)
-
-    def run(texts: scoring.Texts) -> Tensor:
-        found = [attribution.attribute(*pair) for pair in pairs]
-        both = [x for one in found for x in (one.contributions_preferred, one.contributions_dispreferred)]
-        return torch.from_numpy(np.stack(both))
-
-    return run
+    return make
 
 
 class Streams(reward_head.Head):
@@ -240,10 +229,12 @@ def _pairs(short: str, dtype: str, targets: dict[str, float], parts: bool = Fals
     tiny = {"hidden_size": 48, "intermediate_size": 80, "num_hidden_layers": 2, "num_attention_heads": 4,
             "num_key_value_heads": 2}  # fmt: skip
     shape = {"model": "SmolLM2-135M", "workload": "hh", "texts": 128, "dtype": dtype}
-    one = _parts if parts else _streams
-    baselines: dict[str, dict[str, Maker]] = {"batched": {str(size): batched(size, one) for size in (4, 8, 16)}}
+    baselines: dict[str, dict[str, Maker]] = {"batched": {str(size): batched(size) for size in (4, 8, 16)}}
     if importlib.util.find_spec("reward_lens"):
-        baselines["reward-lens"] = {"": component_attribution if parts else reward_lens}
+        what = (
+            ("ComponentAttribution", "attribute", "contributions") if parts else ("RewardLens", "trace", "reward_lens")
+        )
+        baselines["reward-lens"] = {"": reward_lens(*what)}
     else:
         targets = {name: least for name, least in targets.items() if name != "reward-lens"}
     return Benchmark(

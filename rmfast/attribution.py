@@ -362,9 +362,8 @@ class _Parts:
             self.patcher.units(kind)
         self._stored = next(p.dtype for p in binding.root.parameters() if p.is_floating_point())
         self.direction, self.constant, self.dtype = self.head.direction, self.head.constant, self.head.dtype
-        # A norm that stays in the body is one that the packed engine leaves out.
         engine = rm._packed_engine() if packed and binding is rm.binding else "padded"
-        self.engine = "padded" if isinstance(engine, str) else None
+        self.packed = packed
         # Layers that the engine has taken apart: known to add up, and their attention and MLP run as other modules.
         self.fused = [] if isinstance(engine, str) or engine.why else [layer for _, layer in engine.layers]
         with binding.session(grad=True), torch.no_grad():
@@ -498,7 +497,7 @@ class _Parts:
             return use(stream, scale, rewards.to(scale))
 
         return self.rm._run_watched(
-            self.binding, [*self._taps(), *taps], texts, rows, read, self.batch_tokens, self.progress, self.engine
+            self.binding, [*self._taps(), *taps], texts, rows, read, self.batch_tokens, self.progress, self.packed
         )
 
     def _taps(self) -> Iterator[tuple[Point, Callable[[Tensor], None]]]:

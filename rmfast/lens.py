@@ -258,9 +258,7 @@ def lens(
     every = positions == "all"
     rows = [np.arange(len(text)) if every else np.array([at]) for text, at in zip(texts, read)]
     streams = _Streams(bound, layers, linear, norm == "frozen")
-    # A norm that stays in the body is one that the packed engine leaves out.
-    engine = None if bound is rm.binding else "padded"
-    found = rm._run_watched(bound, streams.taps, texts, rows, streams.read, batch_tokens, progress, engine)
+    found = rm._run_watched(bound, streams.taps, texts, rows, streams.read, batch_tokens, progress)
     squeezed = [value[..., 0] if rm.num_labels == 1 else value for value in found]  # (reads, L + 2[, K])
     layered_rewards, scores = [value[:, :-1] for value in squeezed], [value[:, -1] for value in squeezed]
     shape = (0, len(layers) + 1, *([] if rm.num_labels == 1 else [rm.num_labels]))

@@ -373,12 +373,14 @@ class RewardModel:
         head: Callable[[Tensor, Tensor], Tensor],
         batch_tokens: int | None = None,
         progress: bool = False,
-        engine: str | None = None,
+        packed: bool = True,
     ) -> list[Tensor]:
         """`_run` with a head, while `taps` see what comes by at their points; `bound` is `hooks.layered`'s."""
         self._packed_engine()  # before hooks are in the layers, which would rule it out; kept by self
         watched = copy.copy(self)
         watched.binding = Watched.of(bound, taps)
+        # A norm that stays in the body is one that the packed engine leaves out.
+        engine = None if packed and bound is self.binding else "padded"
         return watched._run(encoded, read, batch_tokens, progress, engine, head)
 
     def _run_padded(
