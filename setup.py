@@ -199,6 +199,7 @@ setup(
     # `kernels` at the top level would be Hugging Face's package: installed as rmfast.kernels, always listed by name.
     packages=[
         "rmfast",
+        "rmfast.cli",
         "rmfast.integrations",
         "rmfast.ops",
         "rmfast.kernels",

@@ -1,0 +1,39 @@
+"""The `rmfast` command: score files of texts in bounded memory, resume, sweep, explain.
+
+Nothing here imports torch or transformers until a model is needed, so `rmfast --help` stays quick.
+"""
+
+from typing import Annotated
+
+import typer
+
+import rmfast
+from rmfast.cli import debias, explain, score, sweep, values
+
+__all__ = ["app", "main"]
+
+app = typer.Typer(
+    help="Fast, exact reward-model scoring.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+
+app.command()(score.score)
+app.command()(values.values)
+app.command()(sweep.sweep)
+app.command()(debias.debias)
+app.command()(explain.explain)
+
+
+@app.callback(invoke_without_command=True)
+def _root(version: Annotated[bool, typer.Option("--version", help="Print the version and exit.")] = False) -> None:
+    if version:
+        typer.echo(f"rmfast {rmfast.__version__}")
+        raise typer.Exit
+
+
+def main() -> None:
+    """The console script: exit code 0, 1 for an error (one line on stderr), 2 for wrong usage, 130 when interrupted."""
+    app()

@@ -1,0 +1,3 @@
+from rmfast.cli import main
+
+main()

@@ -1,0 +1,134 @@
+"""What the commands share: their options, errors of one line, the model and the backend that were asked for.
+
+Annotations are read by typer at run time: no `from __future__ import annotations`, here and in the commands.
+"""
+
+import contextlib
+import dataclasses
+import functools
+import inspect
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any, Literal, NoReturn
+
+import typer
+
+import rmfast
+
+Columns = Literal["pairs", "response", "messages", "text"]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ModelOptions:
+    """What all commands that run a model share; one command-line option each."""
+
+    model: Annotated[str, typer.Option(help="A model's folder or hub id.")]
+    format: Annotated[
+        Literal["chat", "pair", "concat"] | None,
+        typer.Option(help="How a prompt and a response become one text; default: as the model's tokenizer suggests."),
+    ] = None
+    truncation: Annotated[
+        Literal["error", "left", "right"], typer.Option(help="A text over the limit is an error, or cut on this side.")
+    ] = "error"
+    max_length: Annotated[int | None, typer.Option(min=1, help="Most tokens of a text; default: the model's.")] = None
+    pooling: Annotated[str, typer.Option(help='The token that is read: "auto", "last" or a token id.')] = "auto"
+    dtype: Annotated[
+        Literal["float32", "bfloat16", "float16", "float64"] | None, typer.Option(help="Default: as it is saved.")
+    ] = None
+    device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, ...; default: a GPU if there is one.")] = None
+    batch_tokens: Annotated[int | None, typer.Option(min=1, help="Most tokens that run at once.")] = None
+    backend: Annotated[
+        Literal["cuda", "triton", "cpp", "eager"] | None, typer.Option(help="Default: see `rmfast explain`.")
+    ] = None
+    trust_remote_code: Annotated[bool, typer.Option("--trust-remote-code")] = False
+    revision: Annotated[str | None, typer.Option(help="Of a model on the hub.")] = None
+    gguf_file: Annotated[str | None, typer.Option(help="The GGUF file in the model's folder.")] = None
+    traceback: Annotated[bool, typer.Option("--traceback", help="Show where an error arose.")] = False
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Options(ModelOptions):
+    """What `score` and `values` share besides."""
+
+    input: Annotated[Path, typer.Option(help="A .jsonl, .csv or .parquet file.", exists=True, dir_okay=False)]
+    output: Annotated[Path, typer.Option(help="The JSONL file to write, or to go on with.", dir_okay=False)]
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Start anew where the output exists.")] = False
+    on_error: Annotated[
+        Literal["stop", "skip", "null"], typer.Option(help="At a bad row: stop, leave it out, or write it with null.")
+    ] = "stop"
+    columns: Annotated[Columns | None, typer.Option(help="What the rows hold; default: by their column names.")] = None
+    prompt_column: Annotated[str, typer.Option()] = "prompt"
+    response_column: Annotated[str, typer.Option()] = "response"
+    chosen_column: Annotated[str, typer.Option()] = "chosen"
+    rejected_column: Annotated[str, typer.Option()] = "rejected"
+    messages_column: Annotated[str, typer.Option()] = "messages"
+    text_column: Annotated[str, typer.Option()] = "text"
+    output_column: Annotated[str | None, typer.Option(help="The new column; default: reward, or values.")] = None
+    input_format: Annotated[
+        Literal["jsonl", "csv", "parquet"] | None, typer.Option(help="Default: by the file's suffix.")
+    ] = None
+    window: Annotated[int, typer.Option(min=1, help="Rows read, scored by length and written at a time.")] = 512
+    engine: Annotated[
+        Literal["packed", "padded"] | None, typer.Option(help="Default: packed where the model can run so.")
+    ] = None
+
+
+def with_options(command: Callable[..., None]) -> Callable[..., None]:
+    """Give `command(options, **own)` one parameter for every field of its options' class, and one-line errors.
+
+    Typer reads a function's signature; writing these 28 parameters out in each command is the alternative.
+    """
+    first, *own = inspect.signature(command).parameters.values()
+    kind = first.annotation
+    shared = [
+        inspect.Parameter(
+            field.name,
+            inspect.Parameter.KEYWORD_ONLY,
+            default=inspect.Parameter.empty if field.default is dataclasses.MISSING else field.default,
+            annotation=field.type,
+        )
+        for field in dataclasses.fields(kind)
+    ]
+
+    @functools.wraps(command)
+    def run(**given: Any) -> None:
+        options = kind(**{parameter.name: given.pop(parameter.name) for parameter in shared})
+        try:
+            with warnings.catch_warnings():
+                warnings.showwarning = lambda message, *_: typer.echo(f"rmfast: {message}", err=True)  # one line
+                command(options, **given)
+        except KeyboardInterrupt:
+            fail("interrupted; the same command goes on where it stopped", code=130)
+        except Exception as error:
+            if options.traceback:
+                raise
+            fail(" ".join(str(error).split()) or type(error).__name__)
+
+    parameters = sorted([*own, *shared], key=lambda p: p.default is not inspect.Parameter.empty)  # needed ones first
+    run.__signature__ = inspect.Signature([p.replace(kind=p.KEYWORD_ONLY) for p in parameters])  # type: ignore[attr-defined]
+    run.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
+    return run
+
+
+def fail(message: str, code: int = 1) -> NoReturn:
+    """One line on stderr, and the exit code."""
+    typer.echo(f"rmfast: {message}", err=True)
+    raise typer.Exit(code)
+
+
+def load_model(options: ModelOptions) -> Any:
+    """The RewardModel that the options name."""
+    pooling: str | int = int(options.pooling) if options.pooling.lstrip("-").isdigit() else options.pooling
+    given = {name: getattr(options, name) for name in ("dtype", "device", "revision", "gguf_file")}
+    return rmfast.load(
+        options.model,
+        pooling=pooling,
+        trust_remote_code=options.trust_remote_code,
+        **{name: value for name, value in given.items() if value is not None},
+    )
+
+
+def chosen_backend(options: ModelOptions) -> contextlib.AbstractContextManager[Any]:
+    """The backend of --backend for as long as it is entered."""
+    return rmfast.backend(options.backend) if options.backend else contextlib.nullcontext()

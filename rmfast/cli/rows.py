@@ -1,0 +1,128 @@
+"""Rows of a file as what a model scores: the cells of a row, and the columns that a file has and gains."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from rmfast.cli.options import Columns, Options
+from rmfast.pairs import join
+from rmfast.tables import Row, read_rows
+
+
+class BadRow(ValueError):
+    """A row that can't be scored; the message says why."""
+
+
+def cell_of(row: Row, column: str, parse: bool = False) -> Any:
+    """The text or messages in a column; with `parse` (CSV has no lists) messages written as JSON too. Raises BadRow."""
+    if column not in row.data:
+        raise BadRow(f"column {column!r} is missing")
+    cell = row.data[column]
+    if cell is None or cell == [] or (isinstance(cell, str) and not cell.strip()):
+        raise BadRow(f"column {column!r} is empty")
+    if parse and isinstance(cell, str):
+        try:
+            cell = json.loads(cell)
+        except (ValueError, RecursionError):
+            raise BadRow(f"column {column!r} holds no list of messages") from None
+    if isinstance(cell, list) and cell and all(isinstance(m, dict) and isinstance(m.get("role"), str) for m in cell):
+        return cell
+    if not isinstance(cell, str):
+        raise BadRow(f"column {column!r} holds neither text nor messages but {type(cell).__name__}")
+    try:
+        cell.encode()
+    except UnicodeEncodeError as error:
+        raise BadRow(f"column {column!r} is not valid Unicode: {error.reason}") from None
+    return cell
+
+
+@contextlib.contextmanager
+def located(row: Row, path: Path) -> Iterator[None]:
+    """Says of a bad row where it is."""
+    try:
+        if row.error:
+            raise BadRow(row.error)
+        yield
+    except BadRow as error:
+        raise BadRow(f"{path.name}, line {row.line}: {error}") from None
+
+
+class Layout:
+    """What the rows of an input hold, and the columns that they gain."""
+
+    def __init__(self, options: Options, kind: str, column: str, tokens: bool) -> None:
+        """Choose the mode by the columns of the first readable row, and see that the new columns are free."""
+        self.options, self.column, self.tokens = options, column, tokens
+        self.mode: Columns | None = options.columns
+        data = next((row.data for row in read_rows(options.input, kind) if not row.error), None)
+        if data is None:
+            return
+        if self.mode is None:
+            self.mode = self._mode_of(data)
+        if taken := self._taken(data):
+            raise ValueError(
+                f"Expected the new column {taken[0]!r} not to be in the input: give another --output-column"
+            )
+
+    def new_columns(self) -> list[str]:
+        """Those that every written row has beside its own, but for `error`."""
+        columns = [self.column + suffix for suffix in self._suffixes()]
+        if self.tokens:
+            columns += [name + suffix for name in ("tokens", "token_ids") for suffix in self._suffixes()]
+        return columns
+
+    def inputs(self, row: Row) -> list[Any]:
+        """The row's texts, as the model takes them: one, or two for a pair. Raises BadRow."""
+        if row.error:
+            raise BadRow(row.error)
+        if taken := self._taken(row.data):  # rows of JSONL may differ in their columns
+            raise BadRow(f"has a column {taken[0]!r} of its own: give another --output-column")
+        o = self.options
+        if self.mode == "pairs":
+            prompt = cell_of(row, o.prompt_column) if row.data.get(o.prompt_column) is not None else None
+            return [join(prompt, cell_of(row, column)) for column in (o.chosen_column, o.rejected_column)]
+        if self.mode == "response":
+            return [join(cell_of(row, o.prompt_column), cell_of(row, o.response_column))]
+        column = o.messages_column if self.mode == "messages" else o.text_column
+        cell = cell_of(row, column, parse=self.mode == "messages")
+        if isinstance(cell, str) != (self.mode == "text"):
+            raise BadRow(f"column {column!r} holds {'messages' if self.mode == 'text' else 'no list of messages'}")
+        return [cell]
+
+    def cells(self, model: Any, results: list[tuple[Any, Any]]) -> dict[str, Any]:
+        """The new columns of a row, from (encoded input, reward) of its texts."""
+        cells = {self.column + suffix: result for suffix, (_, result) in zip(self._suffixes(), results, strict=True)}
+        if self.tokens:
+            for suffix, (item, _) in zip(self._suffixes(), results, strict=True):
+                ids = item.ids.tolist()
+                cells["tokens" + suffix] = model.tokenizer.convert_ids_to_tokens(ids)
+                cells["token_ids" + suffix] = ids
+        return cells
+
+    def _mode_of(self, data: dict[str, Any]) -> Columns:
+        o = self.options
+        wanted: dict[Columns, tuple[str, ...]] = {
+            "pairs": (o.chosen_column, o.rejected_column),
+            "messages": (o.messages_column,),
+            "response": (o.prompt_column, o.response_column),
+            "text": (o.text_column,),
+        }
+        for mode, names in wanted.items():
+            if all(name in data for name in names):
+                return mode
+        expected = " or ".join("+".join(names) for names in wanted.values())
+        raise ValueError(
+            f"Expected columns {expected}, got {', '.join(data) or 'none'}; see --text-column and the like"
+        )
+
+    def _taken(self, data: dict[str, Any]) -> list[str]:
+        """The new columns that a row already has."""
+        new = [*self.new_columns(), "error"] if self.options.on_error == "null" else self.new_columns()
+        return sorted(set(data) & set(new))
+
+    def _suffixes(self) -> tuple[str, ...]:
+        return ("_chosen", "_rejected") if self.mode == "pairs" else ("",)

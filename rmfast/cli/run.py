@@ -1,0 +1,197 @@
+"""The resumable run over files that `score` and `values` share."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import hashlib
+import itertools
+import math
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import typer
+
+import rmfast
+from rmfast.cli.options import Options, chosen_backend, load_model
+from rmfast.cli.rows import BadRow, Layout
+from rmfast.tables import Output, Row, count_and_digest, dump_line, kind_of, read_rows
+
+Score = Callable[[list[Any]], Any]  # encoded inputs to a reward, or token rewards, for each
+
+
+class Run:
+    """One run of `score` or `values`: windows of rows in, lines out, in the input's order."""
+
+    def __init__(
+        self, command: str, options: Options, column: str, tokens: bool = False, interventions: list[Path] | None = None
+    ) -> None:
+        self.options, self.column, self.interventions = options, column, interventions or []
+        self.kind = options.input_format or kind_of(options.input)
+        self.count, digest = count_and_digest(options.input, self.kind)
+        local = Path(options.model)
+        fixed = ("columns", "format", "truncation", "max_length", "pooling", "dtype", "revision", "gguf_file")
+        names = [field.name for field in dataclasses.fields(Options) if field.name.endswith("_column")]
+        run = {
+            "rmfast": rmfast.__version__,
+            "command": command,
+            "model": str(local.resolve()) if local.exists() else options.model,
+            "model_files": _files_digest(local) if local.exists() else None,
+            "interventions": [_content_digest(folder) for folder in self.interventions] or None,
+            "input_sha256": digest,
+            "tokens": tokens,
+            **{name: getattr(options, name) for name in [*fixed, *names]},
+        }
+        if options.output.resolve() == options.input.resolve():
+            raise ValueError("Expected --output to be another file than --input")
+        self.bad = self.texts = self.n_tokens = 0
+        self.layout = Layout(options, self.kind, column, tokens)
+        options.output.parent.mkdir(parents=True, exist_ok=True)
+        self.output = Output(options.output, run, overwrite=options.overwrite)
+
+    def go(self, method: str) -> None:
+        """Score all rows that are not done, by the model's `score` or `token_values`."""
+        if self.output.finished:
+            return typer.echo(f"rmfast: {self.output.path} is complete; --overwrite starts anew", err=True)
+        model = load_model(self.options)
+        if self.interventions:
+            from rmfast.interventions import load
+
+            model = model.with_interventions(*map(load, self.interventions))
+        self.output.begin(model_revision=getattr(model.model.config, "_commit_hash", None))
+
+        from tqdm import tqdm
+
+        o = self.options
+        function = functools.partial(
+            getattr(model, method), batch_tokens=o.batch_tokens, max_length=o.max_length, engine=o.engine
+        )
+        first, start = self.output.next_row, time.perf_counter()
+        backend = chosen_backend(o)
+        bar = tqdm(total=self.count, initial=first, unit="row", disable=None)  # None: only on a terminal
+        with backend, bar:
+            for number, rows in self._windows(first):
+                stopped = self._window(model, number, rows, function)
+                bar.update(self.output.next_row - bar.n)
+                bar.set_postfix_str(self._rates(time.perf_counter() - start))
+                if stopped:
+                    raise stopped
+        self.output.finish()
+        seconds = time.perf_counter() - start
+        typer.echo(
+            f"rmfast: {self.output.next_row - first} rows, {self.texts} texts, {self.n_tokens} tokens"
+            f" in {seconds:.1f} s: {self._rates(seconds)}" + (f"; {self.bad} bad rows" if self.bad else ""),
+            err=True,
+        )
+
+    def _rates(self, seconds: float) -> str:
+        return f"{self.texts / seconds:.1f} texts/s, {self.n_tokens / seconds:.0f} tokens/s"
+
+    def _windows(self, first: int) -> Iterator[tuple[int, list[Row]]]:
+        """Windows (number of their first row, rows) from row `first` on.
+
+        They are cut at multiples of --window of the whole file, so that a resumed run batches as if never interrupted.
+        """
+        rows = itertools.islice(read_rows(self.options.input, self.kind), first, None)
+        number, size = first, self.options.window
+        while window := list(itertools.islice(rows, size - number % size)):
+            yield number, window
+            number += len(window)
+
+    def _window(self, model: Any, number: int, rows: list[Row], function: Score) -> BadRow | None:
+        """Score one window and write its lines. Returns the error that ends the run, where a bad row does."""
+        o, errors = self.options, dict[int, str]()  # place in the window: reason
+        inputs: list[tuple[int, Any]] = []  # (place, input)
+        for place, row in enumerate(rows):
+            try:
+                inputs += [(place, item) for item in self.layout.inputs(row)]
+            except BadRow as error:
+                errors[place] = str(error)
+        given = [item for _, item in inputs]
+        encoded = model.encode(
+            given, max_length=o.max_length, truncation=o.truncation, format=o.format, errors="return"
+        )
+        results: dict[int, list[tuple[Any, Any]]] = {}  # place: (encoded input, reward) of its texts
+        for place, item, result in self._results([place for place, _ in inputs], encoded, errors, function):
+            if not _finite(result):
+                errors.setdefault(place, f"its {self.column} is not finite")
+            results.setdefault(place, []).append((item, result))
+
+        end = self._end(errors, len(rows))
+        lines, skipped = [], []
+        for place, row in enumerate(rows[:end]):
+            if place not in errors:
+                lines.append(dump_line(row.data | self.layout.cells(model, results[place])))
+                continue
+            self.bad += 1
+            self._report(row.line, errors[place])
+            if o.on_error == "null":
+                lines.append(dump_line(row.data | dict.fromkeys(self.layout.new_columns()) | {"error": errors[place]}))
+            else:
+                skipped.append((number + place, Row(row.line, {}, errors[place])))
+        self.output.append(lines, skipped)
+        if end < len(rows):
+            hint = "--on-error skip or null goes on past bad rows"
+            return BadRow(f"{o.input.name}, line {rows[end].line}: {errors[end]} ({hint})")
+        return None
+
+    def _end(self, errors: dict[int, str], size: int) -> int:
+        """Where in its window the run ends: at the first bad row, with --on-error stop."""
+        return min(errors, default=size) if self.options.on_error == "stop" else size
+
+    def _results(
+        self, places: list[int], encoded: list[Any], errors: dict[int, str], function: Score
+    ) -> list[tuple[int, Any, Any]]:
+        """(place, encoded input, reward) of each text that has one; `errors` gains the texts that the model refuses."""
+        for place, item in zip(places, encoded, strict=True):
+            if isinstance(item, Exception):
+                errors.setdefault(place, getattr(item, "reason", str(item)))
+        while True:
+            end = self._end(errors, max(places, default=0) + 1)
+            good = [(place, item) for place, item in zip(places, encoded) if place not in errors and place < end]
+            try:
+                results = function([item for _, item in good]) if good else []
+            except ValueError as error:
+                # An InputError that `encode` can't foresee: a text without the token that --pooling names.
+                if not hasattr(error, "index"):
+                    raise
+                errors[good[error.index][0]] = getattr(error, "reason", str(error))
+                continue
+            self.texts += len(good)
+            self.n_tokens += sum(len(item) for _, item in good)
+            return [(place, item, _plain(result)) for (place, item), result in zip(good, results, strict=True)]
+
+    def _report(self, line: int, reason: str) -> None:
+        from tqdm import tqdm
+
+        tqdm.write(f"{self.options.input.name}, line {line}: {reason}", file=sys.stderr)
+
+
+def _files_digest(folder: Path) -> str:
+    """Of the names, sizes and times of a model's files: reading 16 GB of weights at every start would take 16 s."""
+    files = sorted(path for path in folder.iterdir() if path.is_file()) if folder.is_dir() else [folder]
+    seen = [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in files]
+    return hashlib.sha256(repr(seen).encode()).hexdigest()
+
+
+def _content_digest(folder: Path) -> str:
+    digest = hashlib.sha256()
+    for path in sorted(folder.glob("intervention.*")):
+        digest.update(path.read_bytes())
+    return digest.hexdigest()
+
+
+def _plain(result: Any) -> Any:
+    """A 0-, 1- or 2-d array of rewards as floats that are short in JSON: the fewest digits that give the same fp32."""
+    import numpy as np
+
+    array = np.asarray(result)
+    short = np.vectorize(lambda x: float(str(x)), otypes=[object])(array)
+    return short.tolist() if array.ndim else short.item()
+
+
+def _finite(value: Any) -> bool:
+    return all(map(_finite, value)) if isinstance(value, list) else math.isfinite(value)
