@@ -9,12 +9,11 @@ from typing import Any
 
 import models
 import pytest
+from shell import run
 from test_debias import biased, pairs
-from typer.testing import CliRunner
 
 import rmfast
 from rmfast import debias
-from rmfast.cli import app
 from rmfast.interventions import NeuronClamp
 
 
@@ -31,10 +30,6 @@ def write(path: Path, given: list[tuple[str, str, str]]) -> Path:
     rows = (dict(zip(("prompt", "chosen", "rejected"), pair)) for pair in given)
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return path
-
-
-def run(*args: Any) -> Any:
-    return CliRunner().invoke(app, [str(arg) for arg in args])
 
 
 def fitted(folder: Path, tmp_path: Path, *args: Any) -> Any:

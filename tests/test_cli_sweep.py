@@ -10,22 +10,15 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import models
 import pytest
+import shell
 import torch
-from typer.testing import CliRunner
+from shell import saved
 
 import rmfast
-from rmfast.cli import app
 from rmfast.grids import PatchSweep
 
 CLEAN, CORRUPTED = "a good film", "a grim film"
-
-
-def saved(path: Path, **kw: Any) -> Path:
-    models.decoder(**kw).save_pretrained(path)
-    models.tokenizer(chat=True).save_pretrained(path)
-    return path
 
 
 @pytest.fixture(scope="module")
@@ -42,7 +35,7 @@ def rm(folder: Path) -> rmfast.RewardModel:
 def run(folder: Path, output: Path, *args: Any, pair: bool = True) -> Any:
     texts = ["--clean", CLEAN, *(["--corrupted", CORRUPTED] if pair else [])]
     given = ["sweep", "--model", folder, "--output", output, *texts, *args]
-    return CliRunner().invoke(app, [str(arg) for arg in given])
+    return shell.run(*given)
 
 
 def equal(folder: Path, expected: PatchSweep) -> bool:
