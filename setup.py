@@ -201,6 +201,7 @@ setup(
         "rmfast",
         "rmfast.cli",
         "rmfast.integrations",
+        "rmfast.integrations.reward_lens",
         "rmfast.ops",
         "rmfast.kernels",
         "rmfast.kernels.binned_mmd",

@@ -13,6 +13,7 @@ import pytest
 import torch
 
 import rmfast.integrations.reward_lens as integration
+from rmfast.integrations.reward_lens import bound
 
 reward_lens = pytest.importorskip("reward_lens", reason="reward-lens is not installed")
 
@@ -330,15 +331,15 @@ def test_nested_enables_are_counted():
 
 
 def test_a_model_is_bound_once_and_goes_with_its_runtime(monkeypatch):
-    bound = []
-    original = integration._bind
-    monkeypatch.setattr(integration, "_bind", lambda model: bound.append(1) or original(model))
+    times = []
+    original = bound.bind_model
+    monkeypatch.setattr(bound, "bind_model", lambda model: times.append(1) or original(model))
     s = signal()
     again = wrap_hf_model(s.runtime.model, tokenizer(), conformance_quickcheck=False)
     with integration.enable():
         for each in (s, s, again):
             each.score(TEXTS)
-    assert len(bound) == 1
+    assert len(times) == 1
     model = weakref.ref(s.runtime.model)
     del s, again, each
     gc.collect()
