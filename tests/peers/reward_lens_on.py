@@ -1,4 +1,4 @@
-"""A pytest plugin, `-p reward_lens_on`: reward-lens' own tests with the integration on (`make test-reward-lens`)."""
+"""The pytest plugin of run.py: reward-lens' own tests with the integration on (`make test-reward-lens`)."""
 
 from __future__ import annotations
 
