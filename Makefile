@@ -60,10 +60,11 @@ $(REWARD_LENS)%/.ready:
 bench: build  ## the benchmark rows: make bench ARGS='--only reward_head'
 	$(BIN)/python -m bench $(ARGS)
 
-lint: $(READY)  ## ruff and mypy
+lint: $(READY)  ## ruff, mypy and who may import whom
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/lint-imports --no-cache
 
 format: $(READY)  ## what ruff can mend by itself
 	$(BIN)/ruff check --fix .
