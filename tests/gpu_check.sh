@@ -26,21 +26,19 @@ export TORCH_CUDA_ARCH_LIST=${TORCH_CUDA_ARCH_LIST:-$arch}
 step "build" 180 env RMFAST_BUILD_EXT=1 RMFAST_BUILD_CUDA=1 "$PY" setup.py -q build_ext --inplace
 step "explain" 60 "$PY" -c 'import rmfast; print(rmfast.explain())'
 step "tests of the ops on the GPU" 200 "$PY" -m pytest -q --maxfail=20 -p no:cacheprovider -k cuda \
-  tests/test_reward_head.py tests/test_cuda_reward_head.py tests/test_suffix_attention.py tests/test_token_wise.py \
-  tests/test_neuron_stats.py tests/test_patch_rows.py tests/test_losses.py tests/test_topk_encode.py
+  tests/ops/test_{reward_head,cuda_reward_head,suffix_attention,token_wise,neuron_stats,patch_rows,losses,topk_encode}.py
 # These run on the GPU by themselves where Triton is not in its interpreter; their names don't say so.
 step "tests of the Triton kernels on the GPU" 120 "$PY" -m pytest -q --maxfail=20 -p no:cacheprovider \
-  tests/test_triton_reward_head.py tests/test_triton_token_wise.py tests/test_triton_neuron_stats.py \
-  tests/test_triton_topk_encode.py
+  tests/ops/test_triton_{reward_head,token_wise,neuron_stats,topk_encode}.py
 sanitizer=$(command -v compute-sanitizer || echo /usr/local/cuda/bin/compute-sanitizer)
 if [ -x "$sanitizer" ]; then
   for tool in memcheck racecheck; do
-    step "compute-sanitizer $tool" 60 "$sanitizer" --tool "$tool" --error-exitcode 9 "$PY" tests/gpu_small.py
+    step "compute-sanitizer $tool" 60 "$sanitizer" --tool "$tool" --error-exitcode 9 "$PY" tests/ops/gpu_small.py
   done
 else
   failed+=("compute-sanitizer (not found)")
 fi
-step "models on the GPU" 120 "$PY" -m pytest -q -p no:cacheprovider tests/test_gpu_models.py
+step "models on the GPU" 120 "$PY" -m pytest -q -p no:cacheprovider tests/engine/test_gpu_models.py
 step "benchmarks" 200 "$PY" -m bench --device cuda --seconds 2 --without "max-autotune|chunked"
 
 if [ ${#failed[@]} -gt 0 ]; then

@@ -108,6 +108,32 @@ def mlp_head(model: Any, labels: int = 1, seed: int = 1) -> Any:
     return model.eval()
 
 
+class Int8Linear(nn.Module):
+    """A weight-only quantised Linear, as the libraries that transformers loads put in a model's place."""
+
+    def __init__(self, linear, dynamic=False):
+        super().__init__()
+        self.dynamic = dynamic
+        self.register_buffer("scale", linear.weight.detach().abs().amax(1, keepdim=True) / 127)
+        self.register_buffer("weight", (linear.weight.detach() / self.scale).round().to(torch.int8))
+        self.bias = linear.bias
+
+    def forward(self, x):
+        if self.dynamic:  # activations too, with one scale for the whole batch
+            scale = x.abs().max() / 127
+            x = (x / scale).round() * scale
+        return nn.functional.linear(x, self.weight.to(x.dtype) * self.scale, self.bias)
+
+
+def quantised(with_head=False, dynamic=False):
+    model = decoder("llama")
+    for name, module in list(model.named_modules()):
+        if isinstance(module, nn.Linear) and (with_head or name != "score"):
+            parent, _, child = name.rpartition(".")
+            setattr(model.get_submodule(parent), child, Int8Linear(module, dynamic))
+    return model
+
+
 def tokenizer(kind: str = "decoder", chat: bool = False, **kw: Any) -> PreTrainedTokenizerFast:
     """A byte-level tokenizer: "decoder" adds BOS, "plain" adds nothing, "encoder" adds <cls> a <sep> b <sep>."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())

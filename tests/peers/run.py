@@ -2,8 +2,8 @@
 
     python tests/peers/run.py NAME VERSION [pytest's options]
 
-The plugin NAME_on.py switches the integration on. An entry of NAME.ini that leaves out nothing is an error, so that none
-outlives its reason; pytest's summary ends with all of them.
+The plugin NAME_on.py switches the integration on. An entry of NAME.ini that leaves out nothing is an error, so that
+none outlives its reason; pytest's summary ends with all of them.
 """
 
 from __future__ import annotations

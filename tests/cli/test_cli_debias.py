@@ -9,8 +9,8 @@ from typing import Any
 
 import models
 import pytest
+from planted import biased, pairs
 from shell import run
-from test_debias import biased, pairs
 
 import rmfast
 from rmfast import debias

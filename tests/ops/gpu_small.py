@@ -1,6 +1,6 @@
 """A small run of every GPU kernel, for compute-sanitizer: odd sizes, views, rows, interventions, gradients.
 
-`TRITON_INTERPRET=1 python tests/gpu_small.py cpu` is the Triton half in the interpreter.
+`TRITON_INTERPRET=1 python tests/ops/gpu_small.py cpu` is the Triton half in the interpreter.
 """
 
 from __future__ import annotations

@@ -436,40 +436,14 @@ def test_cpu_offload_of_everything():
     M.assert_rewards(RewardModel(model).score(IDS), want, 1.0)
 
 
-class Int8Linear(nn.Module):
-    """A weight-only quantised Linear, as the libraries that transformers loads put in a model's place."""
-
-    def __init__(self, linear, dynamic=False):
-        super().__init__()
-        self.dynamic = dynamic
-        self.register_buffer("scale", linear.weight.detach().abs().amax(1, keepdim=True) / 127)
-        self.register_buffer("weight", (linear.weight.detach() / self.scale).round().to(torch.int8))
-        self.bias = linear.bias
-
-    def forward(self, x):
-        if self.dynamic:  # activations too, with one scale for the whole batch
-            scale = x.abs().max() / 127
-            x = (x / scale).round() * scale
-        return nn.functional.linear(x, self.weight.to(x.dtype) * self.scale, self.bias)
-
-
-def quantised(with_head=False, dynamic=False):
-    model = M.decoder("llama")
-    for name, module in list(model.named_modules()):
-        if isinstance(module, nn.Linear) and (with_head or name != "score"):
-            parent, _, child = name.rpartition(".")
-            setattr(model.get_submodule(parent), child, Int8Linear(module, dynamic))
-    return model
-
-
 @pytest.mark.parametrize("with_head", [False, True])
 def test_quantised_linears_need_no_special_case(with_head):
-    model = quantised(with_head)
+    model = M.quantised(with_head)
     M.assert_rewards(RewardModel(model).score(IDS), own_scores(model), 1.0)
 
 
 def test_dynamically_quantised_bodies_match_text_by_text():
-    model = quantised(dynamic=True)
+    model = M.quantised(dynamic=True)
     # Activation scales depend on the whole batch, so only a batch of one text is comparable.
     M.assert_rewards(RewardModel(model).score(IDS, batch_tokens=1), own_scores(model), 1.0)
 

@@ -10,7 +10,6 @@ import oracle as O
 import pytest
 import torch
 import transformers
-from test_model import quantised
 from torch import nn
 
 import rmfast
@@ -233,7 +232,7 @@ def test_other_families_add_up(family):
 @pytest.mark.parametrize("kind", ["quantised", "offloaded", "inference"])
 def test_weights_that_autograd_can_not_hold_as_they_are(kind, tmp_path):
     if kind == "quantised":
-        m = quantised()
+        m = M.quantised()
     elif kind == "offloaded":
         accelerate = pytest.importorskip("accelerate")
         m = M.decoder("llama")

@@ -14,7 +14,7 @@ import torch
 
 from rmfast.backends import _library_path
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 SOURCE = """
 #include "rmfast/cuda/patch_rows.cuh"
 #include "rmfast/cuda/reward_head.cuh"

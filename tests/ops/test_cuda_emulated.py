@@ -1,4 +1,4 @@
-"""The CUDA kernels' own source, run on the CPU by tests/cuda_emulator: the claims of the ops' tests without a GPU.
+"""The CUDA kernels' own source, run on the CPU by cuda_emulator: the claims of the ops' tests without a GPU.
 
 What it cannot tell: speed, and how the tensor cores round (the emulator adds 16 exact products, then rounds once).
 """
@@ -20,7 +20,7 @@ import torch
 import rmfast
 from rmfast.ops import patch_rows, reward_head
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 HERE = ("cpu", "cuda", None)
 TYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]  # the order of the emulator's `type`
 
@@ -36,7 +36,7 @@ def emulated(tmp_path_factory):
         if compiler is None:
             pytest.skip("needs a C++20 compiler")
         out = folder / f"{op}.so"
-        source = ROOT / "tests" / "cuda_emulator" / f"{op}.cpp"
+        source = Path(__file__).parent / "cuda_emulator" / f"{op}.cpp"
         flags = ["-std=c++20", "-O2", "-fPIC", "-shared", "-ffp-contract=off", "-w", "-DRMFAST_EMULATE_CUDA"]
         include = [f"-I{ROOT / 'csrc' / 'include'}", f"-I{source.parent}"]
         made = subprocess.run([compiler, *flags, *include, str(source), "-o", str(out)], capture_output=True, text=True)
