@@ -26,8 +26,8 @@ export TORCH_CUDA_ARCH_LIST=${TORCH_CUDA_ARCH_LIST:-$arch}
 step "build" 180 env RMFAST_BUILD_EXT=1 RMFAST_BUILD_CUDA=1 "$PY" setup.py -q build_ext --inplace
 step "explain" 60 "$PY" -c 'import rmfast; print(rmfast.explain())'
 step "tests of the ops on the GPU" 200 "$PY" -m pytest -q --maxfail=20 -p no:cacheprovider -k cuda \
-  tests/ops/test_{reward_head,cuda_reward_head,suffix_attention,token_wise,neuron_stats,patch_rows,tcrm}.py \
-  tests/ops/test_{binned_mmd,topk_encode}.py \
+  tests/ops/test_{reward_head,reward_head_gradients,cuda_reward_head,suffix_attention,token_wise,neuron_stats}.py \
+  tests/ops/test_{patch_rows,tcrm,binned_mmd,topk_encode}.py \
   tests/training/test_linear_value_loss.py
 # These run on the GPU by themselves where Triton is not in its interpreter; their names don't say so.
 step "tests of the Triton kernels on the GPU" 120 "$PY" -m pytest -q --maxfail=20 -p no:cacheprovider \

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import random
 from typing import Any
 
@@ -60,6 +61,8 @@ _DECODERS: dict[str, tuple[str, dict[str, Any]]] = {
     ),
     "gpt2": ("GPT2", {}),
 }
+# Long and short mixed, on both sides of every length at which a model's rules change (16: sliding windows, 24: rotary).
+LENGTHS = [5, 60, 3, 17, 24, 1, 25, 2, 23, 41, 16, 90]
 DECODERS = [name for name in _DECODERS if name != "gpt2"]
 
 
@@ -171,6 +174,16 @@ def alone(model: nn.Module, ids: list[int], **kw: Any) -> Tensor:
     """The model's own logits for one text, unpadded: (K,), or (T, K) for token classification."""
     with torch.no_grad():
         return model(input_ids=torch.tensor([ids]), **kw).logits[0].float()
+
+
+def fresh(model: nn.Module) -> nn.Module:
+    """A copy for each text: dynamic rotary frequencies remember the longest text they have seen."""
+    return copy.deepcopy(model)
+
+
+def own(model: nn.Module, texts: list[list[int]]) -> Tensor:
+    """The model's own rewards, (N,) or (N, K)."""
+    return torch.stack([alone(fresh(model), ids) for ids in texts]).squeeze(-1)
 
 
 def reward_scale(model: Any) -> float:

@@ -1,32 +1,19 @@
-"""`RewardModel.score`, `token_values` and `load`: the same numbers as the model's own forward, one text at a time."""
+"""`RewardModel.score` and `token_values`: the same numbers as the model's own forward, one text at a time."""
 
 from __future__ import annotations
 
-import copy
 import warnings
 
 import models as M
 import pytest
 import torch
-import transformers
 
 import rmfast
 from rmfast import RewardModel
 from rmfast.inputs import InputError
 from rmfast.scoring import _plan
 
-# Long and short mixed, on both sides of every length at which a model's rules change (16: sliding windows, 24: rotary).
-LENGTHS = [5, 60, 3, 17, 24, 1, 25, 2, 23, 41, 16, 90]
-TEXTS = M.token_ids(LENGTHS)
-
-
-def fresh(model):
-    """A copy for each text: dynamic rotary frequencies remember the longest text they have seen."""
-    return copy.deepcopy(model)
-
-
-def own(model, texts=TEXTS):
-    return torch.stack([M.alone(fresh(model), ids) for ids in texts]).squeeze(-1)
+TEXTS = M.token_ids(M.LENGTHS)
 
 
 @pytest.mark.parametrize("labels", [1, 3])
@@ -34,7 +21,7 @@ def own(model, texts=TEXTS):
 def test_scores_are_the_models_own(family, labels):
     model = M.decoder(family, labels)
     got = RewardModel(model).score(TEXTS, batch_tokens=200, max_length=1000)
-    want = own(model)
+    want = M.own(model, TEXTS)
     assert got.dtype == torch.float32 and got.shape == ((12,) if labels == 1 else (12, 3))
     assert want.std(0).min() > 0.2  # the rewards tell texts apart
     M.assert_rewards(got, want, M.reward_scale(model))
@@ -47,7 +34,7 @@ def test_token_values_are_the_models_own(family, labels):
     assert model.score.bias is not None
     got = RewardModel(model).token_values(TEXTS, batch_tokens=200, max_length=1000)
     for value, ids in zip(got, TEXTS, strict=True):
-        want = M.alone(fresh(model), ids)
+        want = M.alone(M.fresh(model), ids)
         M.assert_rewards(value, want[:, 0] if labels == 1 else want, M.reward_scale(model))
 
 
@@ -65,7 +52,7 @@ def test_a_head_with_bias():
     model = M.decoder("llama")
     model.score = torch.nn.Linear(48, 1, bias=True)
     torch.nn.init.constant_(model.score.bias, 2.5)
-    M.assert_rewards(RewardModel(model).score(TEXTS), own(model), M.reward_scale(model))
+    M.assert_rewards(RewardModel(model).score(TEXTS), M.own(model, TEXTS), M.reward_scale(model))
 
 
 @pytest.mark.parametrize("batch_tokens", [1, 64, 10_000])
@@ -116,7 +103,7 @@ def test_dynamic_rope_is_left_as_it_was_found():
 def test_encoders_pool_by_themselves(family, labels):
     model = M.encoder(family, labels)
     got = RewardModel(model).score(TEXTS, batch_tokens=200)
-    torch.testing.assert_close(got, own(model), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(got, M.own(model, TEXTS), rtol=1e-5, atol=1e-5)
 
 
 def test_roberta_counts_positions_from_its_padding():
@@ -124,7 +111,7 @@ def test_roberta_counts_positions_from_its_padding():
     reward_model = RewardModel(model)
     assert reward_model.max_length == 98
     texts = [[3 + i % 200 for i in ids] for ids in TEXTS]
-    torch.testing.assert_close(reward_model.score(texts, batch_tokens=200), own(model, texts), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(reward_model.score(texts, batch_tokens=200), M.own(model, texts), rtol=1e-5, atol=1e-5)
 
 
 def test_a_cross_encoder_scores_pairs_with_token_types():
@@ -168,19 +155,19 @@ def test_auto_reads_the_token_that_transformers_reads(family, text):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         got = RewardModel(model).score([[5, 6, 7, 8], text])
-    M.assert_rewards(got, own(model, [[5, 6, 7, 8], text]), M.reward_scale(model))
+    M.assert_rewards(got, M.own(model, [[5, 6, 7, 8], text]), M.reward_scale(model))
 
 
 def test_without_a_pad_token_the_last_token_is_read():
     model = M.decoder("llama", pad_token_id=None)
-    M.assert_rewards(RewardModel(model).score(TEXTS), own(model), M.reward_scale(model))
+    M.assert_rewards(RewardModel(model).score(TEXTS), M.own(model, TEXTS), M.reward_scale(model))
 
 
 @pytest.mark.parametrize("pad", [-1, M.VOCAB])
 def test_a_pad_token_without_an_embedding_is_never_looked_up(pad):
     model = M.decoder("llama")
     model.config.pad_token_id = pad
-    M.assert_rewards(RewardModel(model).score(TEXTS), own(model), M.reward_scale(model))
+    M.assert_rewards(RewardModel(model).score(TEXTS), M.own(model, TEXTS), M.reward_scale(model))
 
 
 def test_pad_equal_to_eos_is_announced_once_where_it_matters():
@@ -193,7 +180,7 @@ def test_pad_equal_to_eos_is_announced_once_where_it_matters():
     with pytest.warns(UserWarning, match=r"ends with token 257, .* and eos_token_id.*last token that is not") as caught:
         got = reward_model.score(ends)
     assert len(caught) == 1 and caught[0].filename == __file__
-    M.assert_rewards(got, own(model, ends), M.reward_scale(model))
+    M.assert_rewards(got, M.own(model, ends), M.reward_scale(model))
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         reward_model.score(ends)
@@ -254,7 +241,7 @@ def test_the_tokenizers_padding_makes_no_difference(side, pad):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         got = RewardModel(model, tok).score(pairs)
-    M.assert_rewards(got, own(model, ids), M.reward_scale(model))
+    M.assert_rewards(got, M.own(model, ids), M.reward_scale(model))
 
 
 def test_strings_pairs_and_messages_are_scored_together():
@@ -370,122 +357,7 @@ def test_every_backend_gives_the_same_scores(backend):
             got = RewardModel(model).score(TEXTS)
     except rmfast.BackendError as error:
         pytest.skip(str(error))
-    M.assert_rewards(got, own(model), M.reward_scale(model))
-
-
-# Loading --------------------------------------------------------------------------------------------------------------
-
-
-def save(path, model, tokenizer=None):
-    model.save_pretrained(path)
-    if tokenizer is not None:
-        tokenizer.save_pretrained(path)
-    return path
-
-
-@pytest.mark.parametrize("task", ["SequenceClassification", "TokenClassification"])
-def test_load_reads_a_checkpoint_and_its_tokenizer(tmp_path, task):
-    model, tok = M.decoder("llama", 2, task), M.tokenizer("decoder", chat=True)
-    save(tmp_path, model, tok)
-    loaded = rmfast.load(str(tmp_path), device="cpu")
-    assert isinstance(loaded, RewardModel) and type(loaded.model) is type(model)
-    pairs = [("a", "b"), ("hello", "world")]
-    torch.testing.assert_close(loaded.score(pairs), RewardModel(model, tok).score(pairs))
-
-
-def test_load_takes_dtype_device_pooling_and_passes_the_rest(tmp_path):
-    save(tmp_path / "inner", M.decoder("llama"), M.tokenizer())
-    loaded = rmfast.load(
-        tmp_path, dtype=torch.bfloat16, device="cpu", pooling="last", subfolder="inner", attn_implementation="eager"
-    )
-    assert loaded.model.dtype == torch.bfloat16 and loaded.pooling == "last"
-    assert loaded.model.config._attn_implementation == "eager"
-
-
-def test_load_keeps_the_checkpoints_dtype(tmp_path):
-    save(tmp_path, M.decoder("llama").bfloat16(), M.tokenizer())
-    assert rmfast.load(tmp_path, device="cpu").model.dtype == torch.bfloat16
-
-
-def test_load_with_a_device_map(tmp_path):
-    pytest.importorskip("accelerate")
-    save(tmp_path, M.decoder("llama"), M.tokenizer())
-    assert rmfast.load(tmp_path, device_map={"": "cpu"}).score(["x"]).shape == (1,)
-    with pytest.raises(ValueError, match="device or device_map, got both"):
-        rmfast.load(tmp_path, device="cpu", device_map={"": "cpu"})
-
-
-def test_load_without_a_tokenizer_takes_token_ids_only(tmp_path):
-    save(tmp_path, M.decoder("llama"))
-    with pytest.warns(UserWarning, match="No tokenizer could be loaded"):
-        loaded = rmfast.load(tmp_path, device="cpu")
-    assert loaded.score([[1, 2]]).shape == (1,)
-    with pytest.raises(InputError, match="needs a tokenizer"):
-        loaded.score(["text"])
-
-
-def test_load_refuses_a_language_model(tmp_path):
-    save(tmp_path, transformers.LlamaForCausalLM(M.decoder("llama").config))
-    with pytest.raises(ValueError, match=r"is not a reward model: its config names \['LlamaForCausalLM'\]"):
-        rmfast.load(tmp_path)
-
-
-def test_load_refuses_a_head_that_was_never_trained(tmp_path):
-    config = save(tmp_path, transformers.LlamaForCausalLM(M.decoder("llama").config)) / "config.json"
-    config.write_text(config.read_text().replace("LlamaForCausalLM", "LlamaForSequenceClassification"))
-    with pytest.raises(ValueError, match=r"no weights for its head, score\.weight"):
-        rmfast.load(tmp_path)
-
-
-def test_load_of_nothing_is_transformers_own_error(tmp_path):
-    with pytest.raises(OSError):
-        rmfast.load(tmp_path / "missing")
-
-
-def test_load_reads_an_adapter(tmp_path):
-    peft = pytest.importorskip("peft")
-    base = save(tmp_path / "base", M.decoder("llama"), M.tokenizer())
-    model = transformers.AutoModelForSequenceClassification.from_pretrained(base, dtype=torch.float32)
-    adapted = peft.get_peft_model(model, peft.LoraConfig(task_type="SEQ_CLS", init_lora_weights=False)).eval()
-    want = RewardModel(adapted).score(TEXTS)
-    save(tmp_path / "adapter", adapted, M.tokenizer())
-    loaded = rmfast.load(tmp_path / "adapter", device="cpu", num_labels=1)
-    torch.testing.assert_close(loaded.score(TEXTS), want)
-
-
-REMOTE = """
-import torch
-from transformers import LlamaConfig, LlamaModel, LlamaPreTrainedModel
-
-class OwnRewardModel(LlamaPreTrainedModel):
-    config_class = LlamaConfig
-
-    def __init__(self, config):
-        super().__init__(config)
-        self.model = LlamaModel(config)
-        self.v_head = torch.nn.Linear(config.hidden_size, 1, bias=False)
-        self.post_init()
-
-    def forward(self, input_ids, attention_mask=None):
-        return self.v_head(self.model(input_ids, attention_mask=attention_mask).last_hidden_state)[:, -1]
-"""
-
-
-def test_load_runs_a_checkpoints_own_code_when_trusted(tmp_path, monkeypatch):
-    import json
-
-    model = M.decoder("llama")
-    state = {name.replace("score.", "v_head."): tensor for name, tensor in model.state_dict().items()}
-    config = model.config.to_dict() | {
-        "architectures": ["OwnRewardModel"],
-        "auto_map": {"AutoModel": "own.OwnRewardModel"},
-    }
-    (tmp_path / "config.json").write_text(json.dumps(config))
-    (tmp_path / "own.py").write_text(REMOTE)
-    torch.save(state, tmp_path / "pytorch_model.bin")
-    M.tokenizer().save_pretrained(tmp_path)
-    loaded = rmfast.load(tmp_path, device="cpu", trust_remote_code=True)
-    M.assert_rewards(loaded.score(TEXTS), own(model), M.reward_scale(model))
+    M.assert_rewards(got, M.own(model, TEXTS), M.reward_scale(model))
 
 
 @pytest.mark.parametrize("make", [lambda: M.decoder("gpt2"), lambda: M.encoder("Bert")])

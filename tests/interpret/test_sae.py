@@ -11,8 +11,8 @@ import numpy as np
 import oracle as O
 import pytest
 import torch
+from frozen import IDS, head, model, slope
 from safetensors.torch import save_file
-from test_attribution import IDS, head, model, slope
 from torch import nn
 
 import rmfast

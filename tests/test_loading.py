@@ -1,0 +1,126 @@
+"""`rmfast.load`: checkpoints, adapters and what is refused."""
+
+from __future__ import annotations
+
+import models as M
+import pytest
+import torch
+import transformers
+
+import rmfast
+from rmfast import RewardModel
+from rmfast.inputs import InputError
+
+TEXTS = M.token_ids(M.LENGTHS)
+
+
+def save(path, model, tokenizer=None):
+    model.save_pretrained(path)
+    if tokenizer is not None:
+        tokenizer.save_pretrained(path)
+    return path
+
+
+@pytest.mark.parametrize("task", ["SequenceClassification", "TokenClassification"])
+def test_load_reads_a_checkpoint_and_its_tokenizer(tmp_path, task):
+    model, tok = M.decoder("llama", 2, task), M.tokenizer("decoder", chat=True)
+    save(tmp_path, model, tok)
+    loaded = rmfast.load(str(tmp_path), device="cpu")
+    assert isinstance(loaded, RewardModel) and type(loaded.model) is type(model)
+    pairs = [("a", "b"), ("hello", "world")]
+    torch.testing.assert_close(loaded.score(pairs), RewardModel(model, tok).score(pairs))
+
+
+def test_load_takes_dtype_device_pooling_and_passes_the_rest(tmp_path):
+    save(tmp_path / "inner", M.decoder("llama"), M.tokenizer())
+    loaded = rmfast.load(
+        tmp_path, dtype=torch.bfloat16, device="cpu", pooling="last", subfolder="inner", attn_implementation="eager"
+    )
+    assert loaded.model.dtype == torch.bfloat16 and loaded.pooling == "last"
+    assert loaded.model.config._attn_implementation == "eager"
+
+
+def test_load_keeps_the_checkpoints_dtype(tmp_path):
+    save(tmp_path, M.decoder("llama").bfloat16(), M.tokenizer())
+    assert rmfast.load(tmp_path, device="cpu").model.dtype == torch.bfloat16
+
+
+def test_load_with_a_device_map(tmp_path):
+    pytest.importorskip("accelerate")
+    save(tmp_path, M.decoder("llama"), M.tokenizer())
+    assert rmfast.load(tmp_path, device_map={"": "cpu"}).score(["x"]).shape == (1,)
+    with pytest.raises(ValueError, match="device or device_map, got both"):
+        rmfast.load(tmp_path, device="cpu", device_map={"": "cpu"})
+
+
+def test_load_without_a_tokenizer_takes_token_ids_only(tmp_path):
+    save(tmp_path, M.decoder("llama"))
+    with pytest.warns(UserWarning, match="No tokenizer could be loaded"):
+        loaded = rmfast.load(tmp_path, device="cpu")
+    assert loaded.score([[1, 2]]).shape == (1,)
+    with pytest.raises(InputError, match="needs a tokenizer"):
+        loaded.score(["text"])
+
+
+def test_load_refuses_a_language_model(tmp_path):
+    save(tmp_path, transformers.LlamaForCausalLM(M.decoder("llama").config))
+    with pytest.raises(ValueError, match=r"is not a reward model: its config names \['LlamaForCausalLM'\]"):
+        rmfast.load(tmp_path)
+
+
+def test_load_refuses_a_head_that_was_never_trained(tmp_path):
+    config = save(tmp_path, transformers.LlamaForCausalLM(M.decoder("llama").config)) / "config.json"
+    config.write_text(config.read_text().replace("LlamaForCausalLM", "LlamaForSequenceClassification"))
+    with pytest.raises(ValueError, match=r"no weights for its head, score\.weight"):
+        rmfast.load(tmp_path)
+
+
+def test_load_of_nothing_is_transformers_own_error(tmp_path):
+    with pytest.raises(OSError):
+        rmfast.load(tmp_path / "missing")
+
+
+def test_load_reads_an_adapter(tmp_path):
+    peft = pytest.importorskip("peft")
+    base = save(tmp_path / "base", M.decoder("llama"), M.tokenizer())
+    model = transformers.AutoModelForSequenceClassification.from_pretrained(base, dtype=torch.float32)
+    adapted = peft.get_peft_model(model, peft.LoraConfig(task_type="SEQ_CLS", init_lora_weights=False)).eval()
+    want = RewardModel(adapted).score(TEXTS)
+    save(tmp_path / "adapter", adapted, M.tokenizer())
+    loaded = rmfast.load(tmp_path / "adapter", device="cpu", num_labels=1)
+    torch.testing.assert_close(loaded.score(TEXTS), want)
+
+
+REMOTE = """
+import torch
+from transformers import LlamaConfig, LlamaModel, LlamaPreTrainedModel
+
+class OwnRewardModel(LlamaPreTrainedModel):
+    config_class = LlamaConfig
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.model = LlamaModel(config)
+        self.v_head = torch.nn.Linear(config.hidden_size, 1, bias=False)
+        self.post_init()
+
+    def forward(self, input_ids, attention_mask=None):
+        return self.v_head(self.model(input_ids, attention_mask=attention_mask).last_hidden_state)[:, -1]
+"""
+
+
+def test_load_runs_a_checkpoints_own_code_when_trusted(tmp_path, monkeypatch):
+    import json
+
+    model = M.decoder("llama")
+    state = {name.replace("score.", "v_head."): tensor for name, tensor in model.state_dict().items()}
+    config = model.config.to_dict() | {
+        "architectures": ["OwnRewardModel"],
+        "auto_map": {"AutoModel": "own.OwnRewardModel"},
+    }
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    (tmp_path / "own.py").write_text(REMOTE)
+    torch.save(state, tmp_path / "pytorch_model.bin")
+    M.tokenizer().save_pretrained(tmp_path)
+    loaded = rmfast.load(tmp_path, device="cpu", trust_remote_code=True)
+    M.assert_rewards(loaded.score(TEXTS), M.own(model, TEXTS), M.reward_scale(model))
