@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 
+import numpy as np
 import pytest
 import torch
 
@@ -59,6 +61,30 @@ def poisoned(monkeypatch):
     torch.use_deterministic_algorithms(True, warn_only=True)
     yield
     torch.use_deterministic_algorithms(False)
+
+
+def _dot(self, a, b, d, *precision):
+    x, y, out = a.data.astype(d.data.dtype), b.data.astype(d.data.dtype), np.zeros_like(d.data)
+    for k in range(x.shape[-1]):
+        out += x[..., k, None] * y[..., k, None, :]
+    return type(d)(out + d.data, d.dtype.scalar)
+
+
+@pytest.fixture(autouse=True, scope="session")
+def dot_of_one_order():
+    """`tl.dot` in Triton's interpreter adds its products one after the other, for each element alike.
+
+    The interpreter's own is NumPy's matmul: there the host's BLAS rules whether a row has the same bits in any batch
+    (OpenBLAS's kernels for AVX2 add up the last rows of a block in another order), not the kernel under test.
+    """
+    if not os.environ.get("TRITON_INTERPRET") or importlib.util.find_spec("triton") is None:
+        yield
+        return
+    from triton.runtime.interpreter import InterpreterBuilder
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(InterpreterBuilder, "create_dot", _dot)
+        yield
 
 
 def pytest_configure(config):
