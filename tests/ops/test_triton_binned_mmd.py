@@ -53,7 +53,7 @@ def mmd_call(features: int, bandwidths: int, need_grad: bool = True):
 
     rows, ranges = torch.zeros(100), torch.zeros(4, 100, dtype=torch.int64)
     args = torch.zeros(100, features), ranges, rows, rows, torch.zeros(bandwidths), need_grad
-    return kernels, "_line" if features == 1 else "_weigh", lambda: kernels.forward(*args)
+    return lambda: kernels.forward(*args)
 
 
 LAUNCHES = {
@@ -69,18 +69,9 @@ LAUNCHES = {
 @pytest.mark.parametrize("capability", [80, 90, 100])
 @pytest.mark.parametrize("launch", LAUNCHES)
 def test_kernels_compile_fit_and_do_not_spill(launch, capability, monkeypatch, tmp_path):
-    from test_triton_compile import SHARED, build
+    from test_triton_compile import SHARED, build, launches
 
-    kernels, name, call = LAUNCHES[launch]()
-    kernel, seen = getattr(kernels, name), []
-
-    class Recorder:
-        def __getitem__(self, grid):
-            return lambda *args, **kwargs: seen.append((kernel, args, kwargs))
-
-    monkeypatch.setattr(kernels, name, Recorder())
-    call()
-    got = build(seen[0], capability, tmp_path)
+    got = build(launches(monkeypatch, LAUNCHES[launch]())[0], capability, tmp_path)
     print(launch, got)
     assert got.shared <= SHARED[capability], got
     assert got.spills == 0, got

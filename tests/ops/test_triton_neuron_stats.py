@@ -100,21 +100,14 @@ CALLS = {
 @pytest.mark.skipif(INTERPRETED, reason="compiles kernels, so it needs a process without TRITON_INTERPRET=1")
 @pytest.mark.parametrize("case", CALLS)
 def test_kernels_compile_fit_and_do_not_spill(case, monkeypatch, tmp_path):
-    from test_triton_compile import SHARED, build
+    from test_triton_compile import SHARED, build, launches
 
     n, dtype = CALLS[case]
-    launches = []
-
-    class Recorder:
-        def __getitem__(self, grid):
-            return lambda *args, **kwargs: launches.append((kernel, args, kwargs))
-
-    kernel = kernels._neuron_stats
-    monkeypatch.setattr(kernels, "_neuron_stats", Recorder())
-    ranks = torch.empty(n, 5, dtype=torch.int32)
-    kernels.neuron_stats(torch.empty(n, 256, dtype=dtype), ranks, torch.empty(5, dtype=torch.float64))
+    x, ranks = torch.empty(n, 256, dtype=dtype), torch.empty(n, 5, dtype=torch.int32)
+    call = lambda: kernels.neuron_stats(x, ranks, torch.empty(5, dtype=torch.float64))  # noqa: E731
+    (launch,) = launches(monkeypatch, call)
     for capability in SHARED:
-        got = build(launches[0], capability, tmp_path)
+        got = build(launch, capability, tmp_path)
         print(case, got)
         assert got.shared <= SHARED[capability], got
         assert got.spills == 0, got

@@ -83,25 +83,12 @@ LAUNCHES = [
 ]
 
 
-def launched(module, name: str, call, monkeypatch) -> tuple:
-    """The launch that a call on CPU tensors makes, with nothing run: (kernel, arguments, keywords)."""
-    seen: list[tuple] = []
-    kernel = getattr(module, name)
-
-    class Recorder:
-        def __getitem__(self, grid):
-            return lambda *args, **kwargs: seen.append((kernel, args, kwargs))
-
-    with monkeypatch.context() as patch:
-        patch.setattr(module, name, Recorder())
-        call()
-    return seen[0]
-
-
 def patch_launch(dtype, d: int, monkeypatch, n: int = 512, gemma: bool = False) -> tuple:
+    from test_triton_compile import launches
+
     rows, index = torch.empty(64, d, dtype=dtype), torch.zeros(n, dtype=torch.int64)
     call = lambda: kernels.patch_rows(rows, rows, index, index, rows[0].clone(), 1e-6, gemma)  # noqa: E731
-    return launched(kernels, "_patch_rows", call, monkeypatch)
+    return launches(monkeypatch, call)[0]
 
 
 @compiled
@@ -130,11 +117,11 @@ def reduced_layout(ttgir: str) -> str:
 @compiled
 @pytest.mark.parametrize(("name", "d"), [("bf16", 576), ("bf16", 1025), ("fp32", 59), ("fp64", 8192)])
 def test_the_sum_of_a_row_has_the_layout_of_rms_norm(name, d, monkeypatch, tmp_path):
-    from test_triton_compile import build
+    from test_triton_compile import build, launches
 
     x = torch.empty(512, d, dtype=DTYPES[name])
     call = lambda: token_wise.rms_norm(x, x[0].clone(), None, None, 1e-6, False)  # noqa: E731
-    norm = build(launched(token_wise, "_rms_norm", call, monkeypatch), 90, tmp_path)
+    norm = build(launches(monkeypatch, call)[0], 90, tmp_path)
     ours = build(patch_launch(DTYPES[name], d, monkeypatch), 90, tmp_path)
     assert reduced_layout(ours.ttgir) == reduced_layout(norm.ttgir)
 

@@ -80,22 +80,14 @@ LAUNCHES = {
 @pytest.mark.parametrize("capability", [80, 90, 100])
 @pytest.mark.parametrize("launch", LAUNCHES)
 def test_kernels_compile_fit_and_do_not_spill(launch, capability, monkeypatch, tmp_path):
-    from test_triton_compile import SHARED, build
+    from test_triton_compile import SHARED, build, launches
 
     from rmfast.kernels.suffix_attention import triton as kernels
 
     dtype, d, causal, softcap, window = LAUNCHES[launch]
-    seen = []
-
-    class Recorder:
-        def __getitem__(self, grid):
-            return lambda *args, **kwargs: seen.append((kernel, args, kwargs))
-
-    kernel = kernels._forward
-    monkeypatch.setattr(kernels, "_forward", Recorder())
     q, k, v, cu_seqlens, *pool = contract.Case([3, 200], [(0, 5), (0, 64)], 8, 2, d).inputs(dtype)
-    kernels.forward(q, k, v, cu_seqlens, None, *pool, d**-0.5, causal, softcap, window)
-    got = build(*seen, capability, tmp_path)
+    call = lambda: kernels.forward(q, k, v, cu_seqlens, None, *pool, d**-0.5, causal, softcap, window)  # noqa: E731
+    got = build(*launches(monkeypatch, call), capability, tmp_path)
     print(launch, got)
     assert got.shared <= SHARED[capability], got
     # ptxas spends two slots of stack in fp64, which is there for tests, at half of the registers.

@@ -68,8 +68,8 @@ def tcrm_call(dtype, margin: bool, backward: bool = False):
     values, bounds = torch.zeros(100, dtype=dtype), torch.zeros(4, 3, dtype=torch.int64)
     args = values, values, bounds, torch.zeros(3) if margin else None, 0.1, 0.01, True
     if backward:
-        return kernels, "_backward", lambda: kernels.backward(torch.ones(()), *args)
-    return kernels, "_forward", lambda: kernels.forward(*args)
+        return lambda: kernels.backward(torch.ones(()), *args)
+    return lambda: kernels.forward(*args)
 
 
 LAUNCHES = {
@@ -85,18 +85,9 @@ LAUNCHES = {
 @pytest.mark.parametrize("capability", [80, 90, 100])
 @pytest.mark.parametrize("launch", LAUNCHES)
 def test_kernels_compile_fit_and_do_not_spill(launch, capability, monkeypatch, tmp_path):
-    from test_triton_compile import SHARED, build
+    from test_triton_compile import SHARED, build, launches
 
-    kernels, name, call = LAUNCHES[launch]()
-    kernel, seen = getattr(kernels, name), []
-
-    class Recorder:
-        def __getitem__(self, grid):
-            return lambda *args, **kwargs: seen.append((kernel, args, kwargs))
-
-    monkeypatch.setattr(kernels, name, Recorder())
-    call()
-    got = build(seen[0], capability, tmp_path)
+    got = build(launches(monkeypatch, LAUNCHES[launch]())[0], capability, tmp_path)
     print(launch, got)
     assert got.shared <= SHARED[capability], got
     assert got.spills == 0, got

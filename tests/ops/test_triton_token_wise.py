@@ -165,23 +165,11 @@ CALLS = {
 @pytest.mark.skipif(INTERPRETED, reason="compiles kernels, so it needs a process without TRITON_INTERPRET=1")
 @pytest.mark.parametrize("case", CALLS)
 def test_kernels_compile_fit_and_do_not_spill(case, monkeypatch, tmp_path):
-    from test_triton_compile import SHARED, build
+    from test_triton_compile import SHARED, build, launches
 
-    launches = []
-
-    class Recorder:
-        def __init__(self, kernel):
-            self.kernel = kernel
-
-        def __getitem__(self, grid):
-            return lambda *args, **kwargs: launches.append((self.kernel, args, kwargs))
-
-    for name in ("_rms_norm", "_rotary", "_gated_activation"):
-        monkeypatch.setattr(kernels, name, Recorder(getattr(kernels, name)))
-    CALLS[case]()
-    monkeypatch.undo()
+    seen = launches(monkeypatch, CALLS[case])
     for capability in SHARED:
-        for launch in launches:
+        for launch in seen:
             got = build(launch, capability, tmp_path)
             print(case, got)
             assert got.shared <= SHARED[capability], got

@@ -109,21 +109,14 @@ CALLS = {
 @pytest.mark.skipif(INTERPRETED, reason="compiles kernels, so it needs a process without TRITON_INTERPRET=1")
 @pytest.mark.parametrize("case", CALLS)
 def test_kernels_compile_fit_and_do_not_spill(case, monkeypatch, tmp_path):
-    from test_triton_compile import SHARED, build
+    from test_triton_compile import SHARED, build, launches
 
     n, d, features, k, dtype, by_feature = CALLS[case]
-    launches = []
-
-    class Recorder:
-        def __getitem__(self, grid):
-            return lambda *args, **kwargs: launches.append((kernel, args, kwargs))
-
-    kernel = kernels._topk_encode
-    monkeypatch.setattr(kernels, "_topk_encode", Recorder())
     weight = torch.empty(features, d, dtype=dtype).T if by_feature else torch.empty(d, features, dtype=dtype)
-    kernels.topk_encode(torch.empty(n, d, dtype=dtype), weight, torch.empty(features), k, None, True)
+    x, bias = torch.empty(n, d, dtype=dtype), torch.empty(features)
+    (launch,) = launches(monkeypatch, lambda: kernels.topk_encode(x, weight, bias, k, None, True))
     for capability in SHARED:
-        got = build(launches[0], capability, tmp_path)
+        got = build(launch, capability, tmp_path)
         print(case, got)
         assert got.shared <= SHARED[capability], got
         assert got.spills == 0, got
