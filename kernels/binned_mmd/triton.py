@@ -6,13 +6,14 @@ programs write to one place, so no atomics. Sums over tiles are in fp64.
 
 from __future__ import annotations
 
-import contextlib
 import functools
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+
+from rmfast.kernels.launch import on_device
 
 from . import reference
 
@@ -109,15 +110,11 @@ def _weigh(
     tl.store(p_value + i_m * tl.num_programs(1) + i_n, tl.sum(b_c * b_kernels) / H)
 
 
-def _device(value: Tensor) -> contextlib.AbstractContextManager:
-    return torch.cuda.device(value.device) if value.device.type == "cuda" else contextlib.nullcontext()
-
-
 def line(
     x: Tensor, ranges: Tensor, alpha: Tensor, same: Tensor, rates: Tensor, need_grad: bool
 ) -> tuple[Tensor, Tensor]:
     rows = x.size(0)
-    with _device(x):
+    with on_device(x):
         value = x.new_empty(rows, dtype=torch.float64)
         grad = torch.empty_like(x) if need_grad else None
         _line[(triton.cdiv(rows, LINE["BM"]),)](
@@ -130,7 +127,7 @@ def weigh(
     dots: Tensor, squares: Tensor, ranges: Tensor, alpha: Tensor, same: Tensor, rates: Tensor, row: int, column: int
 ) -> Tensor:
     height, width = dots.shape
-    with _device(dots):
+    with on_device(dots):
         grid = triton.cdiv(height, WEIGH["BM"]), triton.cdiv(width, WEIGH["BN"])
         value = dots.new_empty(grid)
         _weigh[grid](

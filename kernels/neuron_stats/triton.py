@@ -7,12 +7,12 @@ than there are: `why_not` says so, and the eager reference runs.
 
 from __future__ import annotations
 
-import contextlib
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+
+from rmfast.kernels.launch import on_device
 
 MAX_TEXTS = 2048
 
@@ -86,8 +86,7 @@ def why_not(activations: Tensor) -> str | None:
 
 def neuron_stats(activations: Tensor, ranks: Tensor, squares: Tensor) -> tuple[Tensor, Tensor]:
     n, m = activations.shape
-    cuda = activations.device.type == "cuda"
-    with torch.cuda.device(activations.device) if cuda else contextlib.nullcontext():
+    with on_device(activations):
         spearman = activations.new_empty((m, ranks.size(1)), dtype=torch.float32)
         median = activations.new_empty(m, dtype=torch.float32)
         settings = config(n)

@@ -10,8 +10,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from rmfast.kernels.launch import aligned, on_device
 from rmfast.kernels.token_wise.reference import accumulator
-from rmfast.kernels.token_wise.triton import MAX_ROW, _device, _gain, _gains, _normed, _rows, rms_norm_config
+from rmfast.kernels.token_wise.triton import MAX_ROW, aligned_rows, load_gain, normed, rms_norm_config
 
 from . import reference
 
@@ -39,7 +40,7 @@ def _patch_rows(
     o_y = (o_n * d)[:, None] + o_d[None, :]
     m_y = m_n[:, None] & m_d[None, :]
     tl.store(p_x + o_y, b_x, mask=m_y)
-    tl.store(p_y + o_y, _normed(b_x.to(acc), _gain(p_weight, o_d, m_d, acc, GEMMA), dtype, d, eps, GEMMA), mask=m_y)
+    tl.store(p_y + o_y, normed(b_x.to(acc), load_gain(p_weight, o_d, m_d, acc, GEMMA), dtype, d, eps, GEMMA), mask=m_y)
 
 
 def patch_rows(
@@ -49,11 +50,11 @@ def patch_rows(
     config = rms_norm_config(d, base.dtype)
     if config["BD"] * accumulator(base.dtype).itemsize > MAX_ROW:
         return reference.patch_rows(base, values, base_rows, value_rows, weight, eps, gemma)
-    with _device(base):
+    with on_device(base):
         x, y = base.new_empty(n, d), base.new_empty(n, d)
-        base, values = _rows(base, config["VEC"]), _rows(values, config["VEC"])
+        base, values = aligned_rows(base, config["VEC"]), aligned_rows(values, config["VEC"])
         _patch_rows[(triton.cdiv(n, config["BM"]),)](
-            base, values, base_rows, value_rows, _gains(weight), x, y, n, base.size(0), values.size(0),
+            base, values, base_rows, value_rows, aligned(weight), x, y, n, base.size(0), values.size(0),
             base.stride(0), values.stride(0), d=d, eps=eps, GEMMA=gemma, enable_fp_fusion=False, **config,
         )  # fmt: skip
         return x, y

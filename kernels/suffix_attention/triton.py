@@ -9,7 +9,6 @@ host: suffix s has its programs at cu_queries[s] · G // BM + s and on, and each
 
 from __future__ import annotations
 
-import contextlib
 import math
 
 import torch
@@ -17,12 +16,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from rmfast.kernels.launch import on_device
+
 INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
 LOG2E = tl.constexpr(1.4426950408889634)
 
 
 @triton.jit
-def _dot(b_x, b_y, b_acc):
+def dot(b_x, b_y, b_acc):
     """b_acc [M, N] + b_x [M, K] @ b_y [K, N].
 
     tf32x3 keeps 22 bits of fp32 operands; b_acc is added outside of the tensor cores, whose additions truncate.
@@ -78,7 +79,7 @@ def _attend(
         b_s = tl.zeros([b_o.shape[0], BN], b_sum.dtype)
         if o_d.shape[0] == DQ:
             b_k = tl.load(p_row + o_d[None, :], mask=m_n[:, None] & m_d, other=0.0)  # [BN, BD]
-            b_s = _dot(b_q, tl.trans(b_k), b_s)
+            b_s = dot(b_q, tl.trans(b_k), b_s)
         else:
             # Q as a whole would fill the registers: parts of it are read again, from L1. The mask keeps the reads here.
             for i_d in tl.static_range(0, D, DQ):
@@ -86,7 +87,7 @@ def _attend(
                 m_p = o_p[None, :] < D
                 b_part = tl.load(p_q[:, None] + o_p[None, :], mask=m_m[:, None] & m_p & (i_n < i_last), other=0.0)
                 b_k = tl.load(p_row + o_p[None, :], mask=m_n[:, None] & m_p, other=0.0)  # [BN, DQ]
-                b_s = _dot(b_part, tl.trans(b_k), b_s)
+                b_s = dot(b_part, tl.trans(b_k), b_s)
         b_s *= scale  # [BM, BN]
         b_v = tl.load(p_v + o_row[:, None] * stride_v + o_d[None, :], mask=m_n[:, None] & m_d, other=0.0)
         if CAPPED:
@@ -105,7 +106,7 @@ def _attend(
         b_alpha = tl.exp2(b_max - b_safe)
         b_p = tl.exp2(b_s - b_safe[:, None])
         b_sum = b_sum * b_alpha + tl.sum(b_p, 1)
-        b_o = _dot(b_p.to(b_v.dtype), b_v, b_o * b_alpha[:, None])
+        b_o = dot(b_p.to(b_v.dtype), b_v, b_o * b_alpha[:, None])
         b_max = b_new
     return b_o, b_max, b_sum
 
@@ -242,7 +243,7 @@ def forward(
     pool_k, pool_v = (k, v) if prefix_k is None or prefix_v is None else (prefix_k, prefix_v)
     strides = [stride for tensor in (q, k, v, pool_k, pool_v) for stride in tensor.stride()[:2]]
     vec = math.gcd(16 // q.element_size(), *strides)
-    with torch.cuda.device(q.device) if q.is_cuda else contextlib.nullcontext():
+    with on_device(q):
         _forward[grid](
             q, k, v, prefix_k, prefix_v, cu_seqlens, cu_seqlens if cu_queries is None else cu_queries, prefix_start,
             prefix_len, out, lse, *strides, suffixes, window,

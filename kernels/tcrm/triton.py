@@ -6,12 +6,12 @@ fp64.
 
 from __future__ import annotations
 
-import contextlib
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+
+from rmfast.kernels.launch import on_device
 
 from . import reference
 
@@ -136,10 +136,6 @@ def _backward(
         )  # fmt: skip
 
 
-def _device(value: Tensor) -> contextlib.AbstractContextManager:
-    return torch.cuda.device(value.device) if value.device.type == "cuda" else contextlib.nullcontext()
-
-
 def forward(
     chosen: Tensor,
     rejected: Tensor,
@@ -152,7 +148,7 @@ def forward(
     if chosen.dtype == torch.float64:  # scalar arguments of a kernel are fp32
         return reference.forward(chosen, rejected, bounds, margin, smooth, lookahead, mean)
     pairs = bounds.size(1)
-    with _device(chosen):
+    with on_device(chosen):
         terms = chosen.new_empty((pairs, 2, 4), dtype=torch.float32)
         _forward[(pairs, 2)](
             chosen, rejected, bounds, margin, terms, pairs, chosen.size(0), rejected.size(0), smooth, lookahead,
@@ -174,7 +170,7 @@ def backward(
 ) -> tuple[Tensor, Tensor]:
     if chosen.dtype == torch.float64:
         return reference.backward(grad, chosen, rejected, bounds, margin, smooth, lookahead, mean)
-    with _device(chosen):
+    with on_device(chosen):
         grad_chosen, grad_rejected = torch.zeros_like(chosen), torch.zeros_like(rejected)
         _backward[(bounds.size(1), 2)](
             grad, chosen, rejected, bounds, margin, grad_chosen, grad_rejected,

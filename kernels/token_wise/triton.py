@@ -8,12 +8,12 @@ follow that width.
 
 from __future__ import annotations
 
-import contextlib
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+
+from rmfast.kernels.launch import aligned, on_device
 
 from . import reference
 
@@ -35,7 +35,7 @@ def _inverse_rms(b_squares, d: tl.constexpr, eps: tl.constexpr):
 
 
 @triton.jit
-def _gain(p_gain, o_d, m_d, acc: tl.constexpr, GEMMA: tl.constexpr):
+def load_gain(p_gain, o_d, m_d, acc: tl.constexpr, GEMMA: tl.constexpr):
     if p_gain is None:
         return tl.full(o_d.shape, 1.0, acc)
     else:
@@ -46,7 +46,7 @@ def _gain(p_gain, o_d, m_d, acc: tl.constexpr, GEMMA: tl.constexpr):
 
 
 @triton.jit
-def _normed(b_x, b_gain, dtype: tl.constexpr, d: tl.constexpr, eps: tl.constexpr, GEMMA: tl.constexpr):
+def normed(b_x, b_gain, dtype: tl.constexpr, d: tl.constexpr, eps: tl.constexpr, GEMMA: tl.constexpr):
     """Rows [BM, BD] in the accumulation dtype, rounded as transformers does: Llama's before and after the gain."""
     b_y = b_x * _inverse_rms(tl.sum(b_x * b_x, 1), d, eps)[:, None]
     if not GEMMA:
@@ -71,13 +71,13 @@ def _rms_norm(
     b_x = tl.load(p_x + o_x[:, None] + o_d[None, :], mask=m_x, other=0.0).to(acc)  # [BM, BD]
     if p_residual is not None:
         if POST:
-            b_x = _normed(b_x, _gain(p_post, o_d, m_d, acc, GEMMA), dtype, d, eps, GEMMA).to(acc)
+            b_x = normed(b_x, load_gain(p_post, o_d, m_d, acc, GEMMA), dtype, d, eps, GEMMA).to(acc)
         o_r = tl.multiple_of(o_n * stride_r, VEC)
         b_r = tl.load(p_residual + o_r[:, None] + o_d[None, :], mask=m_x, other=0.0).to(acc)
         b_sum = (b_x + b_r).to(dtype)
         tl.store(p_sum + o_y, b_sum, mask=m_x)
         b_x = b_sum.to(acc)
-    tl.store(p_y + o_y, _normed(b_x, _gain(p_weight, o_d, m_d, acc, GEMMA), dtype, d, eps, GEMMA), mask=m_x)
+    tl.store(p_y + o_y, normed(b_x, load_gain(p_weight, o_d, m_d, acc, GEMMA), dtype, d, eps, GEMMA), mask=m_x)
 
 
 @triton.jit
@@ -107,10 +107,10 @@ def _rotate(
         if R < D:
             b_squares += tl.sum(b_rest * b_rest, 1)
         b_inverse = _inverse_rms(b_squares, D, eps)[:, None]
-        b_low = b_low * b_inverse * _gain(p_gain, o_r, m_r, acc, GEMMA)[None, :]
-        b_high = b_high * b_inverse * _gain(p_gain, half + o_r, m_r, acc, GEMMA)[None, :]
+        b_low = b_low * b_inverse * load_gain(p_gain, o_r, m_r, acc, GEMMA)[None, :]
+        b_high = b_high * b_inverse * load_gain(p_gain, half + o_r, m_r, acc, GEMMA)[None, :]
         if R < D:
-            b_rest = b_rest * b_inverse * _gain(p_gain, o_p, m_p, acc, GEMMA)[None, :]
+            b_rest = b_rest * b_inverse * load_gain(p_gain, o_p, m_p, acc, GEMMA)[None, :]
     b_cos = tl.load(p_cos + o_r, mask=m_r, other=0.0).to(acc)[None, :]
     b_sin = tl.load(p_sin + o_r, mask=m_r, other=0.0).to(acc)[None, :]
     tl.store(p_out + o_out + o_r[None, :], (b_low * b_cos - b_high * b_sin).to(dtype), mask=m_x)
@@ -194,20 +194,11 @@ def rotary_config(d: int, rotated: int, dtype: torch.dtype) -> dict[str, int]:
     }  # fmt: skip
 
 
-def _rows(value: Tensor, vec: int) -> Tensor:
+def aligned_rows(value: Tensor, vec: int) -> Tensor:
     """The value, or a copy where its rows do not start at multiples of a load's width."""
     steps = value.stride()[:-1]
-    aligned = vec == 1 or (value.data_ptr() % 16 == 0 and all(step % vec == 0 for step in steps))
-    return value if aligned else value.clone(memory_format=torch.contiguous_format)
-
-
-def _gains(value: Tensor | None) -> Tensor | None:
-    return value if value is None or value.data_ptr() % 16 == 0 else value.clone()
-
-
-def _device(value: Tensor) -> contextlib.AbstractContextManager:
-    """Triton launches on the current device; the stream is that device's current one, as torch's own ops use."""
-    return torch.cuda.device(value.device) if value.device.type == "cuda" else contextlib.nullcontext()
+    wide = vec == 1 or (value.data_ptr() % 16 == 0 and all(step % vec == 0 for step in steps))
+    return value if wide else value.clone(memory_format=torch.contiguous_format)
 
 
 def rms_norm(
@@ -217,11 +208,12 @@ def rms_norm(
     config = rms_norm_config(d, x.dtype)
     if config["BD"] * reference.accumulator(x.dtype).itemsize > MAX_ROW:
         return reference.rms_norm(x, weight, residual, post_weight, eps, gemma)
-    with _device(x):
+    with on_device(x):
         y, total = x.new_empty(x.shape), x.new_empty((0,) if residual is None else x.shape)
-        x, residual = _rows(x, config["VEC"]), None if residual is None else _rows(residual, config["VEC"])
+        x = aligned_rows(x, config["VEC"])
+        residual = None if residual is None else aligned_rows(residual, config["VEC"])
         _rms_norm[(triton.cdiv(rows, config["BM"]),)](
-            x, residual, _gains(weight), _gains(post_weight), y, total, rows, x.stride(0),
+            x, residual, aligned(weight), aligned(post_weight), y, total, rows, x.stride(0),
             0 if residual is None else residual.stride(0),
             d=d, eps=eps, GEMMA=gemma, POST=post_weight is not None, enable_fp_fusion=False, **config,
         )  # fmt: skip
@@ -240,13 +232,13 @@ def rotary(
 ) -> tuple[Tensor, Tensor]:
     rows, heads_q, d = q.shape
     heads_k, rotated = k.size(1), cos.size(1)
-    with _device(q):
+    with on_device(q):
         config = rotary_config(d, rotated, q.dtype)
         out_q, out_k = q.new_empty(q.shape), k.new_empty(k.shape)
-        q, k = _rows(q, config["VEC"]), _rows(k, config["VEC"])
+        q, k = aligned_rows(q, config["VEC"]), aligned_rows(k, config["VEC"])
         tiles = triton.cdiv(heads_q, config["BH"]) + triton.cdiv(heads_k, config["BH"])
         _rotary[(rows, tiles)](
-            q, k, cos, sin, _gains(q_norm), _gains(k_norm), out_q, out_k, heads_q, heads_k,
+            q, k, cos, sin, aligned(q_norm), aligned(k_norm), out_q, out_k, heads_q, heads_k,
             *q.stride()[:2], *k.stride()[:2], cos.stride(0), sin.stride(0),
             D=d, R=rotated, eps=eps, GEMMA=gemma, enable_fp_fusion=False, **config,
         )  # fmt: skip
@@ -255,13 +247,13 @@ def rotary(
 
 def gated_activation(gate: Tensor, up: Tensor, kind: int) -> Tensor:
     rows, m = gate.shape
-    with _device(gate):
+    with on_device(gate):
         out = gate.new_empty(gate.shape)
         width = vector_width(gate.dtype, m)
-        aligned = all(value.data_ptr() % 16 == 0 and value.stride(0) % width == 0 for value in (gate, up))
+        wide = all(value.data_ptr() % 16 == 0 and value.stride(0) % width == 0 for value in (gate, up))
         block = min(1024, triton.next_power_of_2(m))
         _gated_activation[(rows, triton.cdiv(m, block))](
             gate, up, out, gate.stride(0), up.stride(0),
-            m=m, KIND=kind, BD=block, VEC=width if aligned else 1, num_warps=4, enable_fp_fusion=False,
+            m=m, KIND=kind, BD=block, VEC=width if wide else 1, num_warps=4, enable_fp_fusion=False,
         )  # fmt: skip
         return out

@@ -10,14 +10,13 @@ lists no registers: `why_not` says so, and the eager reference runs.
 
 from __future__ import annotations
 
-import contextlib
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from rmfast.kernels.suffix_attention.triton import _dot
+from rmfast.kernels.launch import on_device
+from rmfast.kernels.suffix_attention.triton import dot
 
 MAX_K = 256
 _PROGRAMS = 132  # one for each SM of an H100: registers leave room for no second
@@ -69,7 +68,7 @@ def _topk_encode(
                 b_w = tl.load(p_wk)
             else:
                 b_w = tl.load(p_wk, mask=m_w, other=0.0)
-            b_acc = _dot(b_x, b_w, b_acc)
+            b_acc = dot(b_x, b_w, b_acc)
         if p_bias is not None:
             b_acc += tl.load(p_bias + o_f, mask=o_f < F, other=0.0)[None, :]
         b_key = tl.where(m_f, _key(b_acc), -0x80000000)
@@ -126,8 +125,7 @@ def topk_encode(
     blocks, tiles = triton.cdiv(n, settings["BM"]), triton.cdiv(width, settings["BN"])
     each = triton.cdiv(tiles, max(1, min(tiles, _PROGRAMS // blocks)))  # tiles of a split
     splits = triton.cdiv(tiles, each)
-    cuda = x.device.type == "cuda"
-    with torch.cuda.device(x.device) if cuda else contextlib.nullcontext():
+    with on_device(x):
         words = x.new_empty((n, splits, k), dtype=torch.int64)
         _topk_encode[(blocks, splits)](
             x, weight, bias, words, n, d, width, k, each, *(stride // unit for stride in strides), UNIT=unit,
