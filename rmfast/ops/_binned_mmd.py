@@ -113,7 +113,7 @@ def _layout(bins: Tensor, groups: Tensor | None, unbiased: bool) -> tuple[Tensor
     return order, torch.stack(ranges), size.reciprocal().where(part, 0), same.where(part, 0)
 
 
-def _median_rows(rows: int, device: torch.device) -> Tensor:
+def median_rows(rows: int, device: torch.device) -> Tensor:
     """At most MEDIAN_ROWS indices: one of each of as many stretches, at the place in it that multiples of the golden
     ratio give, so that rows that take turns (chosen, rejected) all get in."""
     count = min(rows, MEDIAN_ROWS)
@@ -123,7 +123,7 @@ def _median_rows(rows: int, device: torch.device) -> Tensor:
 
 def _median_bandwidth(x: Tensor) -> Tensor:
     """The median distance of these rows (1,); their mean distance where it is 0, and 1 where that is."""
-    distances = torch.pdist(x[_median_rows(x.size(0), x.device)])
+    distances = torch.pdist(x[median_rows(x.size(0), x.device)])
     if distances.size(0) == 0:
         return x.new_ones(1)
     median, mean = distances.median(), distances.mean()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 
 import torch
@@ -46,6 +47,22 @@ def expect_dtype(ok: bool, name: str, expected: str, got: torch.dtype) -> None:
         raise TypeError(f"Expected {name} to have dtype {expected}, got {got}")
 
 
+def expect_eps(eps: float) -> None:
+    if isinstance(eps, bool) or not isinstance(eps, (int, float)):
+        raise TypeError(f"Expected eps to be a float, got {type(eps).__name__}")
+    expect(eps > 0 and math.isfinite(eps), "eps", "finite and above 0", eps)
+
+
+def expect_no_grad(op: str, **inputs: Tensor | None) -> None:
+    if torch.is_grad_enabled():
+        for name, value in inputs.items():
+            if value is not None and value.requires_grad:
+                raise ValueError(
+                    f"Expected {name} not to require grad: {op} has no gradient; call it under torch.no_grad() or "
+                    f"detach {name}"
+                )
+
+
 def checked(value: Tensor | None, name: str, shape: tuple[int | None, ...], like: Tensor, index: bool = False) -> None:
     """One argument's type, dtype, shape (None: any size) and device, which is that of `like`, the op's first one."""
     if value is None:
@@ -67,3 +84,12 @@ def readable(value: Tensor) -> bool:
     if torch.compiler.is_compiling():
         return False
     return value.device.type == "cpu" or os.environ.get("RMFAST_CHECK") == "1"
+
+
+def no_gradient(op: str):
+    """The backward of an op that has none: without one autograd would silently give no gradient."""
+
+    def backward(ctx, *grads):
+        raise RuntimeError(f"{op} has no gradient; call it under torch.no_grad() or detach its inputs")
+
+    return backward

@@ -7,8 +7,18 @@ from torch import Tensor
 
 from rmfast import backends as _backends
 from rmfast.kernels.neuron_stats import reference as _reference
-from rmfast.ops._library import FLOATS, checked, define, direct, expect, expect_dtype, lib, readable
-from rmfast.ops._token_wise import _no_grad, _no_gradient
+from rmfast.ops._library import (
+    FLOATS,
+    checked,
+    define,
+    direct,
+    expect,
+    expect_dtype,
+    expect_no_grad,
+    lib,
+    no_gradient,
+    readable,
+)
 
 define("neuron_stats", "(Tensor activations, Tensor ranks, Tensor squares) -> (Tensor, Tensor)")
 
@@ -67,7 +77,7 @@ def neuron_stats(activations: Tensor, attributes: Tensor) -> tuple[Tensor, Tenso
     if not isinstance(attributes, Tensor):
         raise TypeError(f"Expected attributes to be a torch.Tensor, got {type(attributes).__name__}")
     checked(attributes, "attributes", (n, None), activations)
-    _no_grad("neuron_stats", activations=activations, attributes=attributes)
+    expect_no_grad("neuron_stats", activations=activations, attributes=attributes)
     nan = attributes.isnan().any(0)
     if readable(attributes) and nan.any():
         raise ValueError(f"Expected attributes to have no NaN, got one in column {int(nan.int().argmax())}")
@@ -90,4 +100,4 @@ def _neuron_stats_fake(activations, ranks, squares=None):
 
 lib.impl("neuron_stats", _neuron_stats, "CompositeExplicitAutograd")
 torch.library.register_fake("rmfast::neuron_stats", _neuron_stats_fake, lib=lib)
-torch.library.register_autograd("rmfast::neuron_stats", _no_gradient("neuron_stats"), lib=lib)
+torch.library.register_autograd("rmfast::neuron_stats", no_gradient("neuron_stats"), lib=lib)

@@ -7,8 +7,19 @@ from torch import Tensor
 
 from rmfast import backends as _backends
 from rmfast.kernels.patch_rows import reference as _reference
-from rmfast.ops._library import FLOATS, checked, define, direct, expect, expect_dtype, lib, readable
-from rmfast.ops._token_wise import _eps, _no_grad, _no_gradient
+from rmfast.ops._library import (
+    FLOATS,
+    checked,
+    define,
+    direct,
+    expect,
+    expect_dtype,
+    expect_eps,
+    expect_no_grad,
+    lib,
+    no_gradient,
+    readable,
+)
 
 define(
     "patch_rows",
@@ -82,8 +93,8 @@ def patch_rows(
     checked(base_rows, "base_rows", (None,), base, index=True)
     checked(value_rows, "value_rows", (base_rows.size(0),), base, index=True)
     checked(weight, "weight", (d,), base)
-    _eps(eps)
-    _no_grad("patch_rows", base=base, values=values, weight=weight)
+    expect_eps(eps)
+    expect_no_grad("patch_rows", base=base, values=values, weight=weight)
     args = (
         _rows(base), _rows(values), base_rows.contiguous(), value_rows.contiguous(), weight.contiguous(), float(eps),
         bool(gemma),
@@ -120,4 +131,4 @@ def _patch_rows_fake(base, values, base_rows, *args):
 
 lib.impl("patch_rows", _patch_rows, "CompositeExplicitAutograd")
 torch.library.register_fake("rmfast::patch_rows", _patch_rows_fake, lib=lib)
-torch.library.register_autograd("rmfast::patch_rows", _no_gradient("patch_rows"), lib=lib)
+torch.library.register_autograd("rmfast::patch_rows", no_gradient("patch_rows"), lib=lib)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import os
 
 import torch
@@ -10,7 +9,7 @@ from torch import Tensor
 
 from rmfast import backends as _backends
 from rmfast.kernels.reward_head import reference as _reference
-from rmfast.ops._library import FLOATS, checked, define, direct, expect, expect_dtype, lib
+from rmfast.ops._library import FLOATS, checked, define, direct, expect, expect_dtype, expect_eps, lib
 
 _FORWARD = (
     "(Tensor hidden, Tensor weight, Tensor? bias, int norm, Tensor? norm_weight, Tensor? norm_bias, float eps, "
@@ -121,9 +120,7 @@ def reward_head(
     expect(
         norm == "layer" or norm_bias is None, "norm_bias", 'None unless norm="layer"', f"a tensor with norm={norm!r}"
     )
-    if isinstance(eps, bool) or not isinstance(eps, (int, float)):
-        raise TypeError(f"Expected eps to be a float, got {type(eps).__name__}")
-    expect(eps > 0 and math.isfinite(eps), "eps", "finite and above 0", eps)
+    expect_eps(eps)
     checked(rows, "rows", (None,), hidden, index=True)
     lead = hidden.shape[:-1] if rows is None else rows.shape
     if directions is None:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from rmfast import backends as _backends
 from rmfast.kernels.suffix_attention import reference as _reference
-from rmfast.ops._library import FLOATS, checked, define, direct, expect, expect_dtype, lib
+from rmfast.ops._library import FLOATS, checked, define, direct, expect, expect_dtype, expect_no_grad, lib, no_gradient
 
 MAX_HEAD_DIM = 256
 
@@ -126,13 +126,7 @@ def suffix_attention(
     if window is not None and (isinstance(window, bool) or not isinstance(window, (int, torch.SymInt))):
         raise TypeError(f"Expected window to be an int, got {type(window).__name__}")
     expect(window is None or window >= 1, "window", "at least 1", window)
-    if torch.is_grad_enabled():
-        for name, value in (("q", q), ("k", k), ("v", v), ("prefix_k", prefix_k), ("prefix_v", prefix_v)):
-            if value is not None and value.requires_grad:
-                raise ValueError(
-                    f"Expected {name} not to require grad: suffix_attention has no gradient; call it under "
-                    f"torch.no_grad() or detach {name}"
-                )
+    expect_no_grad("suffix_attention", q=q, k=k, v=v, prefix_k=prefix_k, prefix_v=prefix_v)
     args = (
         q, k, v, cu_seqlens, cu_queries, prefix_k, prefix_v, prefix_start, prefix_len, scale, bool(causal), softcap,
         window or 0,
@@ -222,10 +216,6 @@ def _suffix_attention_fake(q, *args):
     return q.new_empty(q.shape), q.new_empty(q.shape[:2], dtype=_reference.accumulator(q.dtype))
 
 
-def _no_gradient(ctx, *grads):
-    raise RuntimeError("suffix_attention has no gradient; call it under torch.no_grad() or detach its inputs")
-
-
 lib.impl("suffix_attention", _suffix_attention, "CompositeExplicitAutograd")
 torch.library.register_fake("rmfast::suffix_attention", _suffix_attention_fake, lib=lib)
-torch.library.register_autograd("rmfast::suffix_attention", _no_gradient, lib=lib)
+torch.library.register_autograd("rmfast::suffix_attention", no_gradient("suffix_attention"), lib=lib)

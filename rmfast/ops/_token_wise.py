@@ -2,14 +2,23 @@
 
 from __future__ import annotations
 
-import math
-
 import torch
 from torch import Tensor
 
 from rmfast import backends as _backends
 from rmfast.kernels.token_wise import reference as _reference
-from rmfast.ops._library import FLOATS, checked, define, direct, expect, expect_dtype, lib
+from rmfast.ops._library import (
+    FLOATS,
+    checked,
+    define,
+    direct,
+    expect,
+    expect_dtype,
+    expect_eps,
+    expect_no_grad,
+    lib,
+    no_gradient,
+)
 
 define(
     "rms_norm",
@@ -86,8 +95,8 @@ def rms_norm(
     if residual is not None:
         _rows(residual, "residual", x.shape, x)
     expect(post_weight is None or residual is not None, "post_weight", "None without residual", "a tensor")
-    _eps(eps)
-    _no_grad("rms_norm", x=x, weight=weight, residual=residual, post_weight=post_weight)
+    expect_eps(eps)
+    expect_no_grad("rms_norm", x=x, weight=weight, residual=residual, post_weight=post_weight)
     args = (
         _flat(x), _contiguous(weight), None if residual is None else _flat(residual), _contiguous(post_weight),
         float(eps), bool(gemma),
@@ -149,8 +158,8 @@ def rotary(
     _tensor(sin, "sin", (rows, rotated), q)
     checked(q_norm, "q_norm", (d,), q)
     checked(k_norm, "k_norm", (d,), q)
-    _eps(eps)
-    _no_grad("rotary", q=q, k=k, cos=cos, sin=sin, q_norm=q_norm, k_norm=k_norm)
+    expect_eps(eps)
+    expect_no_grad("rotary", q=q, k=k, cos=cos, sin=sin, q_norm=q_norm, k_norm=k_norm)
     args = (q, k, cos, sin, _contiguous(q_norm), _contiguous(k_norm), float(eps), bool(gemma))
     return _rotary(*args) if direct(args) else torch.ops.rmfast.rotary(*args)
 
@@ -181,7 +190,7 @@ def gated_activation(gate: Tensor, up: Tensor, *, kind: str) -> Tensor:
     _rows(gate, "gate", None, gate)
     _rows(up, "up", gate.shape, gate)
     expect(kind in _reference.KINDS, "kind", '"silu", "gelu" or "gelu_tanh"', kind)
-    _no_grad("gated_activation", gate=gate, up=up)
+    expect_no_grad("gated_activation", gate=gate, up=up)
     args = (_flat(gate), _flat(up), _reference.KINDS[kind])
     return _like(_gated_activation(*args) if direct(args) else torch.ops.rmfast.gated_activation(*args), gate)
 
@@ -228,22 +237,6 @@ def _contiguous(value: Tensor | None) -> Tensor | None:
     return None if value is None else value.contiguous()
 
 
-def _eps(eps: float) -> None:
-    if isinstance(eps, bool) or not isinstance(eps, (int, float)):
-        raise TypeError(f"Expected eps to be a float, got {type(eps).__name__}")
-    expect(eps > 0 and math.isfinite(eps), "eps", "finite and above 0", eps)
-
-
-def _no_grad(op: str, **inputs: Tensor | None) -> None:
-    if torch.is_grad_enabled():
-        for name, value in inputs.items():
-            if value is not None and value.requires_grad:
-                raise ValueError(
-                    f"Expected {name} not to require grad: {op} has no gradient; call it under torch.no_grad() or "
-                    f"detach {name}"
-                )
-
-
 def _rms_norm(*args):
     x = args[0]
     run = _backends.choose("rms_norm", x.device.type)
@@ -276,13 +269,6 @@ def _gated_activation_fake(*args):
     return args[0].new_empty(args[0].shape)
 
 
-def _no_gradient(op: str):
-    def backward(ctx, *grads):
-        raise RuntimeError(f"{op} has no gradient; call it under torch.no_grad() or detach its inputs")
-
-    return backward
-
-
 for _name, _run, _fake in (
     ("rms_norm", _rms_norm, _rms_norm_fake),
     ("rotary", _rotary, _rotary_fake),
@@ -290,4 +276,4 @@ for _name, _run, _fake in (
 ):
     lib.impl(_name, _run, "CompositeExplicitAutograd")
     torch.library.register_fake(f"rmfast::{_name}", _fake, lib=lib)
-    torch.library.register_autograd(f"rmfast::{_name}", _no_gradient(_name), lib=lib)
+    torch.library.register_autograd(f"rmfast::{_name}", no_gradient(_name), lib=lib)

@@ -9,8 +9,18 @@ from torch import Tensor
 
 from rmfast import backends as _backends
 from rmfast.kernels.topk_encode import reference as _reference
-from rmfast.ops._library import FLOATS, checked, define, direct, expect, expect_dtype, lib, native
-from rmfast.ops._token_wise import _no_grad, _no_gradient
+from rmfast.ops._library import (
+    FLOATS,
+    checked,
+    define,
+    direct,
+    expect,
+    expect_dtype,
+    expect_no_grad,
+    lib,
+    native,
+    no_gradient,
+)
 
 define("topk_encode", "(Tensor x, Tensor weight, Tensor? bias, int k, Tensor? b_dec, bool relu) -> (Tensor, Tensor)")
 native.define(
@@ -151,7 +161,7 @@ def topk_encode(
     if isinstance(k, bool) or not isinstance(k, int):
         raise TypeError(f"Expected k to be an int, got {type(k).__name__}")
     expect(1 <= k <= weight.size(1), "k", f"from 1 to the number of features, {weight.size(1)}", k)
-    _no_grad("topk_encode", x=x, weight=weight, bias=bias, b_dec=b_dec)
+    expect_no_grad("topk_encode", x=x, weight=weight, bias=bias, b_dec=b_dec)
     dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
     bias = None if bias is None else bias.to(dtype).contiguous()
     args = (x, weight, bias, k, None if b_dec is None else b_dec.to(x.dtype), relu)
@@ -170,4 +180,4 @@ def _topk_encode_fake(x, weight, bias, k, b_dec=None, relu=True):
 
 lib.impl("topk_encode", _topk_encode, "CompositeExplicitAutograd")
 torch.library.register_fake("rmfast::topk_encode", _topk_encode_fake, lib=lib)
-torch.library.register_autograd("rmfast::topk_encode", _no_gradient("topk_encode"), lib=lib)
+torch.library.register_autograd("rmfast::topk_encode", no_gradient("topk_encode"), lib=lib)

@@ -11,7 +11,7 @@ from losses import every_dtype, normal, peak_bytes
 from torch import Tensor
 
 from rmfast.losses import binned_mmd
-from rmfast.ops._binned_mmd import _median_rows
+from rmfast.ops._binned_mmd import median_rows
 
 every_mmd = pytest.mark.parametrize("backend", backends_of("binned_mmd"))
 
@@ -142,7 +142,7 @@ def test_the_median_bandwidth_is_the_median_distance_and_has_no_gradient(backend
 @pytest.mark.parametrize("period", [2, 3, 4, 6])
 def test_the_median_of_a_long_batch_is_over_rows_that_take_turns_alike(period):
     for rows in (1024, 4096, 5000):
-        counts = (_median_rows(rows, torch.device("cpu")) % period).bincount()
+        counts = (median_rows(rows, torch.device("cpu")) % period).bincount()
         assert counts.size(0) == period and counts.max() < 1.3 * counts.min()
 
 
