@@ -22,9 +22,9 @@ from typing import Any
 
 import torch
 
+import rmfast
 from bench import machine, memory
 from bench.registry import Benchmark
-from rmfast import backends
 
 DATA = Path(__file__).parent / "data"
 
@@ -165,7 +165,7 @@ def run(
         "shape": dict(shape),
         "device": where.type,
         "quick": quick,
-        "backends": {choice.op: choice.runs for choice in backends.explain(device=where.type)},
+        "backends": {choice.op: choice.runs for choice in rmfast.explain(device=where.type)},
         "check": "passed",
         "contenders": {label: _summary(contender) for label, contender in contenders.items()},
         "ratios": {},

@@ -84,6 +84,8 @@ def __getattr__(name: str):
     if name in ("debias", "losses", "ops"):
         return importlib.import_module(f"rmfast.{name}")
     if name in _HOME:
+        if name == "explain":
+            importlib.import_module("rmfast.ops")  # registers the ops that there are to explain
         value = getattr(importlib.import_module(_HOME[name]), name)
         globals()[name] = value
         return value

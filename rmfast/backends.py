@@ -10,7 +10,6 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import functools
-import importlib
 import os
 import platform
 import traceback
@@ -91,20 +90,19 @@ def backend(name: str | None) -> Iterator[None]:
 
 
 @functools.cache
-def _library_path(name: str) -> Path | None:
+def library_path(name: str) -> Path | None:
     return next(iter(sorted(Path(__file__).parent.glob(f"{name}*.so"))), None)
 
 
 @functools.cache
 def _load(name: str) -> str | None:
     """Loads a compiled library; None, or the reason why it could not be."""
-    path = _library_path(name)
+    path = library_path(name)
     if path is None:
         return (
             "this install holds no compiled library; fix: pip install --no-build-isolation . (needs torch, setuptools, "
             "ninja and a C++ compiler)"
         )
-    importlib.import_module("rmfast.ops")  # the ops' schemas, which the library's registrations fill
     try:
         torch.ops.load_library(str(path))
     except OSError:
@@ -121,7 +119,7 @@ def cpu_isa() -> str | None:
 
     None where there is no compiled library, or RMFAST_CPU_ISA asks for one that this CPU or build does not have.
     """
-    path = _library_path("_C")
+    path = library_path("_C")
     if path is None or _load("_C") is not None:
         return None
     read = ctypes.CDLL(str(path)).rmfast_cpu_isa
@@ -141,7 +139,7 @@ def bf16_matmul_pays() -> bool:
         return False
     if torch.cpu._is_amx_tile_supported():
         return True
-    path = _library_path("_C")
+    path = library_path("_C")
     if not torch.cpu._is_avx512_bf16_supported() or path is None or _load("_C") is not None:
         return False
     is_amd = getattr(ctypes.CDLL(str(path)), "rmfast_cpu_is_amd", None)  # None: a library built before it
@@ -173,7 +171,7 @@ def _missing(op: str, name: str, device: str) -> str | None:
             return f"cuda kernels run on cuda tensors, not on {device}"
         if torch.version.cuda is None:
             return f"torch {torch.__version__} is built without CUDA; fix: install a CUDA build of torch"
-        if _library_path("_C_cuda") is None:
+        if library_path("_C_cuda") is None:
             return (
                 "not built (no nvcc, or its build failed); fix: RMFAST_BUILD_CUDA=1 pip install --no-build-isolation ."
             )
@@ -224,12 +222,11 @@ def explain(op: str | None = None, device: str | None = None) -> Explanation:
     """What would run for each op and device type, and why the others would not.
 
     Args:
-        op: one op's name, or None for all.
+        op: one op's name, or None for all that are registered, which `rmfast.ops` does when it is imported.
         device: "cpu", "cuda", ..., or None for the CPU and, where torch sees one, CUDA.
 
     Raises ValueError for an unknown op.
     """
-    importlib.import_module("rmfast.ops")
     if op is not None and op not in _ops:
         raise ValueError(f"Expected op to be one of {', '.join(sorted(_ops))}, got {op!r}")
     devices = [device] if device else ["cpu"] + (["cuda"] if torch.cuda.is_available() else [])

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from rmfast.backends import _library_path
+from rmfast.backends import library_path
 
 ROOT = Path(__file__).resolve().parents[2]
 SOURCE = """
@@ -128,7 +128,7 @@ def test_many_dots_go_to_the_tensor_cores_through_async_copies(kernels):
 
 
 def test_the_library_loads_where_torch_has_no_cuda():
-    path = _library_path("_C_cuda")
+    path = library_path("_C_cuda")
     if path is None:
         pytest.skip("this install holds no _C_cuda; needs nvcc at build time")
     code = (
