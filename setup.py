@@ -199,10 +199,17 @@ setup(
     # `kernels` at the top level would be Hugging Face's package: installed as rmfast.kernels, always listed by name.
     packages=[
         "rmfast",
+        "rmfast.binding",
         "rmfast.cli",
+        "rmfast.debias",
+        "rmfast.engine",
         "rmfast.integrations",
         "rmfast.integrations.reward_lens",
+        "rmfast.interpret",
         "rmfast.ops",
+        "rmfast.patching",
+        "rmfast.texts",
+        "rmfast.training",
         "rmfast.kernels",
         "rmfast.kernels.binned_mmd",
         "rmfast.kernels.neuron_stats",

@@ -32,7 +32,7 @@ from torch import Tensor, nn
 
 from bench import reward_head, scoring, sweep
 from bench.registry import Benchmark, Maker, Problem, Shape
-from rmfast.attribution import projector, unit_dots
+from rmfast.interpret.components import projector, unit_dots
 
 SAMPLE = 8  # texts compared with the truth
 TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 0.1}  # of the largest reward of any layer

@@ -29,7 +29,7 @@ from torch import Tensor
 import rmfast
 from bench.registry import Benchmark, Maker, Problem, Shape
 from examples import demo_data
-from rmfast.planner import plan
+from rmfast.engine.planner import plan
 
 PAD, FIRST, LAST = 0, 10, 49000  # padding, and the range of the texts' random token ids
 BATCHES = (1, 2, 4, 8, 16, 32)

@@ -20,8 +20,8 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from bench.registry import Benchmark, Problem, Shape
 from bench.scoring import texts
+from rmfast.engine.planner import plan
 from rmfast.ops import suffix_attention
-from rmfast.planner import plan
 
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2e-2}  # of the largest output
 

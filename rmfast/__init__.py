@@ -13,45 +13,47 @@ from typing import TYPE_CHECKING
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
-    from rmfast.attribution import Attribution as Attribution
     from rmfast.backends import BackendError as BackendError
     from rmfast.backends import backend as backend
     from rmfast.backends import explain as explain
-    from rmfast.comparison import Comparison as Comparison
-    from rmfast.comparison import Estimate as Estimate
-    from rmfast.comparison import compare as compare
-    from rmfast.grids import PatchSweep as PatchSweep
-    from rmfast.interventions import LWR as LWR
-    from rmfast.interventions import DirectionRemoval as DirectionRemoval
-    from rmfast.interventions import LengthPenalty as LengthPenalty
-    from rmfast.interventions import NeuronClamp as NeuronClamp
-    from rmfast.lens import Lens as Lens
-    from rmfast.sae import SAE as SAE
-    from rmfast.sae import SAEAttribution as SAEAttribution
-    from rmfast.scoring import RewardModel as RewardModel
-    from rmfast.scoring import load as load
-    from rmfast.values import ResponseValues as ResponseValues
+    from rmfast.debias.interventions import LWR as LWR
+    from rmfast.debias.interventions import DirectionRemoval as DirectionRemoval
+    from rmfast.debias.interventions import LengthPenalty as LengthPenalty
+    from rmfast.debias.interventions import NeuronClamp as NeuronClamp
+    from rmfast.interpret.attribution import Attribution as Attribution
+    from rmfast.interpret.comparison import Comparison as Comparison
+    from rmfast.interpret.comparison import Estimate as Estimate
+    from rmfast.interpret.comparison import compare as compare
+    from rmfast.interpret.lens import Lens as Lens
+    from rmfast.interpret.sae import SAE as SAE
+    from rmfast.interpret.sae_attribution import SAEAttribution as SAEAttribution
+    from rmfast.patching.grid import PatchSweep as PatchSweep
+    from rmfast.reward_model import RewardModel as RewardModel
+    from rmfast.reward_model import load as load
+    from rmfast.texts.inputs import InputError as InputError
+    from rmfast.training.values import ResponseValues as ResponseValues
 
 # Loaded at first use: `import rmfast` alone costs no import of torch or transformers.
 _HOME = {
-    "Attribution": "rmfast.attribution",
+    "Attribution": "rmfast.interpret.attribution",
     "backend": "rmfast.backends",
     "BackendError": "rmfast.backends",
-    "Comparison": "rmfast.comparison",
-    "Estimate": "rmfast.comparison",
-    "compare": "rmfast.comparison",
+    "Comparison": "rmfast.interpret.comparison",
+    "Estimate": "rmfast.interpret.comparison",
+    "compare": "rmfast.interpret.comparison",
     "explain": "rmfast.backends",
-    "DirectionRemoval": "rmfast.interventions",
-    "Lens": "rmfast.lens",
-    "LengthPenalty": "rmfast.interventions",
-    "LWR": "rmfast.interventions",
-    "NeuronClamp": "rmfast.interventions",
-    "PatchSweep": "rmfast.grids",
-    "ResponseValues": "rmfast.values",
-    "RewardModel": "rmfast.scoring",
-    "SAE": "rmfast.sae",
-    "SAEAttribution": "rmfast.sae",
-    "load": "rmfast.scoring",
+    "InputError": "rmfast.texts.inputs",
+    "DirectionRemoval": "rmfast.debias.interventions",
+    "Lens": "rmfast.interpret.lens",
+    "LengthPenalty": "rmfast.debias.interventions",
+    "LWR": "rmfast.debias.interventions",
+    "NeuronClamp": "rmfast.debias.interventions",
+    "PatchSweep": "rmfast.patching.grid",
+    "ResponseValues": "rmfast.training.values",
+    "RewardModel": "rmfast.reward_model",
+    "SAE": "rmfast.interpret.sae",
+    "SAEAttribution": "rmfast.interpret.sae_attribution",
+    "load": "rmfast.reward_model",
 }
 
 __all__ = [
@@ -62,6 +64,7 @@ __all__ = [
     "Comparison",
     "DirectionRemoval",
     "Estimate",
+    "InputError",
     "LengthPenalty",
     "Lens",
     "NeuronClamp",

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import shutil
+import tempfile
+from functools import partial
 
 import numpy as np
 import pytest
@@ -89,3 +92,8 @@ def dot_of_one_order():
 
 def pytest_configure(config):
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    # Inductor's cache does not tell instruction sets apart: code made under ATEN_CPU_CAPABILITY=avx2 is later run as
+    # AVX-512 and writes behind its buffers.
+    if "TORCHINDUCTOR_CACHE_DIR" not in os.environ:
+        os.environ["TORCHINDUCTOR_CACHE_DIR"] = tempfile.mkdtemp(prefix="rmfast-inductor-")
+        config.add_cleanup(partial(shutil.rmtree, os.environ["TORCHINDUCTOR_CACHE_DIR"], ignore_errors=True))

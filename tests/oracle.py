@@ -89,7 +89,7 @@ _FAMILIES: dict[str, dict[str, Place]] = {
 
 
 def kinds(model: nn.Module) -> list[str]:
-    """The kinds of `rmfast.sites.KINDS` that this model's layers have, in that order."""
+    """The kinds of `rmfast.patching.sites.KINDS` that this model's layers have, in that order."""
     parallel = getattr(layers(model)[0], "use_parallel_residual", False)
     every = ["resid_pre", "resid_mid", "resid_post", "attn_out", "mlp_out", "head_out", "mlp_neuron", "q", "k", "v"]
     return [kind for kind in every if not (parallel and kind == "resid_mid")]
@@ -120,7 +120,7 @@ def oracle(
 
     Args:
         read: where the reward is read; a model that pools by itself reads where it does.
-        kind, layer, unit: as `rmfast.sites` names them.
+        kind, layer, unit: as `rmfast.patching.sites` names them.
         types: token types, for encoders that take them.
     """
     rows = list(positions)

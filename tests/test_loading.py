@@ -9,7 +9,7 @@ import transformers
 
 import rmfast
 from rmfast import RewardModel
-from rmfast.inputs import InputError
+from rmfast.texts.inputs import InputError
 
 TEXTS = M.token_ids(M.LENGTHS)
 

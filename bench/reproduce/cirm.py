@@ -33,7 +33,7 @@ from bench.reproduce.crm import features
 from bench.reproduce.snippets import read_snippets
 from rmfast import debias
 from rmfast.interventions import LWR, DirectionRemoval, LengthPenalty, NeuronClamp
-from rmfast.pairs import read_pairs
+from rmfast.texts.pairs import read_pairs
 
 FIT, PARTNERS, PLANTED = 500, 20, 0.9
 L2 = 0.1  # on unit-variance features

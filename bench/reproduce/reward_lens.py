@@ -38,7 +38,7 @@ from tqdm import tqdm
 
 import rmfast
 from bench.reproduce.snippets import read_snippets
-from rmfast.comparison import LEAST_PAIRS, mean_of_pairs
+from rmfast.interpret.comparison import LEAST_PAIRS, mean_of_pairs
 
 MEASURED, PREDICTED = ("aligned", "by index", "read token"), ("raw", "norm", "gradient")
 SITES: dict[str, Any] = {"components": ["attn_out", "mlp_out"], "heads": "head_out"}

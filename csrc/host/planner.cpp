@@ -1,4 +1,5 @@
-// The planner of rmfast/planner.py, function by function; the design and the meaning of every array are told there.
+// What rmfast/engine/planner_python.py does, function by function; rmfast/engine/planner.py tells the design and the
+// meaning of every array.
 
 #include <pybind11/numpy.h>
 #include <pybind11/pybind11.h>
@@ -207,7 +208,7 @@ py::array array(std::vector<T>& values) {
 template <typename T>
 using Array = py::array_t<T, py::array::c_style | py::array::forcecast>;
 
-// Arguments are checked by rmfast.planner.plan, the only caller.
+// Arguments are checked by rmfast.engine.planner.plan, the only caller.
 py::tuple plan(const Array<int32_t>& ids, const Array<int64_t>& first, const Array<int64_t>& length, int64_t batch,
                int64_t keep, int64_t pool, int64_t min_shared, bool read_all) {
     const Inputs in{ids.data(), first.data(), length.data(), static_cast<int64_t>(length.size())};
@@ -238,6 +239,6 @@ py::tuple plan(const Array<int32_t>& ids, const Array<int64_t>& first, const Arr
 }  // namespace
 
 PYBIND11_MODULE(_planner, m) {
-    m.doc() = "Compiled planner; call rmfast.planner.plan.";
+    m.doc() = "Compiled planner; call rmfast.engine.planner.plan.";
     m.def("plan", &plan);
 }

@@ -9,7 +9,7 @@ import typer
 from rmfast.cli.options import ModelOptions, chosen_backend, load_model, with_options
 from rmfast.cli.results import save_plot, write_csv
 from rmfast.cli.rows import cell_of, located
-from rmfast.tables import Row, read_rows
+from rmfast.texts.tables import Row, read_rows
 
 
 @with_options

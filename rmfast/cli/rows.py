@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from rmfast.cli.options import Columns, Options
-from rmfast.pairs import join
-from rmfast.tables import Row, read_rows
+from rmfast.texts.pairs import join
+from rmfast.texts.tables import Row, read_rows
 
 
 class BadRow(ValueError):

@@ -18,7 +18,7 @@ import typer
 import rmfast
 from rmfast.cli.options import Options, chosen_backend, load_model
 from rmfast.cli.rows import BadRow, Layout
-from rmfast.tables import Output, Row, count_and_digest, dump_line, kind_of, read_rows
+from rmfast.texts.tables import Output, Row, count_and_digest, dump_line, kind_of, read_rows
 
 Score = Callable[[list[Any]], Any]  # encoded inputs to a reward, or token rewards, for each
 

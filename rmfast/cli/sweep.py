@@ -10,8 +10,8 @@ import typer
 from rmfast.cli.options import ModelOptions, chosen_backend, load_model, with_options
 from rmfast.cli.results import save_plot, show, write_csv
 from rmfast.cli.rows import cell_of, located
-from rmfast.pairs import join
-from rmfast.tables import Row, read_rows
+from rmfast.texts.pairs import join
+from rmfast.texts.tables import Row, read_rows
 
 
 @with_options

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from rmfast import losses
-from rmfast import model as _model
-from rmfast.values import common_prefix
+from rmfast.binding.find import bind
+from rmfast.training.values import common_prefix
 
 try:
     import trl
@@ -214,7 +214,7 @@ class _Values:
     """The head's output at every token, taken while the model runs as whatever wraps it (DDP, FSDP, PEFT) runs it."""
 
     def __init__(self, model: nn.Module) -> None:
-        bound = _model.bind(model)
+        bound = bind(model)
         if not bound.head or not bound.causal:
             raise ValueError(
                 f'Expected a model with a value at each token that sees none behind it for loss="tcrm", got '

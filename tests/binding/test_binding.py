@@ -13,7 +13,7 @@ import transformers
 from torch import nn
 
 from rmfast import RewardModel
-from rmfast.model import bind
+from rmfast.binding.find import bind
 
 IDS = M.token_ids([5, 33, 2, 17, 40, 9])
 

@@ -14,6 +14,7 @@ import torch
 from shell import files, read, run, saved, write
 
 import rmfast
+from rmfast.engine import scorer
 
 TEXTS = ["short", "a somewhat longer text", "x", "Größe, 大きさ", "the end\nof it"]
 
@@ -209,11 +210,11 @@ def test_explain_of_a_model_tells_its_engine(folder, rm):
 @pytest.mark.parametrize("command", ["score", "values"])
 @pytest.mark.parametrize("engine", ["packed", "padded"])
 def test_engine_reaches_the_model(folder, tmp_path, monkeypatch, command, engine):
-    runs = {name: getattr(rmfast.RewardModel, f"_run_{name}") for name in ("packed", "padded")}
+    runs = {name: getattr(scorer, f"run_{name}") for name in ("packed", "padded")}
     seen = []
     for name, function in runs.items():
         spy = lambda *a, name=name, function=function, **kw: (seen.append(name), function(*a, **kw))[1]  # noqa: E731
-        monkeypatch.setattr(rmfast.RewardModel, f"_run_{name}", spy)
+        monkeypatch.setattr(scorer, f"run_{name}", spy)
     assert run(command, *files(folder, tmp_path, [{"text": "a"}]), "--engine", engine).exit_code == 0
     assert seen == [engine]
 

@@ -16,7 +16,7 @@ import torch
 from shell import saved
 
 import rmfast
-from rmfast.grids import PatchSweep
+from rmfast.patching.grid import PatchSweep
 
 CLEAN, CORRUPTED = "a good film", "a grim film"
 

@@ -13,6 +13,7 @@ from clamped import _LONG, ALL, DECODERS, PER_TOKEN, TEXTS, clamp, hooked, same,
 import rmfast
 from rmfast import DirectionRemoval, LengthPenalty, RewardModel
 from rmfast import interventions as I
+from rmfast.debias.apply import _copied
 
 
 @pytest.mark.parametrize("engine", [None, "padded"])
@@ -45,7 +46,7 @@ def test_clamps_by_index_are_clamps_by_fold(family, monkeypatch):
     value = clamp(rm, "all")
     folded = rm.with_interventions(value)
     assert folded.binding.root is not rm.binding.root and not folded.binding.clamps
-    monkeypatch.setattr(I._model, "_readable", lambda module: False)
+    monkeypatch.setattr("rmfast.debias.apply.is_readable", lambda module: False)
     by_index = rm.with_interventions(value)
     assert by_index.binding.root is rm.binding.root and by_index.binding.clamps
     monkeypatch.undo()
@@ -187,7 +188,7 @@ def test_a_model_whose_copy_would_run_the_originals_modules_is_clamped_by_index(
 def test_a_model_in_use_by_another_thread_is_folded_and_keeps_its_engine():
     rm = RewardModel(M.decoder("llama"))
     last = rm.with_interventions(clamp(rm, "last"))
-    engine = last._packed_engine()
+    engine = last.packed_engine()
 
     def during_a_run(call):
         running = threading.Event()
@@ -205,7 +206,7 @@ def test_a_model_in_use_by_another_thread_is_folded_and_keeps_its_engine():
         return result
 
     assert not during_a_run(lambda: rm.with_interventions(clamp(rm, "all"))).binding.clamps
-    assert during_a_run(last._packed_engine) is engine
+    assert during_a_run(last.packed_engine) is engine
 
 
 def test_interventions_add_to_those_of_a_debiased_model():
@@ -270,7 +271,7 @@ def test_variants_that_share_their_clamps_share_one_pass_of_the_body(monkeypatch
     rm.explain()
     runs = []
     monkeypatch.setattr(
-        RewardModel, "_run", lambda self, *a, _own=RewardModel._run, **k: runs.append(1) or _own(self, *a, **k)
+        RewardModel, "run", lambda self, *a, _own=RewardModel.run, **k: runs.append(1) or _own(self, *a, **k)
     )
     last = clamp(rm, "last")
     removal = DirectionRemoval(torch.eye(48)[:2])
@@ -281,7 +282,9 @@ def test_variants_that_share_their_clamps_share_one_pass_of_the_body(monkeypatch
 def test_variants_that_share_clamps_at_all_positions_share_one_copy(monkeypatch):
     rm = RewardModel(M.decoder("llama"))
     folds = []
-    monkeypatch.setattr(I, "_copied", lambda *a, _own=I._copied: folds.append(a[0] is rm.binding.root) or _own(*a))
+    monkeypatch.setattr(
+        "rmfast.debias.apply._copied", lambda *a, _own=_copied: folds.append(a[0] is rm.binding.root) or _own(*a)
+    )
     every, removals = clamp(rm, "all"), [DirectionRemoval(torch.eye(48)[:n]) for n in (1, 2)]
     got = rm.score(TEXTS, interventions=[every, *(every + removal for removal in removals), removals[0]])
     assert sum(folds) == 1

@@ -139,7 +139,7 @@ def test_texts_longer_than_the_models_own_limit_take_a_max_length(rm, positions,
 @pytest.mark.parametrize("kw", [{"k": 10_000}, {"k": {"size": 1}}, {"choices": (5000,)}])
 def test_what_is_wrong_with_k_is_said_before_the_model_runs(rm, kw, monkeypatch):
     pytest.importorskip("optuna")
-    monkeypatch.setattr("rmfast.last_token.LastTokenRuns", None)
+    monkeypatch.setattr("rmfast.debias.cirm.LastTokenRuns", None)
     with pytest.raises(ValueError, match=r"Expected (k|choices)"):
         debias.fit(rm, pairs(8), attributes=["length"], **kw)
 

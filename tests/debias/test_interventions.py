@@ -12,7 +12,7 @@ from clamped import TEXTS, clamp
 
 from rmfast import LWR, DirectionRemoval, LengthPenalty, NeuronClamp, RewardModel
 from rmfast import interventions as I
-from rmfast.inputs import InputError
+from rmfast.texts.inputs import InputError
 
 
 def test_lengths_are_the_characters_of_the_response():
@@ -55,7 +55,7 @@ def test_token_ids_have_no_length_without_a_tokenizer():
 def test_token_ids_are_decoded_once_for_the_values_of_all_their_tokens(monkeypatch):
     rm = RewardModel(M.decoder("llama"), M.tokenizer())
     penalised, decoded = rm.with_interventions(LengthPenalty(0.5)), []
-    monkeypatch.setattr(I, "_characters", lambda *a: decoded.append(a[1]) or 4)
+    monkeypatch.setattr(RewardModel, "_characters", lambda *a: decoded.append(a[1]) or 4)
     values = penalised.token_values([TEXTS[1]])[0]
     assert torch.allclose(values, rm.token_values([TEXTS[1]])[0] - 2)
     assert len(decoded) == 1

@@ -28,7 +28,9 @@ def test_reruns_of_the_last_token_are_scores_under_the_clamp(family):
 def test_projections_at_the_last_token_are_what_hooks_see(family, monkeypatch):
     model = PER_TOKEN[family]()
     rm = RewardModel(model)
-    monkeypatch.setattr("rmfast.last_token._CAPTURE_BYTES", 4 * len(TEXTS) * 200)  # a run for every few projections
+    monkeypatch.setattr(
+        "rmfast.debias.last_token._CAPTURE_BYTES", 4 * len(TEXTS) * 200
+    )  # a run for every few projections
     found = dict(LastTokenRuns(rm, TEXTS).projections())
     assert list(found) == list(I.projections(rm))
     for name, got in found.items():
@@ -72,14 +74,14 @@ def test_reruns_take_the_interventions_that_a_model_carries_and_more():
 
 def test_reruns_refuse_more_neurons_of_a_projection_that_is_clamped_by_index_everywhere(monkeypatch):
     rm, name = RewardModel(M.decoder("llama")), "model.layers.0.mlp.up_proj"
-    monkeypatch.setattr(I._model, "_readable", lambda module: False)
+    monkeypatch.setattr("rmfast.debias.apply.is_readable", lambda module: False)
     runs = LastTokenRuns(rm.with_interventions(NeuronClamp({name: ([0], [1.0])}, "all")), TEXTS)
     with pytest.raises(ValueError, match='Expected clamps with positions="last"'):
         runs.rewards(NeuronClamp({name: ([1], [5.0])}, "all"))
 
 
 def test_too_little_memory_is_refused_before_anything_is_kept(monkeypatch):
-    monkeypatch.setattr("rmfast.last_token._free_memory", lambda device: 1000)
+    monkeypatch.setattr("rmfast.debias.last_token.free_memory", lambda device: 1000)
     with pytest.raises(ValueError, match=r"to fit into 80% of free memory: .* tokens take .* GiB"):
         LastTokenRuns(RewardModel(M.decoder("llama")), TEXTS)
 

@@ -8,7 +8,7 @@ import models as M
 import pytest
 import torch
 
-from rmfast.scoring import RewardModel
+from rmfast.reward_model import RewardModel
 
 pytestmark = [
     pytest.mark.gpu,

@@ -17,9 +17,10 @@ from hypothesis import strategies as st
 
 import rmfast
 from bench import spread
-from rmfast import engine as E
-from rmfast import planner
-from rmfast.scoring import RewardModel
+from rmfast.engine import attention, layers
+from rmfast.engine.packed import Engine
+from rmfast.engine.planner import plan
+from rmfast.reward_model import RewardModel
 
 FAMILIES = [*M.DECODERS, "gpt2"]
 
@@ -74,14 +75,14 @@ def test_packed_token_values_are_those_of_each_text_alone(family):
 @pytest.mark.parametrize("family", M.DECODERS)
 def test_the_layers_of_every_family_are_fused(family):
     rm = RewardModel(decoder(family))
-    packed = rm._packed_engine()
-    assert isinstance(packed, E.Engine) and (packed.mode, packed.why) == ("fused", None)
+    packed = rm.packed_engine()
+    assert isinstance(packed, Engine) and (packed.mode, packed.why) == ("fused", None)
     assert "engine: packed, fused layers" in rm.explain()
 
 
 def test_layers_of_another_shape_run_as_they_are():
-    packed = RewardModel(decoder("gpt2"))._packed_engine()
-    assert isinstance(packed, E.Engine) and packed.mode == "modules"
+    packed = RewardModel(decoder("gpt2")).packed_engine()
+    assert isinstance(packed, Engine) and packed.mode == "modules"
     assert packed.why == "the body has no list of layers named layers"
 
 
@@ -190,7 +191,7 @@ def test_out_of_memory_halves_the_budget_and_loses_nothing(monkeypatch):
     rm, inputs = RewardModel(model), texts(9)
     want = rm.score(inputs, engine="padded")
     sizes = []
-    original = E.Engine._chunk
+    original = Engine._chunk
 
     def scarce(self, ids, chunk, *rest):
         sizes.append(chunk.rows)
@@ -199,10 +200,10 @@ def test_out_of_memory_halves_the_budget_and_loses_nothing(monkeypatch):
         return original(self, ids, chunk, *rest)
 
     rm.explain()  # the engine is made and tried before memory gets scarce
-    monkeypatch.setattr(E.Engine, "_chunk", scarce)
+    monkeypatch.setattr(Engine, "_chunk", scarce)
     M.assert_rewards(rm.score(inputs, engine="packed"), want, M.reward_scale(model))
     assert sizes[0] > 70 > sizes[-1]
-    monkeypatch.setattr(E.Engine, "_chunk", lambda *args: (_ for _ in ()).throw(torch.OutOfMemoryError("none")))
+    monkeypatch.setattr(Engine, "_chunk", lambda *args: (_ for _ in ()).throw(torch.OutOfMemoryError("none")))
     with pytest.raises(torch.OutOfMemoryError):
         rm.score(inputs, engine="packed")
 
@@ -214,11 +215,11 @@ def test_inputs_planned_window_by_window_score_the_same_where_memory_runs_out_to
     rm, inputs = RewardModel(model), texts(3) + texts(5) + texts(8)
     score = rm.score if task.startswith("Sequence") else rm.token_values
     want = score(inputs, max_length=128, engine="packed")
-    planned, ran, original = [], [], E.Engine._chunk
+    planned, ran, original = [], [], Engine._chunk
 
     def recorded(ids, cu, *, batch_tokens, **kw):
         planned.append((len(ids), batch_tokens))
-        return planner.plan(ids, cu, batch_tokens=batch_tokens, **kw)
+        return plan(ids, cu, batch_tokens=batch_tokens, **kw)
 
     def scarce(self, ids, chunk, *rest):
         ran.append(len(planned))
@@ -227,9 +228,9 @@ def test_inputs_planned_window_by_window_score_the_same_where_memory_runs_out_to
             raise torch.OutOfMemoryError("no memory")
         return original(self, ids, chunk, *rest)
 
-    monkeypatch.setattr(planner, "_WINDOW_TOKENS", 200)
-    monkeypatch.setattr("rmfast.scoring.plan", recorded)
-    monkeypatch.setattr(E.Engine, "_chunk", scarce)
+    monkeypatch.setattr("rmfast.engine.planner._WINDOW_TOKENS", 200)
+    monkeypatch.setattr("rmfast.engine.packed.plan", recorded)
+    monkeypatch.setattr(Engine, "_chunk", scarce)
     got = score(inputs, batch_tokens=80, max_length=128, engine="packed")
     M.assert_rewards(torch.hstack(list(got)), torch.hstack(list(want)), M.reward_scale(model))
     assert len(planned) > 4 and all(size < 200 + 40 for size, _ in planned)
@@ -266,8 +267,8 @@ def test_a_model_whose_layers_look_right_but_are_not_is_found_out():
 
         layer.mlp.__class__ = Odd
     rm, inputs = RewardModel(model), texts(2)
-    packed = rm._packed_engine()
-    assert isinstance(packed, E.Engine) and packed.mode == "modules" and "differ by" in packed.why
+    packed = rm.packed_engine()
+    assert isinstance(packed, Engine) and packed.mode == "modules" and "differ by" in packed.why
     M.assert_rewards(rm.score(inputs), truths(model, inputs)[:, 0], M.reward_scale(model))
 
 
@@ -275,9 +276,9 @@ def test_the_last_layer_runs_its_mlp_for_the_read_rows_alone(monkeypatch):
     rm = RewardModel(decoder("llama"))
     rm.explain()
     rows = []
-    original = E.gated_activation
+    original = layers.gated_activation
     monkeypatch.setattr(
-        E, "gated_activation", lambda gate, up, **kw: rows.append(len(gate)) or original(gate, up, **kw)
+        layers, "gated_activation", lambda gate, up, **kw: rows.append(len(gate)) or original(gate, up, **kw)
     )
     rm.score(M.token_ids([10, 20, 30]), engine="packed")
     assert rows == [60, 3]
@@ -310,7 +311,7 @@ def test_lora_in_the_body_is_run():
 
 def test_ids_are_planned_in_chunks_of_the_budget():
     rm = RewardModel(decoder("llama"))
-    packed = rm._packed_engine()
+    packed = rm.packed_engine()
     assert packed.affordable_tokens() >= 256
     sizes = []
     original = packed._chunk
@@ -354,8 +355,8 @@ def test_many_texts_on_one_long_prefix_copy_it_once(monkeypatch):
     inputs = [[*prompt, i, i + 1, 7] for i in range(40)]
     rm, rows = RewardModel(model), []
     rm.explain()
-    original = E.suffix_attention
-    monkeypatch.setattr(E, "suffix_attention", lambda *a, **kw: rows.append(len(a[4])) or original(*a, **kw))
+    original = attention.suffix_attention
+    monkeypatch.setattr(attention, "suffix_attention", lambda *a, **kw: rows.append(len(a[4])) or original(*a, **kw))
     M.assert_rewards(rm.score(inputs, engine="packed"), truths(model, inputs)[:, 0], M.reward_scale(model))
     assert max(rows) <= 2 * 300
 

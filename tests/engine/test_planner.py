@@ -9,8 +9,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from rmfast import planner
-from rmfast.planner import plan, windows
+from rmfast.engine import planner
+from rmfast.engine.planner import plan, windows
 
 
 def flat(texts):

@@ -10,8 +10,8 @@ import torch
 
 import rmfast
 from rmfast import RewardModel
-from rmfast.inputs import InputError
-from rmfast.scoring import _plan
+from rmfast.engine.padded import batches
+from rmfast.texts.inputs import InputError
 
 TEXTS = M.token_ids(M.LENGTHS)
 
@@ -85,9 +85,9 @@ def test_batches_keep_to_the_budget():
 
 def test_padding_never_costs_more_than_another_batch():
     lengths = [120, 100, 90, 20, 19, 18, 17, 1]
-    batches = list(_plan(lengths, 4096, 64, lambda length: ()))
-    assert batches == [[0, 1, 2], [3, 4, 5, 6, 7]]
-    assert list(_plan(lengths, 4096, 10**6, lambda length: ())) == [list(range(8))]
+    some = list(batches(lengths, 4096, 64, lambda length: ()))
+    assert some == [[0, 1, 2], [3, 4, 5, 6, 7]]
+    assert list(batches(lengths, 4096, 10**6, lambda length: ())) == [list(range(8))]
 
 
 def test_dynamic_rope_is_left_as_it_was_found():

@@ -12,7 +12,7 @@ import transformers
 from frozen import FAMILIES, FINE, IDS, POST_NORM, biased, head, model, scale, slope
 
 import rmfast
-from rmfast import attribution
+from rmfast.interpret.components import _CHUNK_ELEMENTS
 
 
 @pytest.fixture
@@ -198,7 +198,7 @@ def test_weights_that_autograd_can_not_hold_as_they_are(kind, tmp_path):
 def test_units_are_reduced_a_few_tokens_at_a_time(monkeypatch):
     rm = rmfast.RewardModel(model("llama", torch.float32, labels=2))
     whole = rm.attribute(IDS, components=FINE, positions="all")
-    monkeypatch.setitem(attribution._CHUNK_ELEMENTS, "cpu", 200)  # of 48 and 80 columns
+    monkeypatch.setitem(_CHUNK_ELEMENTS, "cpu", 200)  # of 48 and 80 columns
     parts = rm.attribute(IDS, components=FINE, positions="all")
     for name in ("head_out", "mlp_neuron"):
         assert torch.equal(parts.of(name), whole.of(name))

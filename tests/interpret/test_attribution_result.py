@@ -13,7 +13,7 @@ from frozen import FINE, IDS, biased, model, scale
 from torch import nn
 
 import rmfast
-from rmfast import attribution
+from rmfast.engine import scorer
 
 
 @pytest.fixture
@@ -43,7 +43,7 @@ def test_axes_are_named_and_components_are_those_asked_for():
 @pytest.mark.parametrize("positions", ["last", "all"])
 @pytest.mark.parametrize("family", ["llama", "gemma2", "gpt2", "neox", "phi3-longrope"])
 def test_each_text_of_a_list_has_the_parts_that_it_has_alone(family, positions, numbers, fp64, monkeypatch):
-    monkeypatch.setattr(attribution, "_NUMBERS", numbers)
+    monkeypatch.setattr("rmfast.interpret.attribution._NUMBERS", numbers)
     rm = rmfast.RewardModel(model(family, labels=2))
     texts = M.token_ids([5, 9, 40, 1], seed=1)
     texts += [texts[2][:30] + texts[1], texts[2][:20]]  # beginnings that are run once
@@ -62,14 +62,14 @@ def test_texts_run_packed_but_where_hooks_expect_batches(family, monkeypatch):
     if family == "gemma2":  # the oldest transformers' SDPA leaves out its softcap
         m.set_attn_implementation("eager")
     ways = []
-    for name in ("_run_packed", "_run_padded"):
-        run = getattr(rmfast.RewardModel, name)
-        monkeypatch.setattr(rmfast.RewardModel, name, lambda *a, name=name, run=run: (ways.append(name), run(*a))[1])
+    for name in ("run_packed", "run_padded"):
+        run = getattr(scorer, name)
+        monkeypatch.setattr(scorer, name, lambda *a, name=name, run=run: (ways.append(name), run(*a))[1])
     texts = M.token_ids([5, 9, 13], seed=1)
     packed = rmfast.RewardModel(m).attribute(texts, components=FINE, positions="all")
     O.layers(m)[1].register_forward_hook(lambda module, args, out: None)
     padded = rmfast.RewardModel(m).attribute(texts, components=FINE, positions="all")
-    assert ways == ["_run_packed", "_run_padded"]
+    assert ways == ["run_packed", "run_padded"]
     for a, b in zip(packed, padded, strict=True):
         assert a.axes == b.axes
         for name, x in a.contributions.items():

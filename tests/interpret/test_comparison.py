@@ -11,7 +11,7 @@ import torch
 from scipy import stats
 
 import rmfast
-from rmfast.comparison import mean_of_pairs
+from rmfast.interpret.comparison import mean_of_pairs
 
 RNG = np.random.default_rng(0)
 CLEAN, CORRUPTED = M.token_ids([9] * 10, seed=1), M.token_ids([9] * 10, seed=2)
@@ -57,7 +57,7 @@ def test_one_seed_gives_one_interval():
 def test_an_interval_does_not_depend_on_how_many_resamples_are_held_at_once(monkeypatch):
     values = np.random.default_rng(0).normal(size=40)
     whole = mean_of_pairs(values)
-    monkeypatch.setattr("rmfast.comparison._AT_ONCE", 40 * 7)
+    monkeypatch.setattr("rmfast.interpret.comparison._AT_ONCE", 40 * 7)
     assert mean_of_pairs(values) == whole
 
 

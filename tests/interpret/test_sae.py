@@ -16,7 +16,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 import rmfast
-from rmfast import sae as sae_module
+from rmfast.interpret.sae_attribution import _ELEMENTS
 
 D, F, K = 48, 200, 9
 ARCHITECTURES = ("standard", "topk", "jumprelu")
@@ -250,7 +250,7 @@ def test_features_are_made_some_rows_at_a_time(tmp_path, monkeypatch):
     rm = rmfast.RewardModel(model("llama", torch.float32))
     sae = load(tmp_path, "jumprelu")
     whole = rm.sae_attribution(IDS, sae, positions="all")
-    monkeypatch.setitem(sae_module._ELEMENTS, "cpu", 5 * F)
+    monkeypatch.setitem(_ELEMENTS, "cpu", 5 * F)
     parts = rm.sae_attribution(IDS, sae, positions="all")
     torch.testing.assert_close(parts.contributions, whole.contributions, rtol=1e-5, atol=1e-6)
 

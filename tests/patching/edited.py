@@ -11,9 +11,10 @@ import transformers
 from torch import Tensor, nn
 
 import rmfast
-from rmfast import hooks
-from rmfast.inputs import Encoded
-from rmfast.sites import KINDS, Edits
+from rmfast.binding.binding import Binding
+from rmfast.patching.layers_patcher import LayersPatcher
+from rmfast.patching.sites import KINDS, Edits, Values
+from rmfast.texts.inputs import Encoded
 
 IDS, OTHER = M.token_ids([11, 11], seed=3)
 READ = 9  # in the middle of nothing: a decoder's reward there depends on the tokens before it alone
@@ -53,7 +54,7 @@ FEW = ["llama", "gemma2", "phi3", "gpt2", "neox", "bert", "deberta"]
 few = pytest.mark.parametrize("family", FEW)
 
 
-def bound(model: nn.Module) -> rmfast.model.Binding:
+def bound(model: nn.Module) -> Binding:
     return rmfast.RewardModel(model).binding
 
 
@@ -67,7 +68,7 @@ def scale(model: nn.Module) -> float:
     return float(linear.weight.detach().norm(dim=-1).max())
 
 
-def grid(patcher: hooks.LayersPatcher, kinds: list[str]) -> Edits:
+def grid(patcher: LayersPatcher, kinds: list[str]) -> Edits:
     """Every kind and layer: the first unit at position 0, and the last where the reward is read and at several."""
     groups = np.zeros((3, len(IDS)), bool)
     groups[0, 0] = groups[1, READ] = groups[2, [1, 4, 5, READ]] = True
@@ -82,10 +83,10 @@ def grid(patcher: hooks.LayersPatcher, kinds: list[str]) -> Edits:
 
 
 def gradients(binding, kinds: set[str], metric=None):
-    return hooks.LayersPatcher(binding).gradients(text(IDS), READ, kinds, metric)
+    return LayersPatcher(binding).gradients(text(IDS), READ, kinds, metric)
 
 
-def run(patcher: hooks.LayersPatcher, base, edits: Edits, values, batch_tokens: int = 33) -> Tensor:
+def run(patcher: LayersPatcher, base, edits: Edits, values, batch_tokens: int = 33) -> Tensor:
     """Rewards (E, K), in batches of three; every edit is reported once."""
     rewards: list[Tensor | None] = [None] * len(edits)
 
@@ -107,7 +108,7 @@ def expected(model: nn.Module, edits: Edits, values, types=None) -> Tensor:
     return torch.stack(out)
 
 
-def noisy(record) -> hooks.Values:
+def noisy(record) -> Values:
     """What a record holds plus noise of its size, the same at every call."""
 
     def values(kind: str, layer: int) -> Tensor:

@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from rmfast.grids import PatchSweep, span
+from rmfast.patching.grid import PatchSweep, span
 
 SIZES = {"site": 2, "layer": 3, "position": 4, "head": 2, "neuron": 2, "unit": 2, "label": 2}
 COORDS = {

@@ -8,8 +8,8 @@ import pytest
 import torch
 from edited import IDS, MAKERS, READ, bound, families, few, gradients, grid, noisy, run, text
 
-from rmfast import hooks
-from rmfast.sites import KINDS
+from rmfast.patching.layers_patcher import LayersPatcher
+from rmfast.patching.sites import KINDS
 
 
 @pytest.fixture
@@ -40,7 +40,7 @@ def test_gradients_are_finite_differences(family, all_fp64):
 @few
 def test_the_gradient_run_is_recorded_like_any_other(family):
     model = MAKERS[family]()
-    patcher, kinds = hooks.LayersPatcher(bound(model)), set(O.kinds(model))
+    patcher, kinds = LayersPatcher(bound(model)), set(O.kinds(model))
     got, _ = patcher.gradients(text(IDS), READ, kinds, metric=torch.sum)
     with patcher.binding.session():
         want = patcher.record(text(IDS), READ, kinds)
@@ -90,7 +90,7 @@ def test_parameters_get_no_gradients_and_keep_what_they_have():
 def test_frozen_models_have_the_same_gradients_inside_of_any_mode(family):
     model = MAKERS[family]()
     kinds = set(O.kinds(model))
-    patcher = hooks.LayersPatcher(bound(model))
+    patcher = LayersPatcher(bound(model))
     _, want = patcher.gradients(text(IDS), READ, kinds, metric=torch.sum)
     model.requires_grad_(False)
     with torch.inference_mode():

@@ -12,8 +12,8 @@ import pytest
 import torch
 from edited import IDS, MAKERS, OTHER, READ, bound, expected, families, few, grid, noisy, run, scale, text, traces
 
-from rmfast import hooks
-from rmfast.sites import KINDS, Edits
+from rmfast.patching.layers_patcher import LayersPatcher
+from rmfast.patching.sites import KINDS, Edits
 
 
 @pytest.fixture
@@ -31,7 +31,7 @@ def dtype(request):
 @families
 def test_an_edit_gives_what_plain_hooks_give(family, dtype):
     model = MAKERS[family]().to(dtype)
-    patcher, kinds = hooks.LayersPatcher(bound(model)), O.kinds(model)
+    patcher, kinds = LayersPatcher(bound(model)), O.kinds(model)
     with patcher.binding.session():
         base = patcher.record(text(IDS), READ, set())
         values = noisy(patcher.record(text(OTHER), READ, set(kinds)))
@@ -49,7 +49,7 @@ def test_beyond_the_limit_of_rotary_frequencies_too(all_fp64):
     ids = M.token_ids([30])[0]
     for family in ("phi3-longrope", "llama-dynamic"):
         model = M.decoder(family).double()
-        patcher = hooks.LayersPatcher(bound(model))
+        patcher = LayersPatcher(bound(model))
         groups = np.zeros((1, 30), bool)
         groups[0, 20] = True
         edits = Edits(np.array([0], np.int8), np.array([1]), np.array([0]), np.array([0]), groups)
@@ -64,7 +64,7 @@ def test_beyond_the_limit_of_rotary_frequencies_too(all_fp64):
 @pytest.mark.parametrize("family", ["bert", "bert-tokens", "electra"])
 def test_token_types_are_the_texts_own(family, all_fp64):
     model, types = MAKERS[family]().double(), [0] * 5 + [1] * 6
-    patcher = hooks.LayersPatcher(bound(model))
+    patcher = LayersPatcher(bound(model))
     with patcher.binding.session():
         base = patcher.record(text(IDS, types), READ, {"k"})
         edits, values = grid(patcher, ["k"]), noisy(base)
@@ -76,7 +76,7 @@ def test_token_types_are_the_texts_own(family, all_fp64):
 
 def test_a_models_own_activations_change_nothing():
     model = M.decoder("gemma2").double()
-    patcher = hooks.LayersPatcher(bound(model))
+    patcher = LayersPatcher(bound(model))
     with patcher.binding.session():
         base = patcher.record(text(IDS), READ, set(KINDS))
         got = run(patcher, base, grid(patcher, list(KINDS)), base.activations)
@@ -85,7 +85,7 @@ def test_a_models_own_activations_change_nothing():
 
 def test_the_size_of_batches_changes_nothing():
     model = M.decoder("llama").double()
-    patcher = hooks.LayersPatcher(bound(model))
+    patcher = LayersPatcher(bound(model))
     with patcher.binding.session():
         base = patcher.record(text(IDS), READ, set(KINDS))
         edits, values = grid(patcher, list(KINDS)), noisy(base)
@@ -94,7 +94,7 @@ def test_the_size_of_batches_changes_nothing():
 
 
 def test_batches_that_are_done_are_left_out():
-    patcher, seen = hooks.LayersPatcher(bound(M.decoder("llama"))), []
+    patcher, seen = LayersPatcher(bound(M.decoder("llama"))), []
     with patcher.binding.session():
         base = patcher.record(text(IDS), READ, set(KINDS))
         edits, values = grid(patcher, ["q"]), noisy(base)
@@ -107,7 +107,7 @@ def test_batches_that_are_done_are_left_out():
 
 def test_layers_below_the_edit_are_not_run():
     model, calls = M.decoder("llama"), []
-    patcher = hooks.LayersPatcher(bound(model))
+    patcher = LayersPatcher(bound(model))
     groups = np.ones((1, len(IDS)), bool)
     for kind, layer, ran in (("resid_post", 0, [1]), ("attn_out", 1, [1]), ("resid_post", 1, []), ("q", 0, [0, 1])):
         edits = Edits(*(np.array([i]) for i in (KINDS.index(kind), layer, 0, 0)), groups)
@@ -125,7 +125,7 @@ def test_layers_below_the_edit_are_not_run():
 
 
 def test_values_of_another_shape_are_refused():
-    patcher = hooks.LayersPatcher(bound(M.decoder()))
+    patcher = LayersPatcher(bound(M.decoder()))
     with patcher.binding.session():
         base = patcher.record(text(IDS), READ, set())
         with pytest.raises(ValueError, match=r"values of head_out in layer 0 .* = \(11, 4, 12\), got \(11, 1, 48\)"):
@@ -133,7 +133,7 @@ def test_values_of_another_shape_are_refused():
 
 
 def test_a_record_says_what_it_holds():
-    patcher = hooks.LayersPatcher(bound(M.decoder()))
+    patcher = LayersPatcher(bound(M.decoder()))
     with patcher.binding.session():
         record = patcher.record(text(IDS), READ, {"q"})
     with pytest.raises(ValueError, match=r"recorded \(q, resid_post, resid_pre\), got v of layer 0"):
@@ -141,7 +141,7 @@ def test_a_record_says_what_it_holds():
 
 
 def test_a_batch_that_runs_out_of_memory_is_halved(monkeypatch):
-    patcher, sizes = hooks.LayersPatcher(bound(M.decoder("llama").double())), []
+    patcher, sizes = LayersPatcher(bound(M.decoder("llama").double())), []
     edited = patcher._edited
 
     def small(base, edits, new):
@@ -164,7 +164,7 @@ def test_a_batch_that_runs_out_of_memory_is_halved(monkeypatch):
 def test_nothing_is_left_in_the_model(family):
     model = MAKERS[family]().train()
     before = traces(model)
-    patcher, kinds = hooks.LayersPatcher(bound(model)), O.kinds(model)
+    patcher, kinds = LayersPatcher(bound(model)), O.kinds(model)
     with patcher.binding.session():
         base = patcher.record(text(IDS), READ, set(kinds))
         run(patcher, base, grid(patcher, kinds), base.activations)
@@ -176,7 +176,7 @@ def test_nothing_is_left_in_the_model(family):
 def test_nothing_is_left_in_the_model_by_an_error():
     model = M.decoder("llama")
     before = traces(model)
-    patcher = hooks.LayersPatcher(bound(model))
+    patcher = LayersPatcher(bound(model))
 
     def fail(*args):
         raise KeyError("mine")
@@ -228,7 +228,7 @@ def constant_output(model):
 def test_hooks_of_the_users_take_part_and_stay(hook, all_fp64):
     model = M.decoder("llama").double()
     binding = bound(model)
-    patcher = hooks.LayersPatcher(binding)
+    patcher = LayersPatcher(binding)
     handle = hook(model)
     hooked = traces(model)
     with binding.session():
@@ -246,7 +246,7 @@ def test_hooks_of_the_users_take_part_and_stay(hook, all_fp64):
 
 def test_other_threads_runs_are_left_alone(all_fp64):
     model = M.decoder("llama").double()
-    patcher, want = hooks.LayersPatcher(bound(model)), O.reward(model, IDS, READ)
+    patcher, want = LayersPatcher(bound(model)), O.reward(model, IDS, READ)
     got = []
     with patcher.points[1]["attn_out"].tapped(lambda x: torch.zeros_like(x)):
         assert not torch.allclose(O.reward(model, IDS, READ), want)

@@ -12,8 +12,8 @@ import transformers
 from edited import IDS, MAKERS, READ, bound, families, other, text
 from torch import nn
 
-from rmfast import hooks
-from rmfast.sites import KINDS
+from rmfast.patching.layers_patcher import LayersPatcher
+from rmfast.patching.sites import KINDS
 
 
 @pytest.fixture
@@ -31,7 +31,7 @@ def dtype(request):
 @families
 def test_activations_are_what_plain_hooks_see(family, dtype):
     model = MAKERS[family]().to(dtype)
-    patcher, kinds = hooks.LayersPatcher(bound(model)), O.kinds(model)
+    patcher, kinds = LayersPatcher(bound(model)), O.kinds(model)
     with patcher.binding.session():
         record = patcher.record(text(IDS), READ, set(kinds))
     for kind in kinds:
@@ -44,7 +44,7 @@ def test_activations_are_what_plain_hooks_see(family, dtype):
 @families
 def test_the_recorded_reward_is_the_models_own(family, all_fp64):
     model = MAKERS[family]().double()
-    patcher = hooks.LayersPatcher(bound(model))
+    patcher = LayersPatcher(bound(model))
     with patcher.binding.session():
         record = patcher.record(text(IDS), READ, set())
     torch.testing.assert_close(record.reward, O.reward(model, IDS, READ), rtol=0, atol=1e-10)
@@ -52,7 +52,7 @@ def test_the_recorded_reward_is_the_models_own(family, all_fp64):
 
 @pytest.mark.parametrize("family", ["llama", "gemma3", "phi3", "gpt2", "modernbert", "neox-sequential"])
 def test_parts_add_up_to_the_stream(family):
-    patcher = hooks.LayersPatcher(bound(MAKERS[family]().double()))
+    patcher = LayersPatcher(bound(MAKERS[family]().double()))
     with patcher.binding.session():
         record = patcher.record(text(IDS), READ, set(KINDS))
     for layer in range(patcher.layers):
@@ -63,7 +63,7 @@ def test_parts_add_up_to_the_stream(family):
 
 def test_the_output_projection_turns_heads_into_attn_out_and_neurons_into_mlp_out():
     model = M.decoder("qwen3").double()
-    patcher = hooks.LayersPatcher(bound(model))
+    patcher = LayersPatcher(bound(model))
     with patcher.binding.session():
         record = patcher.record(text(IDS), READ, set(KINDS))
         layer = model.model.layers[1]
@@ -74,7 +74,7 @@ def test_the_output_projection_turns_heads_into_attn_out_and_neurons_into_mlp_ou
 
 
 def test_units_count_kv_heads_for_k_and_v():
-    patcher = hooks.LayersPatcher(bound(M.decoder("qwen3")))
+    patcher = LayersPatcher(bound(M.decoder("qwen3")))
     sizes = {kind: patcher.units(kind) for kind in KINDS}
     assert sizes["resid_mid"] == (1, 48) and sizes["mlp_neuron"] == (80, 1)
     assert sizes["q"] == sizes["head_out"] == (4, 16) and sizes["k"] == sizes["v"] == (2, 16)
@@ -88,7 +88,7 @@ def test_what_attention_adds_is_found_or_refused(family):
         model = other(family, **extra)
     except AttributeError:
         model = headed(family, extra)
-    patcher = hooks.LayersPatcher(bound(model.double()))
+    patcher = LayersPatcher(bound(model.double()))
     if family == "Granite":
         for kind in ("attn_out", "mlp_out", "resid_mid"):
             with pytest.raises(ValueError, match=f"GraniteDecoderLayer.*{kind}.*no parts in it that give what it adds"):
@@ -122,7 +122,7 @@ def headed(family: str, extra: dict) -> nn.Module:
 
 
 def test_parallel_blocks_have_no_stream_between_attention_and_mlp():
-    patcher = hooks.LayersPatcher(bound(MAKERS["neox"]()))
+    patcher = LayersPatcher(bound(MAKERS["neox"]()))
     with pytest.raises(ValueError, match=r"layer 0 \(GPTNeoXLayer\) to have resid_mid: its attention and MLP read"):
         patcher.units("resid_mid")
 
@@ -131,7 +131,7 @@ def test_a_missing_part_is_named_with_the_parts_there_are():
     model = M.decoder("llama")
     for layer in model.model.layers:
         layer.mlp = nn.Sequential(nn.Linear(48, 8), nn.ReLU(), nn.Linear(8, 48))
-    patcher = hooks.LayersPatcher(bound(model))
+    patcher = LayersPatcher(bound(model))
     with pytest.raises(ValueError, match=r"layer 0 \(LlamaDecoderLayer\) to have mlp_neuron: rmfast looks for .*mlp.down_proj.*; its parts: .*self_attn.q_proj"):  # fmt: skip # noqa: E501
         patcher.units("mlp_neuron")
     assert patcher.units("mlp_out") == (1, 48)
@@ -141,9 +141,9 @@ def test_a_missing_part_is_named_with_the_parts_there_are():
 
 def test_an_unknown_kind_is_an_error_that_lists_the_kinds():
     with pytest.raises(ValueError, match=r"one of resid_pre, .*, got 'logits'"):
-        hooks.LayersPatcher(bound(M.decoder())).units("logits")
+        LayersPatcher(bound(M.decoder())).units("logits")
 
 
 def test_layers_that_share_their_weights_are_no_list_of_layers():
     with pytest.raises(ValueError, match=r"AlbertModel has no list of its layers.*albert_layer_groups \(1\)"):
-        hooks.LayersPatcher(bound(M.encoder("Albert", embedding_size=16)))
+        LayersPatcher(bound(M.encoder("Albert", embedding_size=16)))

@@ -15,8 +15,10 @@ import transformers
 from scipy.stats import spearmanr
 
 import rmfast
-from rmfast.sites import KINDS, UNITS
-from rmfast.sweep import align_tokens
+from rmfast.patching.pairs import align_tokens
+from rmfast.patching.patcher import patcher_of
+from rmfast.patching.sites import KINDS, UNITS
+from rmfast.patching.suffix_patcher import _Chunk
 
 FAMILIES = [*M.DECODERS, "gpt2"]
 UNITED = ("head_out", "mlp_neuron", "q", "k", "v")
@@ -304,13 +306,12 @@ def test_the_budget_does_not_change_the_numbers():
 
 
 def test_running_out_of_memory_halves_the_chunk(monkeypatch):
-    from rmfast import patching
 
     m = model("llama", torch.float32)
     clean, corrupted = pair()
     rm = rmfast.RewardModel(m)
     whole = rm.patch_sweep(clean, corrupted)
-    run, sizes = patching._Chunk.run, []
+    run, sizes = _Chunk.run, []
 
     def scarce(chunk):
         sizes.append(len(chunk.edits))
@@ -318,7 +319,7 @@ def test_running_out_of_memory_halves_the_chunk(monkeypatch):
             raise torch.OutOfMemoryError("no memory")
         return run(chunk)
 
-    monkeypatch.setattr(patching._Chunk, "run", scarce)
+    monkeypatch.setattr(_Chunk, "run", scarce)
     torch.testing.assert_close(rm.patch_sweep(clean, corrupted).rewards, whole.rewards, rtol=1e-5, atol=1e-5)
     assert max(sizes) > 3 and sizes[-1] <= 3
 
@@ -330,7 +331,7 @@ def test_an_interrupted_sweep_goes_on_from_its_checkpoint(family, tmp_path):
     rm = rmfast.RewardModel(m)
     whole = rm.patch_sweep(clean, corrupted, sites="v", batch_tokens=64)
     calls = []
-    patcher = type(rm._patcher())
+    patcher = type(patcher_of(rm))
     original, file = patcher.rewards, tmp_path / "sweep.partial.safetensors"
 
     def interrupted(self, base, edits, values, batch_tokens, done, skip):

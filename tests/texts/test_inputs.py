@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from rmfast.inputs import Encoded, InputError, encode
+from rmfast.texts.inputs import Encoded, InputError, encode
 
 
 def run(inputs, tokenizer=None, causal=True, **kw):

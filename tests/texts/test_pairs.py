@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from rmfast.pairs import read_pairs
+from rmfast.texts.pairs import read_pairs
 
 
 def test_pairs_are_triples_mappings_and_messages():

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from rmfast.tables import Output, Row, dump_line, read_rows
+from rmfast.texts.tables import Output, Row, dump_line, read_rows
 
 
 def test_json_nested_too_deeply_is_a_bad_row(tmp_path):

@@ -11,7 +11,8 @@ from torch import Tensor
 from rmfast.integrations.reward_lens.patched import check_places, component_cells, head_cells, patched_rewards
 from rmfast.integrations.reward_lens.theirs import Outside, submodule
 from rmfast.integrations.reward_lens.wrapper import one_text, reward_of, wrapped_model
-from rmfast.patching import SuffixPatcher
+from rmfast.patching.patcher import patcher_of
+from rmfast.patching.suffix_patcher import SuffixPatcher
 
 
 def patch_all_components(
@@ -84,7 +85,7 @@ def _patched_pair(
     if paired and not by_head:
         replaced = slice(0, min(len(base[0]), len(other[0])))
     if values is not None:
-        rm_patcher = rm._patcher()
+        rm_patcher = patcher_of(rm)
         if isinstance(rm_patcher, SuffixPatcher) and any(fused.sandwich for _, fused in rm_patcher.engine.layers):
             raise Outside("means before the norm behind attention and MLP")
         replaced = len(base[0]) - 1

@@ -7,12 +7,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rmfast.inputs import Encoded
 from rmfast.integrations.reward_lens.bound import packed_engine
 from rmfast.integrations.reward_lens.patched import check_places
 from rmfast.integrations.reward_lens.theirs import Outside, submodule
 from rmfast.integrations.reward_lens.wrapper import one_text, wrapped_model
-from rmfast.patching import SuffixPatcher
+from rmfast.patching.patcher import patcher_of
+from rmfast.patching.suffix_patcher import SuffixPatcher
+from rmfast.texts.inputs import Encoded
 
 _STREAMS = ("resid_post", "attn_out", "mlp_out")
 
@@ -51,7 +52,7 @@ def _activations(
     if any(rm.binding.length_group(len(ids))):
         raise Outside("rotary frequencies that depend on a text's length")
     packed_engine(rm)
-    patcher = rm._patcher()
+    patcher = patcher_of(rm)
     if not isinstance(patcher, SuffixPatcher) or any(fused.sandwich for _, fused in patcher.engine.layers):
         raise Outside("layers that are not Llama's by structure")
     adapter, layers = wrapper.adapter, range(patcher.layers)

@@ -9,11 +9,11 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from rmfast import model as _model
+from rmfast.engine.memory import out_of_memory
+from rmfast.engine.planner import plan, windows
+from rmfast.engine.scorer import Scorer
 from rmfast.integrations.reward_lens.bound import bound_model, packed_engine
 from rmfast.integrations.reward_lens.theirs import Outside, token_ids
-from rmfast.planner import plan, windows
-from rmfast.scoring import RewardModel
 
 
 def final_head_inputs(original: Any, self: Any, tokenized: Sequence[Any], batch_size: int | None = None) -> Tensor:
@@ -51,22 +51,22 @@ def _head_inputs(runtime: Any, texts: list[np.ndarray], every: bool) -> Tensor:
                 ids = np.concatenate([texts[i] for i in some], dtype=np.int32)
                 cu = np.cumsum([0, *(lengths[i] for i in some)])
                 read: Any = "all" if every else np.array([lengths[i] - 1 for i in some])
-                planned = plan(ids, cu, batch_tokens=rm._default_batch_tokens(engine), read=read)
+                planned = plan(ids, cu, batch_tokens=rm.default_batch_tokens(engine), read=read)
                 rows = torch.cat([norm(hidden[None])[0] for _, hidden in engine.run(ids, planned, 0)])
                 found.append(rows[torch.from_numpy(planned.read_index).to(rows.device)])
             flat = torch.cat(found)
     except RuntimeError as error:
-        if not _model.out_of_memory(error):
+        if not out_of_memory(error):
             raise
         raise Outside("out of memory") from error
     return flat.clone()  # outside of inference mode: an ordinary tensor
 
 
-def _same_alone(rm: RewardModel, lengths: Sequence[int]) -> None:
+def _same_alone(rm: Scorer, lengths: Sequence[int]) -> None:
     """Outside where a text gets other numbers in reward-lens' left-padded batch than alone, as it is run here."""
     if not lengths or min(lengths) == 0:
         raise Outside("an empty text")
     if any(rm.binding.length_group(max(lengths))):
         raise Outside("rotary frequencies that depend on the longest text")
-    if rm._table is not None and min(lengths) < max(lengths):
+    if rm.table is not None and min(lengths) < max(lengths):
         raise Outside("positions are learned, and padding on the left shifts them")

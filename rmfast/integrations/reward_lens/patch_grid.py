@@ -12,11 +12,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from rmfast import model as _model
+from rmfast.binding.modules import active, plain_linear
+from rmfast.engine.scorer import Scorer
 from rmfast.integrations.reward_lens.bound import bound_model
 from rmfast.integrations.reward_lens.patched import Cell, check_places, component_cells, head_cells, patched_rewards
 from rmfast.integrations.reward_lens.theirs import Outside, submodule, token_ids
-from rmfast.scoring import RewardModel
 
 
 class _Known:
@@ -93,10 +93,10 @@ def _places(runtime: Any, cells: list[Cell]) -> list[tuple[str, int, Any]]:
     return places
 
 
-def _readout(rm: RewardModel, runtime: Any, policy: Any, readout: Any) -> Tensor:
+def _readout(rm: Scorer, runtime: Any, policy: Any, readout: Any) -> Tensor:
     """(K,) fp64: the readout as a sum over the head's labels."""
-    linear = _model.plain_linear(rm.binding.head)
-    if linear is None or linear is not _model.active(runtime.head_module):
+    linear = plain_linear(rm.binding.head)
+    if linear is None or linear is not active(runtime.head_module):
         raise Outside("the head is not one readable Linear")
     if type(policy) is not submodule("runtime.precision").NumericsPolicy or policy.head_dtype != "float32":
         raise Outside("a numerics policy of its own")

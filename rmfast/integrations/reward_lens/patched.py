@@ -9,12 +9,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from rmfast.inputs import Encoded
+from rmfast.engine.scorer import Scorer
 from rmfast.integrations.reward_lens.theirs import Outside
-from rmfast.patching import SuffixPatcher
-from rmfast.scoring import RewardModel
-from rmfast.sites import KINDS, Edits
-from rmfast.sweep import _budget
+from rmfast.patching.patcher import patcher_of
+from rmfast.patching.sites import KINDS, Edits
+from rmfast.patching.suffix_patcher import SuffixPatcher
+from rmfast.patching.sweep import row_budget
+from rmfast.texts.inputs import Encoded
 
 Cell = tuple[str, int, int]  # kind, layer, unit
 
@@ -29,9 +30,9 @@ def head_cells(layers: int, heads: int) -> list[Cell]:
     return [("head_out", layer, head) for layer in range(layers) for head in range(heads)]
 
 
-def check_places(rm: RewardModel, places: list[tuple[str, int, Any]], heads: int | None = None) -> None:
+def check_places(rm: Scorer, places: list[tuple[str, int, Any]], heads: int | None = None) -> None:
     """Outside unless reward-lens' modules for kinds and layers are those at which rmfast has them."""
-    patcher = rm._patcher()
+    patcher = patcher_of(rm)
     for kind, layer, module in places:
         if isinstance(patcher, SuffixPatcher):
             fused = patcher.engine.layers[layer][1]
@@ -48,7 +49,7 @@ def check_places(rm: RewardModel, places: list[tuple[str, int, Any]], heads: int
 
 
 def patched_rewards(
-    rm: RewardModel,
+    rm: Scorer,
     base_text: tuple[np.ndarray, int],
     other_text: tuple[np.ndarray, int] | None,
     cells: list[Cell],
@@ -70,7 +71,7 @@ def patched_rewards(
     texts = [text for text in (base_text, other_text) if text is not None]
     if any(any(rm.binding.length_group(len(ids))) for ids, _ in texts):
         raise Outside("rotary frequencies that depend on a text's length")
-    patcher, (ids, read) = rm._patcher(), base_text
+    patcher, (ids, read) = patcher_of(rm), base_text
     groups = np.zeros((1, len(ids)), bool)
     groups[0, replaced] = True
     groups[:, read + 1 :] = False  # has no part in the reward
@@ -110,6 +111,6 @@ def patched_rewards(
             def done(some: np.ndarray, found: Tensor) -> None:
                 rewards[torch.from_numpy(where[some])] = found.to(rewards)
 
-            budget = _budget(rm, patcher, base, edits, None)
+            budget = row_budget(rm, patcher, base, edits, None)
             patcher.rewards(base, edits, rows, budget, done, np.zeros(len(edits), bool))
     return base.reward.clone(), other.reward.clone() if other is not None and known else None, rewards.clone()

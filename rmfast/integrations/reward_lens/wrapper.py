@@ -9,17 +9,17 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from rmfast import model as _model
-from rmfast.inputs import Encoded
+from rmfast.binding.find import probe_ids, reward_scale
+from rmfast.engine.scorer import Scorer
 from rmfast.integrations.reward_lens.bound import bound_model
 from rmfast.integrations.reward_lens.theirs import Outside
-from rmfast.scoring import RewardModel
+from rmfast.texts.inputs import Encoded
 
 # By wrapper: the adapter and functions that make its reward, and whether that is rm.score's.
 _agrees: weakref.WeakKeyDictionary[Any, tuple[weakref.ref, list, bool]] = weakref.WeakKeyDictionary()
 
 
-def wrapped_model(wrapper: Any) -> RewardModel:
+def wrapped_model(wrapper: Any) -> Scorer:
     """Its model, bound, and its reward known to be the first label where `rm.score` reads it."""
     adapter = wrapper.adapter
     if not type(adapter).__module__.startswith("reward_lens."):
@@ -34,12 +34,12 @@ def wrapped_model(wrapper: Any) -> RewardModel:
     return rm
 
 
-def reward_of(rm: RewardModel, ids: np.ndarray) -> float:
+def reward_of(rm: Scorer, ids: np.ndarray) -> float:
     """The first label of one text, as `rm.score` reads it."""
-    return float(rm._run([Encoded(ids)], [np.array([rm._position(ids, 0, None)])], None, False, None)[0][0, 0])
+    return float(rm.run([Encoded(ids)], [np.array([rm.position(ids, 0, None)])], None, False, None)[0][0, 0])
 
 
-def one_text(rm: RewardModel, inputs: dict[str, Tensor]) -> tuple[np.ndarray, int]:
+def one_text(rm: Scorer, inputs: dict[str, Tensor]) -> tuple[np.ndarray, int]:
     """Token ids of the one text in a wrapper's inputs, and where the model reads its reward."""
     ids = inputs["input_ids"]
     if ids.size(0) != 1 or not ids.size(1):
@@ -49,13 +49,13 @@ def one_text(rm: RewardModel, inputs: dict[str, Tensor]) -> tuple[np.ndarray, in
     if "attention_mask" in inputs and not bool(inputs["attention_mask"].all()):
         raise Outside("a text whose attention mask leaves tokens out")
     row = ids[0].cpu().numpy()
-    return row, rm._position(row, 0, None)
+    return row, rm.position(row, 0, None)
 
 
-def _reads_first_label(wrapper: Any, rm: RewardModel) -> bool:
+def _reads_first_label(wrapper: Any, rm: Scorer) -> bool:
     """Tried on a few tokens, forwards and backwards and with padding at the end, as another rule may read it."""
-    ids = _model._probe_ids(rm.binding.root, rm.binding.vocab_size, None, ())
-    texts = [ids, ids.flip(1), torch.cat([ids, torch.full_like(ids[:, :1], _model.pad_id(rm.binding))], 1)]
+    ids = probe_ids(rm.binding.root, rm.binding.vocab_size, None, ())
+    texts = [ids, ids.flip(1), torch.cat([ids, torch.full_like(ids[:, :1], rm.binding.pad_id)], 1)]
     values, wanted = [], []
     for text in texts:
         inputs = {"input_ids": text.to(wrapper.device), "attention_mask": torch.ones_like(text).to(wrapper.device)}
@@ -73,4 +73,4 @@ def _reads_first_label(wrapper: Any, rm: RewardModel) -> bool:
     got = torch.tensor(values, dtype=torch.float64)
     # Another rule is off by the rewards' own size, bf16 by a percent of their scale.
     with torch.no_grad():
-        return bool(((got - torch.stack(wanted)).abs() <= 0.03 * _model._scale(rm.binding, got)).all())
+        return bool(((got - torch.stack(wanted)).abs() <= 0.03 * reward_scale(rm.binding, got)).all())

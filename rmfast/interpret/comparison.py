@@ -4,19 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 from scipy import stats
 
-from rmfast.attribution import Attribution
-from rmfast.grids import PatchSweep, needed
-from rmfast.inputs import several
-
-if TYPE_CHECKING:
-    from rmfast.scoring import RewardModel
-
-__all__ = ["Comparison", "Estimate", "compare", "compare_attribution", "mean_of_pairs"]
+from rmfast.engine.scorer import Scorer
+from rmfast.interpret.attribution import Attribution, attribute
+from rmfast.patching.grid import PatchSweep
+from rmfast.patching.sweep import patch_sweep
+from rmfast.plots import needed
+from rmfast.texts.inputs import several
 
 # An interval from fewer pairs says nothing, nor does a rank among fewer sites: of 4 there are 24 orders.
 LEAST_PAIRS = 10
@@ -176,7 +174,7 @@ def compare(
 
 
 def compare_attribution(
-    rm: RewardModel,
+    rm: Scorer,
     clean: Sequence[Any],
     corrupted: Sequence[Any],
     *,
@@ -195,6 +193,7 @@ def compare_attribution(
     **encoding: Any,
 ) -> Comparison:
     """See `RewardModel.compare`."""
+    rm.expect_clamps_alone(("all",))
     if mode not in ("noising", "denoising"):
         raise ValueError(f'Expected mode to be "noising" or "denoising", got {mode!r}')
     if not several(clean) or not several(corrupted):
@@ -207,15 +206,15 @@ def compare_attribution(
     labels = range(rm.num_labels)
     if label not in labels and (label is not None or len(labels) > 1):
         raise ValueError(f"Expected label, the reward to compare of this model's {len(labels)}, got {label!r}")
-    sweeps = rm.patch_sweep(
-        clean, corrupted, mode=mode, sites=sites, layers=layers, positions="joint", heads=heads, neurons=neurons,
+    sweeps: Any = patch_sweep(
+        rm, clean, corrupted, mode=mode, sites=sites, layers=layers, positions="joint", heads=heads, neurons=neurons,
         align=align, batch_tokens=batch_tokens, progress=progress, **encoding,
     )  # fmt: skip
     if rm.num_labels > 1:
         sweeps = [sweep.select(label=label) for sweep in sweeps]
     base, other = (clean, corrupted) if mode == "noising" else (corrupted, clean)
-    parts = [
-        rm.attribute(texts, components=sites, norm=norm, batch_tokens=batch_tokens, **encoding)
+    parts: list[Any] = [
+        attribute(rm, texts, components=sites, norm=norm, batch_tokens=batch_tokens, **encoding)
         for texts in (base, other)
     ]
     predicted = [after.like(sweep) - before.like(sweep) for before, after, sweep in zip(*parts, sweeps)]

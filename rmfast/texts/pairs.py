@@ -7,8 +7,6 @@ from dataclasses import dataclass
 from itertools import takewhile
 from typing import Any
 
-__all__ = ["Pair", "join", "read_pairs", "text_of"]
-
 
 @dataclass(frozen=True)
 class Pair:

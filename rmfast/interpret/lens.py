@@ -13,25 +13,24 @@ from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from functools import partial
-from typing import TYPE_CHECKING, Any, Literal, cast
+from typing import Any, Literal, cast
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from rmfast import model as _model
-from rmfast.attribution import FrozenHead, check_norm
-from rmfast.engine import entering
-from rmfast.grids import figure_size, heat_map, needed
-from rmfast.hooks import Point, layered
-from rmfast.inputs import words
+from rmfast.binding.binding import Binding
+from rmfast.binding.layer_list import layered
+from rmfast.binding.session import replaced_forward
+from rmfast.engine.attention import entering
+from rmfast.engine.scorer import Scorer
+from rmfast.interpret.comparison import Estimate
+from rmfast.interpret.frozen_head import FrozenHead, check_norm
 from rmfast.ops import reward_head
-
-if TYPE_CHECKING:
-    from rmfast.comparison import Estimate
-    from rmfast.scoring import RewardModel
-
-__all__ = ["Lens", "lens"]
+from rmfast.patching.points import Point
+from rmfast.patching.watched import run_watched
+from rmfast.plots import figure_size, heat_map, needed
+from rmfast.texts.inputs import words
 
 NormUse = Literal["final", "frozen", "raw"]
 
@@ -118,7 +117,7 @@ class Lens:
         Raises:
             ValueError: as for `margins`; different norms or numbers of pairs, fewer than 10 of them, or K > 1.
         """
-        from rmfast.comparison import mean_of_pairs
+        from rmfast.interpret.comparison import mean_of_pairs
 
         if self.norm != other.norm:
             raise ValueError(f"Expected lenses of one norm, got {self.norm!r} and {other.norm!r}")
@@ -181,7 +180,7 @@ class Lens:
             ImportError: matplotlib is not installed.
             ValueError: as for `margins`, with `pairs`.
         """
-        from rmfast.comparison import LEAST_PAIRS, mean_of_pairs
+        from rmfast.interpret.comparison import LEAST_PAIRS, mean_of_pairs
 
         pyplot = needed("matplotlib.pyplot", "plot")
         if self.positions == "all" and not pairs:
@@ -229,7 +228,7 @@ class Lens:
 
 
 def lens(
-    rm: RewardModel,
+    rm: Scorer,
     inputs: Sequence[Any],
     *,
     positions: Literal["last", "all"] = "last",
@@ -254,11 +253,11 @@ def lens(
     check_norm(bound, "raw")
     linear = None if norm == "final" else FrozenHead.of(bound, norm)
     texts = rm.encode(inputs, **encoding)
-    read = [rm._position(text.ids, i, None) for i, text in enumerate(texts)]
+    read = rm.positions(texts)
     every = positions == "all"
     rows = [np.arange(len(text)) if every else np.array([at]) for text, at in zip(texts, read)]
     streams = _Streams(bound, layers, linear, norm == "frozen")
-    found = rm._run_watched(bound, streams.taps, texts, rows, streams.read, batch_tokens, progress)
+    found = run_watched(rm, bound, streams.taps, texts, rows, streams.read, batch_tokens, progress)
     squeezed = [value[..., 0] if rm.num_labels == 1 else value for value in found]  # (reads, L + 2[, K])
     layered_rewards, scores = [value[:, :-1] for value in squeezed], [value[:, -1] for value in squeezed]
     shape = (0, len(layers) + 1, *([] if rm.num_labels == 1 else [rm.num_labels]))
@@ -279,7 +278,7 @@ def lens(
 class _Streams:
     """What the head makes of each layer's stream in a run, at the rows that are read."""
 
-    def __init__(self, bound: _model.Binding, layers: list[nn.Module], linear: FrozenHead | None, frozen: bool) -> None:
+    def __init__(self, bound: Binding, layers: list[nn.Module], linear: FrozenHead | None, frozen: bool) -> None:
         self.bound, self.linear, self.frozen = bound, linear, frozen
         self.seen: dict[int, Tensor] = {}
         self.taps = [(Point(layer, "in"), partial(self._see, index)) for index, layer in enumerate(layers)]
@@ -295,11 +294,11 @@ class _Streams:
             return reward_head(stream, self.linear.direction.to(stream.device))
         with ExitStack() as stack:
             if self.bound.norm is not None and self.bound.leaves_norm_out:
-                stack.enter_context(_model.replaced_forward(self.bound.norm, cast(Callable, self.own_norm)))
+                stack.enter_context(replaced_forward(self.bound.norm, cast(Callable, self.own_norm)))
             return self.bound.rewards(stream[None], torch.arange(stream.size(0), device=stream.device))
 
     def read(self, hidden: Tensor, rows: Tensor) -> Tensor:
-        """(M, L + 2, K): the reward at every layer, and the model's own; what `RewardModel._run` takes as head."""
+        """(M, L + 2, K): the reward at every layer, and the model's own; what `Scorer.run` takes as head."""
         scores = self.bound.rewards(hidden, rows)
         last = scores
         seen = [self.seen[index].to(scores.device) for index in range(len(self.taps))]

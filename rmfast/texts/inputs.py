@@ -116,7 +116,7 @@ def encode(
 
     for i, item in enumerate(inputs):
         attempt(i, partial(prepare, item, i, tokenizer, causal, format))
-    _tokenise(results, tokenizer, causal, attempt)
+    tokenise(results, tokenizer, causal, attempt)
     for i, result in enumerate(results):
         if isinstance(result, Encoded):
             attempt(i, partial(_finish, result, i, vocab_size, max_length, truncation))
@@ -226,7 +226,7 @@ def _as_ids(item: Any) -> np.ndarray | None:
     return np.asarray(item, dtype=np.int64)
 
 
-def _tokenise(results: list[Any], tokenizer: Any, causal: bool, attempt: Callable) -> None:
+def tokenise(results: list[Any], tokenizer: Any, causal: bool, attempt: Callable) -> None:
     """Replace every `Text` in results by its `Encoded`, in few calls (fast tokenizers run one call on all cores)."""
     groups: dict[tuple[bool, bool], list[int]] = {}
     bos = getattr(tokenizer, "bos_token", None) or None

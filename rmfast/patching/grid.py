@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import json
 from collections import namedtuple
 from collections.abc import Sequence
@@ -17,16 +16,13 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from rmfast.sites import UNITS
-
-__all__ = ["PatchSweep", "figure_size", "heat_map", "needed", "span"]
+from rmfast.patching.sites import UNITS
+from rmfast.plots import figure_size, heat_map, needed, reach_of
 
 AXES = ("site", "layer", "position", "head", "neuron", "unit", "label")  # the order in any grid
 Value = Literal["effect", "recovered", "rewards"]
-
 _VERSION = 1  # of the files that `save` writes
 _TENSORS = ("rewards", "clean_reward", "corrupted_reward")
-_MOST_TICKS = {"x": 64, "y": 40}  # labels that can still be read on the largest figure, 14 by 9 inches
 
 
 @dataclass(eq=False, repr=False, kw_only=True)
@@ -37,9 +33,9 @@ class PatchSweep:
         rewards: one dimension for each axis, CPU, fp32 (fp64 for an fp64 model); NaN where a position has no partner in
             the other run, a site was not screened, or a kind has fewer units than another.
         axes: names of the dimensions, in the order of `AXES`.
-        coords: coordinates along each axis. site: kinds (`rmfast.sites`); layer, head, neuron, unit, label: ints;
-            position: lists of the base run's token positions that are patched together. A coordinate that is the same
-            in all of the grid has one entry and need not be an axis.
+        coords: coordinates along each axis. site: kinds (`rmfast.patching.sites`); layer, head, neuron, unit, label:
+            ints; position: lists of the base run's token positions that are patched together. A coordinate that is the
+            same in all of the grid has one entry and need not be an axis.
         clean_reward: (), or (K,) where there is a label axis.
         corrupted_reward: the same; None where no corrupted text was run.
         base: "clean" or "corrupted", the run that was patched.
@@ -281,7 +277,7 @@ class PatchSweep:
         base = np.atleast_1d(self.base_reward.double().numpy())
         for axis, drawn in zip(axes, maps):
             centre = base[drawn.label] if value == "rewards" else 0.0
-            reach = max(_reach(other.grid - centre) for other in maps if other.label == drawn.label) or 1.0
+            reach = max(reach_of(other.grid - centre) for other in maps if other.label == drawn.label) or 1.0
             layers = list(map(str, self.coords.get("layer", [""])))
             name = "reward" if value == "rewards" else value
             heat_map(axis, drawn.grid, layers, drawn.columns, name, reach=reach, centre=centre, **options)
@@ -353,56 +349,9 @@ def _number(reward: Tensor) -> str:
     return f"{reward.item():.4g}" if reward.dim() == 0 else f"[{', '.join(f'{x:.4g}' for x in reward.tolist())}]"
 
 
-def _reach(values: np.ndarray) -> float:
-    finite = np.abs(values[np.isfinite(values)])
-    return float(finite.max(initial=0))
-
-
 def _axes(pyplot: Any, maps: list[_Map]) -> np.ndarray:
     """Axes of a new figure with room for the maps: side by side, or one below the other where they are wide."""
     width, height = figure_size(maps[0].grid.shape[0], max(len(drawn.columns) for drawn in maps))
     down, across = (len(maps), 1) if width > 8 else (1, len(maps))
     size = width * across, height * down
     return pyplot.subplots(down, across, figsize=size, layout="constrained", squeeze=False)[1].ravel()
-
-
-def needed(module: str, by: str) -> Any:
-    """An optional module; an ImportError says what needs it and how to install it."""
-    try:
-        package, _, _ = module.partition(".")
-        importlib.import_module(package)
-        return importlib.import_module(module)
-    except ImportError as error:
-        raise ImportError(f"{by} needs {package} (pip install {package}): {error}") from error
-
-
-def figure_size(rows: int, columns: int) -> tuple[float, float]:
-    """Inches in which a map's cells and names can be read."""
-    return min(max(3.0 + 0.22 * columns, 5), 14), min(max(2.5 + 0.16 * rows, 3), 9)
-
-
-def heat_map(
-    axis: Any, grid: np.ndarray, layers: list[str], columns: list[str], name: str, *, reach: float | None = None,
-    centre: float = 0.0, **options: Any,
-) -> None:  # fmt: skip
-    """Draws layers (rows, the first at the bottom) by columns; colours go from centre − reach to centre + reach."""
-    reach = (_reach(grid - centre) or 1.0) if reach is None else reach
-    limits = {} if "norm" in options else {"vmin": centre - reach, "vmax": centre + reach}
-    style = {"cmap": "RdBu_r", "aspect": "auto", "origin": "lower", "interpolation": "nearest"}
-    image = axis.imshow(grid, **{**style, **limits, **options})
-    axis.set_facecolor("0.8")
-    axis.set_ylabel("layer")
-    _ticks(axis, "x", columns)
-    _ticks(axis, "y", layers)
-    axis.figure.colorbar(image, ax=axis, label=name)
-
-
-def _ticks(axis: Any, which: Literal["x", "y"], names: list[str]) -> None:
-    """Name the ticks, every one or as many as can be read."""
-    step = -(-len(names) // _MOST_TICKS[which])
-    getattr(axis, f"set_{which}ticks")(range(0, len(names), step))
-    labels = getattr(axis, f"set_{which}ticklabels")(names[::step], fontsize=8)
-    for label in labels:
-        label.set_parse_math(False)  # a "$" in a text is no formula
-        if which == "x" and len("  ".join(names)) > 40:  # what fits side by side on the smallest figure
-            label.set_rotation(90)

@@ -21,13 +21,13 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from rmfast import model as _model
-from rmfast.engine import Engine, Layer, Run
-from rmfast.inputs import Encoded
+from rmfast.engine.attention import Run
+from rmfast.engine.layers import Layer
+from rmfast.engine.memory import out_of_memory
+from rmfast.engine.packed import Engine
 from rmfast.ops import patch_rows
-from rmfast.sites import KINDS, Edits, Values
-
-__all__ = ["SuffixPatcher", "SuffixRecord"]
+from rmfast.patching.sites import KINDS, Edits, Values
+from rmfast.texts.inputs import Encoded
 
 _CODE = {kind: i for i, kind in enumerate(KINDS)}
 _STREAM = (_CODE["resid_pre"], _CODE["resid_post"])
@@ -175,7 +175,7 @@ class SuffixPatcher:
             try:
                 rewards = _Chunk(self, base, edits[some], entry[some], values).run()
             except RuntimeError as error:
-                if count == 1 or not _model.out_of_memory(error):
+                if count == 1 or not out_of_memory(error):
                     raise
                 batch_tokens = int(ends[count - 1]) // 2
                 continue

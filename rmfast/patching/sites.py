@@ -25,9 +25,7 @@ from typing import Protocol
 import numpy as np
 from torch import Tensor
 
-from rmfast.inputs import Encoded
-
-__all__ = ["KINDS", "UNITS", "Edits", "Patcher", "Record", "Values"]
+from rmfast.texts.inputs import Encoded
 
 KINDS = ("resid_pre", "resid_mid", "resid_post", "attn_out", "mlp_out", "head_out", "mlp_neuron", "q", "k", "v")
 UNITS = {"head_out": "head", "mlp_neuron": "neuron", "q": "head", "k": "head", "v": "head"}  # the unit axis' name

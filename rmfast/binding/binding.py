@@ -1,0 +1,210 @@
+"""`Binding`: a model's body, final norm and head, and the two steps of scoring, `hidden` and `rewards`."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from rmfast.binding.modules import (
+    active,
+    call_arguments,
+    has_hooks,
+    hidden_state_of,
+    is_readable,
+    logits_of,
+    plain_linear,
+    text_config,
+)
+from rmfast.binding.norms import eps_of, gain_of
+from rmfast.binding.rope import fresh_rope, kept_rope, length_group
+from rmfast.binding.session import Clamp, eval_mode, lock_of, passing_through, with_clamps
+from rmfast.ops import reward_head
+
+
+@dataclass(frozen=True, eq=False)
+class Removal:
+    """Orthonormal directions (J, d) of which a row loses `strength` times its part: h − strength Σ (p·h) p."""
+
+    directions: Tensor
+    strength: float
+
+    def of(self, x: Tensor) -> Tensor:
+        """(..., d), in x's dtype, computed in fp32 at least."""
+        wide = x if x.dtype == torch.float64 else x.float()
+        p = self.directions.to(wide)
+        return (wide - self.strength * (wide @ p.T) @ p).to(x.dtype)
+
+
+@dataclass(eq=False)
+class Binding:
+    """A model's parts, and the two steps of scoring: `hidden` runs the body, `rewards` the norm and head.
+
+    Attributes:
+        root: the model with wrappers (peft, torch.compile) taken off; its adapters stay inside its layers.
+        body: the module that returns the hidden states.
+        norm: the final norm, left out of the body's run, or None where there is none to leave out.
+        norm_kind: "rms", "gemma_rms" or "layer"; None where `norm` is none of these or its weights can't be read, and
+            the module itself is then run on the rows that are scored.
+        head: the modules that are applied, one after the other, to the normed rows. Empty for a model that pools by
+            itself (BERT's pooler), whose own forward is then run.
+        num_labels: K.
+        causal: whether a token sees only those before it.
+        vocab_size: rows of the embedding.
+        rope: modules of the body whose rotary frequencies go by the longest text seen.
+        clamps: outputs of modules that are set to values in every session.
+        before, after: what rows lose before the final norm, and between it and the head.
+    """
+
+    root: nn.Module
+    body_name: str
+    norm_name: str | None
+    norm_kind: str | None
+    head_names: list[str]
+    num_labels: int
+    causal: bool
+    vocab_size: int
+    rope: list[nn.Module] = field(default_factory=list)
+    clamps: tuple[Clamp, ...] = ()
+    before: Removal | None = None
+    after: Removal | None = None
+
+    # Looked up by name each time, so that modules replaced since (a new head, adapters put in) are the ones used.
+    @property
+    def body(self) -> nn.Module:
+        return self.root.get_submodule(self.body_name)
+
+    @property
+    def norm(self) -> nn.Module | None:
+        return None if self.norm_name is None else self.root.get_submodule(self.norm_name)
+
+    @property
+    def head(self) -> list[nn.Module]:
+        return [self.root.get_submodule(name) for name in self.head_names]
+
+    @property
+    def config(self) -> Any:
+        """The text model's configuration."""
+        return text_config(self.root)
+
+    @property
+    def device(self) -> torch.device:
+        """Where token ids go: the embedding's device (accelerate moves them where its weights are offloaded)."""
+        weight = self.body.get_input_embeddings().weight  # type: ignore[operator]
+        return torch.device("cpu") if weight.device.type == "meta" else weight.device
+
+    @property
+    def pad_id(self) -> int:
+        """What fills padding: the model's own id where it has an embedding (RoBERTa counts positions by it), else 0."""
+        pad = getattr(self.config, "pad_token_id", None)
+        return pad if isinstance(pad, int) and 0 <= pad < self.vocab_size else 0
+
+    @contextmanager
+    def session(self, grad: bool = False, clamped: bool = True) -> Iterator[None]:
+        """Scoring state: no dropout, autograd on with `grad` alone, `clamps` in force unless not `clamped`; everything
+        is put back at the end. One thread at a time."""
+        # inference_mode(False) turns autograd on, also inside of no_grad.
+        with (
+            lock_of(self.root),
+            torch.inference_mode(not grad),
+            eval_mode(self.root),
+            kept_rope(self.rope),
+            with_clamps(self.root, self.clamps if clamped else ()),
+        ):
+            yield
+
+    @property
+    def clamps_last(self) -> bool:
+        """Whether the run of a text depends on the token that is read."""
+        return any(clamp.last for clamp in self.clamps)
+
+    def hidden(self, input_ids: Tensor, attention_mask: Tensor, token_type_ids: Tensor | None = None) -> Tensor:
+        """Run the body on a right-padded batch.
+
+        Args: input_ids, attention_mask and, for encoders, token_type_ids: (B, T) int64.
+        Returns: (B, T, d) hidden states, before the final norm where `leaves_norm_out` holds, else after it.
+        """
+        # No position ids: for right-padded rows the model's own default is what each text gets alone, also where it
+        # does not start at 0 (RoBERTa), and it needs no support for the argument.
+        fresh_rope(self.rope)
+        inputs = call_arguments(self.body, input_ids, attention_mask, token_type_ids)
+        with passing_through(self.norm) if self.leaves_norm_out else ExitStack():
+            out = self.body(**inputs)
+        return hidden_state_of(out)
+
+    @property
+    def leaves_norm_out(self) -> bool:
+        """Whether `hidden` gives rows before the norm. A user's hooks on the norm or body keep the norm in place."""
+        return self.norm is not None and not any(map(has_hooks, (self.norm, active(self.norm), self.body)))
+
+    def rewards(self, hidden: Tensor, rows: Tensor) -> Tensor:
+        """Rewards (M, K) of the flat rows (M,) int64 of hidden (B, T, d); fp32, or fp64 for fp64 hidden states."""
+        if self.before is not None and not self.leaves_norm_out:
+            raise ValueError("Expected a final norm without hooks, for directions to be removed before it")
+        linear = plain_linear(self.head)
+        if linear is not None and (not self.leaves_norm_out or (self.norm_kind and is_readable(active(self.norm)))):
+            on = hidden.device
+            removed: dict[str, Any] = {}
+            # Taking a part of the normed row away is taking it from the head.
+            weight = linear.weight
+            if self.after is not None:
+                weight = self.after.of(weight if weight.dtype == torch.float64 else weight.float())
+            if self.before is not None:
+                p = self.before.directions.to(on)
+                removed = {"directions": p, "strengths": p.new_full((1, p.size(0)), self.before.strength)}
+            out = reward_head(
+                hidden,
+                weight.to(on),
+                None if linear.bias is None else linear.bias.to(on),
+                rows=rows,
+                **self.norm_arguments(on),
+                **removed,
+            )
+            return out if self.before is None else out[:, 0]
+        out = self.apply_head(self.normed(hidden, rows)).reshape(rows.numel(), self.num_labels)
+        return out if out.dtype == torch.float64 else out.float()
+
+    def normed(self, hidden: Tensor, rows: Tensor) -> Tensor:
+        """The flat rows (M,) of hidden (B, T, d) as the head is given them: (1, M, d)."""
+        x = hidden.reshape(-1, hidden.size(-1))[rows][None]
+        x = x if self.before is None else self.before.of(x)
+        if self.leaves_norm_out:
+            assert self.norm is not None
+            x = self.norm(x)
+        return x if self.after is None else self.after.of(x)
+
+    def norm_arguments(self, device: torch.device) -> dict[str, Any]:
+        """`reward_head`'s norm arguments for hidden states from `hidden`, read from the model now."""
+        if not self.leaves_norm_out:
+            return {"norm": None}
+        assert self.norm is not None and self.norm_kind is not None
+        norm = active(self.norm)
+        weight, bias = gain_of(norm), getattr(norm, "bias", None)
+        return {
+            "norm": self.norm_kind,
+            "norm_weight": None if weight is None else weight.to(device),
+            "norm_bias": bias.to(device) if self.norm_kind == "layer" and bias is not None else None,
+            "eps": eps_of(norm),
+        }
+
+    def pooled(self, input_ids: Tensor, attention_mask: Tensor, token_type_ids: Tensor | None = None) -> Tensor:
+        """Rewards (B, K) of a model that pools by itself, from its own forward."""
+        fresh_rope(self.rope)
+        out = logits_of(self.root(**call_arguments(self.root, input_ids, attention_mask, token_type_ids)))
+        assert out is not None
+        out = out.reshape(input_ids.size(0), self.num_labels)
+        return out if out.dtype == torch.float64 else out.float()
+
+    def length_group(self, length: int) -> tuple[int, ...]:
+        """Texts may share a batch when this is equal: rotary frequencies that depend on the longest text then agree."""
+        return length_group(self.config, length)
+
+    def apply_head(self, x: Tensor) -> Tensor:
+        """The head's modules, one after the other."""
+        for module in self.head:
+            x = module(x)
+        return x

@@ -1,0 +1,294 @@
+"""Binding to a transformers model: its body, final norm and head, found by following the tensors of one tiny forward.
+
+No class names are listed. The model is run once on a few tokens with hooks that record what every module took and gave:
+
+- the *body* is the outermost module that returns a `last_hidden_state`;
+- the *final norm* is the module whose output is that hidden state, and its kind is whichever formula reproduces it;
+- the *head* is the chain of modules after the body that turns the hidden state into the logits.
+
+What was found is then run in place of the model's own forward and must give its logits, so a model with rules of its
+own (gates, logit scaling, another pooling) is refused when it is bound rather than scored wrongly.
+"""
+
+from __future__ import annotations
+
+from contextlib import ExitStack
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from rmfast.binding.binding import Binding
+from rmfast.binding.modules import (
+    PASSIVE,
+    active,
+    call_arguments,
+    hidden_state_of,
+    logits_of,
+    plain_linear,
+    text_config,
+    unwrap,
+)
+from rmfast.binding.norms import Call, gain_of, norm_kind
+from rmfast.binding.rope import kept_rope, rope_modules
+from rmfast.binding.session import eval_mode, lock_of
+
+_PROBE_TOKENS = 7
+
+
+def bind(model: nn.Module, read_id: int | None = None, avoid: tuple[int, ...] = ()) -> Binding:
+    """Find a reward model's parts.
+
+    Args:
+        model: a transformers model with a reward head; may be wrapped by peft or torch.compile.
+        read_id: a token id that the model's own pooling looks for, put last in the probe.
+        avoid: special token ids kept out of the probe.
+
+    Raises:
+        ValueError: no body or head was found, or they do not reproduce the model's own logits.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"Expected model to be a torch.nn.Module, got {type(model).__name__}")
+    root = unwrap(model)
+    with lock_of(root), torch.inference_mode(), eval_mode(root), kept_rope(rope_modules(root)):
+        return _bind(root, read_id, avoid)
+
+
+def _bind(root: nn.Module, read_id: int | None, avoid: tuple[int, ...]) -> Binding:
+    if not callable(getattr(root, "get_input_embeddings", None)):
+        raise ValueError(
+            f"{type(root).__name__} is not a transformers model: rmfast looks for get_input_embeddings(), a body that "
+            "returns last_hidden_state, and a head"
+        )
+    embedding: Any = root.get_input_embeddings()  # type: ignore[operator]
+    vocab_size = int(getattr(embedding, "num_embeddings", 0) or embedding.weight.shape[0])
+    if read_id is not None and not 0 <= read_id < vocab_size:
+        raise ValueError(f"Expected pooling to be a token id in [0, {vocab_size}), got {read_id}")
+    device = torch.device("cpu") if embedding.weight.device.type == "meta" else embedding.weight.device
+    ids = probe_ids(root, vocab_size, read_id, avoid).to(device)
+    calls, own = _record(root, ids)
+    where = f"{type(root).__name__} (top-level modules: {', '.join(name for name, _ in root.named_children())})"
+
+    body = _find_body(calls)
+    if body is None:
+        raise ValueError(
+            f"No body found in {where}: rmfast looks for a module inside it that returns last_hidden_state (B, T, d)"
+        )
+    logits = logits_of(own)
+    if logits is None:
+        raise ValueError(
+            f"No logits found in what {where} returns: rmfast looks for .logits, or a tensor, of shape (B, K) or "
+            f"(B, T, K); got {type(own).__name__}"
+        )
+    if logits.numel() > 4096 * _PROBE_TOKENS or logits.size(-1) == vocab_size:
+        raise ValueError(
+            f"{where} is a language model, not a reward model: its logits have shape {tuple(logits.shape)}. rmfast "
+            "looks for a head with a few outputs (sequence or token classification)"
+        )
+    states = hidden_state_of(body.result)
+    norm = _find_norm(calls, body, states)
+    chain = _find_head(calls, body, states)
+    bound = Binding(
+        root=root,
+        body_name=body.name,
+        norm_name=None if norm is None else norm.name,
+        norm_kind=None if norm is None else norm_kind(norm),
+        head_names=[],
+        num_labels=0,
+        causal=True,
+        vocab_size=vocab_size,
+        rope=rope_modules(body.module),
+    )
+    # One more tiny run, of the body as it will be run: the probe, and the probe with another last token, whose first
+    # hidden state tells a decoder from an encoder.
+    other = ids.clone()
+    other[0, -1] = ids[0, 0]
+    both = torch.cat([ids, other])
+    hidden = bound.hidden(both, torch.ones_like(both))
+    rows = norm.given if norm is not None and bound.leaves_norm_out else states
+    if norm is not None and not _near(hidden[:1], rows):
+        # Leaving it out changes more than the last step, as where one norm serves several places.
+        bound.norm_name, bound.norm_kind, rows = None, None, states
+    first = hidden[:, 0].float()
+    bound.causal = bool((first[0] - first[1]).abs().max() <= torch.finfo(hidden.dtype).eps * first.abs().max())
+
+    if chain is not None and _try_head(bound, [call.name for call in chain], logits, rows):
+        return bound
+    bound.norm_name = bound.norm_kind = None
+    bound.head_names = []
+    # Without rows to score, K is the model's own, and its own pooling must not depend on what shares the batch.
+    bound.num_labels = logits.numel()
+    if logits.dim() == 2 and logits.size(0) == 1 and not bound.causal and _pools_safely(bound, ids):
+        return bound
+    tail = ", ".join(call.name for call in chain) if chain else "none that starts at the hidden state"
+    raise ValueError(
+        f"The head of {where} is not one that rmfast knows: it looks for modules that turn each hidden state into its "
+        f"logits (a Linear, or an MLP as one module), read at the last token, or for an encoder that pools by itself. "
+        f"Body: {body.name}; final norm: {norm.name if norm else 'none'}; head: {tail}. Running these did not give the "
+        "model's own logits"
+    )
+
+
+def probe_ids(root: nn.Module, vocab_size: int, read_id: int | None, avoid: tuple[int, ...]) -> Tensor:
+    """(1, T) distinct ordinary token ids."""
+    config = text_config(root)
+    special: set[int | None] = set(avoid)
+    for name in ("pad", "bos", "eos", "sep", "cls", "decoder_start"):
+        value = getattr(config, f"{name}_token_id", None)
+        special.update(value if isinstance(value, list | tuple) else [value])
+    step = max(1, vocab_size // (_PROBE_TOKENS + 2))
+    chosen: list[int] = []
+    for i in (j % vocab_size for j in range(step, step + 8 * vocab_size, step + 1)):
+        if i not in special and i not in chosen:
+            chosen.append(i)
+        if len(chosen) == _PROBE_TOKENS:
+            break
+    if len(chosen) < _PROBE_TOKENS:
+        raise ValueError(f"Expected a vocabulary of at least {_PROBE_TOKENS} ordinary tokens, got {vocab_size}")
+    if read_id is not None:
+        chosen[-1] = read_id
+    return torch.tensor([chosen])
+
+
+def _record(root: nn.Module, ids: Tensor) -> tuple[list[Call], Any]:
+    """Run the model on the probe; every module's call, in the order in which they returned, and the output."""
+    calls: list[Call] = []
+    with ExitStack() as stack:
+        for name, module in root.named_modules():
+
+            def hook(module: nn.Module, args: tuple, kwargs: dict, out: Any, name: str = name) -> None:
+                given = args[0] if args else next(iter(kwargs.values()), None)
+                calls.append(Call(name, module, given, out))
+
+            handle = module.register_forward_hook(hook, with_kwargs=True)
+            stack.callback(handle.remove)
+        try:
+            out = root(**call_arguments(root, ids, torch.ones_like(ids), None))
+        except Exception as error:
+            raise ValueError(
+                f"{type(root).__name__} could not be run on {ids.numel()} tokens to find its parts: "
+                f"{type(error).__name__}: {error}"
+            ) from error
+    return calls, out
+
+
+def _find_body(calls: list[Call]) -> Call | None:
+    found = [
+        call
+        for call in calls
+        if call.name
+        and isinstance(state := getattr(call.result, "last_hidden_state", None), Tensor)
+        and state.dim() == 3
+        and state.size(1) == _PROBE_TOKENS
+        and callable(getattr(call.module, "get_input_embeddings", None))
+    ]
+    return min(found, key=lambda call: call.name.count("."), default=None)
+
+
+def _find_norm(calls: list[Call], body: Call, states: Tensor) -> Call | None:
+    """The call whose output is the body's, if its module is a norm: (1, T, d) -> (1, T, d)."""
+    inside = [call for call in calls if call.name.startswith(body.name + ".")]
+    for call in reversed(inside):
+        module = active(call.module)
+        if not isinstance(call.result, Tensor) or not _same(call.result, states) or isinstance(module, PASSIVE):
+            continue
+        if any(True for _ in module.children()) or not isinstance(call.given, Tensor):
+            continue  # a layer that ends in its norm (BERT): the norm's own call is further back
+        weight = getattr(module, "weight", None)
+        per_feature = weight is None or tuple(weight.shape) == (states.size(-1),)
+        return call if per_feature and call.given.shape == states.shape else None
+    return None
+
+
+def _find_head(calls: list[Call], body: Call, states: Tensor) -> list[Call] | None:
+    """The outermost modules called after the body, as a chain from the hidden state; None where it has a gap."""
+    done = next(i for i, call in enumerate(calls) if call is body)
+    after = [call for call in calls[done + 1 :] if not (body.name + ".").startswith(call.name + ".") and call.name]
+    names = {call.name for call in after}
+    tail = [call for call in after if not any(call.name.startswith(name + ".") for name in names)]
+    given: Tensor = states
+    for call in tail:
+        if not isinstance(call.given, Tensor) or not isinstance(call.result, Tensor):
+            return None
+        first = given is states
+        if not (_same(call.given, given) or (first and _is_row(call.given, states))):
+            return None
+        given = call.result
+    return tail or None
+
+
+def _same(a: Tensor, b: Tensor) -> bool:
+    if a is b:
+        return True
+    return a.numel() == b.numel() and torch.equal(a.reshape(-1).to(b.device, b.dtype), b.reshape(-1))
+
+
+def _is_row(x: Tensor, states: Tensor) -> bool:
+    """Whether x is one row of the hidden states, gathered before the head."""
+    return x.numel() == states.size(-1) and any(_same(x, row) for row in states[0])
+
+
+def _try_head(bound: Binding, names: list[str], logits: Tensor, hidden: Tensor) -> bool:
+    """Whether norm and head, applied to each row, give the model's logits (at the last token); if so they are bound."""
+    rows = torch.arange(_PROBE_TOKENS, device=hidden.device)
+    bound.head_names = names
+    try:
+        x = hidden
+        if bound.leaves_norm_out and bound.norm is not None:
+            x = bound.norm(x)
+        out = bound.apply_head(x.reshape(1, _PROBE_TOKENS, -1))
+        bound.num_labels = out.numel() // _PROBE_TOKENS
+        if bound.num_labels == 0 or out.numel() % _PROBE_TOKENS:
+            return False
+        values = bound.rewards(hidden, rows)
+    except (RuntimeError, IndexError, TypeError, ValueError):
+        return False  # not a head for rows: it picks tokens by itself
+    expected = logits.to(values)
+    if logits.numel() == values.numel():
+        expected = expected.reshape(values.shape)
+    elif logits.numel() == bound.num_labels:
+        values = values[-1:]
+        expected = expected.reshape(1, -1)
+    else:
+        return False
+    # The same rows went into both, so only rounding differs: at most a few of the logits' last bits, or of TF32's.
+    tolerance = max(2e-3, 2 * torch.finfo(logits.dtype).eps) * reward_scale(bound, values)
+    atol = tolerance if tolerance < torch.inf else 0.0  # weights that are not finite: rewards are NaN, as the logits
+    return torch.allclose(values, expected, rtol=0.0, atol=atol, equal_nan=True)
+
+
+def reward_scale(bound: Binding, values: Tensor) -> float:
+    """How large rewards of this head can get: the reward scale ‖γ⊙w‖ of a linear head, else the largest value seen."""
+    linear = plain_linear(bound.head)
+    largest = float(values.detach().abs().max())
+    if linear is None or bound.norm_kind is None:
+        return largest
+    weight = gain_of(active(bound.norm)) if bound.norm is not None else None
+    w = linear.weight.float()
+    if weight is not None:
+        gain = weight.to(w)
+        w = w * (1 + gain if bound.norm_kind == "gemma_rms" else gain)
+    return max(largest, float(w.norm(dim=-1).max()))
+
+
+def _near(a: Tensor, b: Tensor) -> bool:
+    """Whether two runs of the model agree. A wrong run is off by the whole; low precision, and quantised activations
+    whose scales depend on what shares the batch, by a few percent."""
+    a, b = a.double(), b.double().to(a.device)
+    return bool((a - b).norm() <= 0.1 * b.norm()) or not bool(b.isfinite().all())
+
+
+def _pools_safely(bound: Binding, ids: Tensor) -> bool:
+    """Whether the model's own forward gives texts the same logits alone and right-padded beside a longer one."""
+    lengths = torch.arange(2, _PROBE_TOKENS + 1, device=ids.device)
+    mask = (torch.arange(_PROBE_TOKENS, device=ids.device) < lengths[:, None]).long()
+    padded = torch.where(mask.bool(), ids, bound.pad_id)
+    try:
+        alone = torch.cat([bound.pooled(ids[:, :n], torch.ones_like(ids[:, :n])) for n in lengths.tolist()])
+        error = (bound.pooled(padded, mask) - alone).norm()
+    except (RuntimeError, IndexError, TypeError, ValueError):
+        return False
+    # Judged by how far texts differ, since a bias may be larger than all that; and by rounding where they don't.
+    dtype = next(p.dtype for p in bound.root.parameters() if p.is_floating_point())
+    rounding = 8 * torch.finfo(dtype).eps * alone.norm()
+    return bool(error <= 0.1 * (alone - alone.mean(0)).norm() + rounding)

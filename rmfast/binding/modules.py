@@ -1,0 +1,118 @@
+"""What can be told of a module by looking: its wrappers and hooks, whether it can be read, what it takes and gives."""
+
+from __future__ import annotations
+
+import hashlib
+import inspect
+from typing import Any
+
+import numpy as np
+from torch import Tensor, nn
+
+PASSIVE = (nn.Dropout, nn.Identity, nn.Flatten)  # modules that change no value in eval mode
+
+
+def unwrap(model: nn.Module) -> nn.Module:
+    """The transformers model inside torch.compile and peft wrappers. Adapters live in its layers and stay active."""
+    model = getattr(model, "_orig_mod", model)
+    peft: Any = model
+    if hasattr(peft, "peft_config") and callable(getattr(peft, "get_base_model", None)):
+        for config in peft.peft_config.values():
+            if getattr(config, "is_prompt_learning", False):
+                raise ValueError(
+                    f"peft's {getattr(config.peft_type, 'value', config.peft_type)} adds tokens outside of the model's "
+                    "layers, which rmfast does not run; adapters inside the layers (LoRA and its kin) work"
+                )
+        return peft.get_base_model()
+    return model
+
+
+def text_config(model: nn.Module) -> Any:
+    """The configuration of the model, or of its text part."""
+    config: Any = model.config
+    return config.get_text_config() if hasattr(config, "get_text_config") else config
+
+
+def active(module: Any) -> nn.Module:
+    """The module in use: what peft's ModulesToSaveWrapper has switched to, else the module itself."""
+    if not (hasattr(module, "modules_to_save") and hasattr(module, "original_module")):
+        return module
+    adapters = module.active_adapters
+    if module.disable_adapters or not adapters or adapters[0] not in module.modules_to_save:
+        return module.original_module
+    return module.modules_to_save[adapters[0]]
+
+
+def plain_linear(head: list[nn.Module]) -> nn.Linear | None:
+    """The one Linear that the head consists of, if its weight can be read: then norm and head are one fused op.
+
+    Looked up at every call, since peft switches the modules it saved between adapters.
+    """
+    modules = [module for module in head if not isinstance(module, PASSIVE)]
+    if len(modules) != 1 or any(has_hooks(module) for module in head):
+        return None
+    module = active(modules[0])
+    if type(module) is not nn.Linear or has_hooks(module):
+        return None
+    return module if is_readable(module) else None
+
+
+def is_readable(module: nn.Module) -> bool:
+    """Whether its parameters are ordinary numbers in memory: not offloaded to meta, not quantised tensor subclasses."""
+    return all(type(p.data) is Tensor and p.is_floating_point() and not p.is_meta for p in module.parameters())
+
+
+def is_plain(module: nn.Module) -> bool:
+    """Whether nobody put anything around its forward: hooks, or one set on the instance (accelerate, kernels)."""
+    return not has_hooks(module) and "forward" not in module.__dict__
+
+
+def has_hooks(module: nn.Module) -> bool:
+    """Whether it has forward hooks that do something.
+
+    The first call with output_hidden_states or output_attentions leaves transformers' own on all layers for good; they
+    do nothing in a run that did not ask for these outputs.
+    """
+    hooks = [*module._forward_hooks.values(), *module._forward_pre_hooks.values()]
+    return any(getattr(hook, "__module__", None) != "transformers.utils.output_capturing" for hook in hooks)
+
+
+def call_arguments(
+    module: nn.Module, input_ids: Tensor, attention_mask: Tensor, types: Tensor | None
+) -> dict[str, Any]:
+    """Arguments for a body's or model's forward: those that it takes."""
+    accepted = inspect.signature(type(module).forward).parameters
+    inputs: dict[str, Any] = {"input_ids": input_ids, "attention_mask": attention_mask}
+    if types is not None and "token_type_ids" in accepted:
+        inputs["token_type_ids"] = types
+    if "use_cache" in accepted:
+        inputs["use_cache"] = False
+    return inputs
+
+
+def hidden_state_of(out: Any) -> Tensor:
+    """The hidden states (B, T, d) in what a body returns."""
+    state = getattr(out, "last_hidden_state", None)
+    if state is None:
+        state = out[0] if isinstance(out, tuple | list) else out
+    return state
+
+
+def logits_of(out: Any) -> Tensor | None:
+    """The logits in what a model returns, or None."""
+    found = out if isinstance(out, Tensor) else getattr(out, "logits", None)
+    return found if isinstance(found, Tensor) and found.dim() >= 1 else None
+
+
+def fingerprint(root: nn.Module) -> str:
+    """Of an architecture and a sample of its weights: 64 to 127 values of each parameter (or all of fewer), in bf16.
+
+    In bf16, so that what was made with a model in fp32 is known as the same one's in bf16.
+    """
+    digest = hashlib.sha256(type(root).__name__.encode())
+    for name, p in root.named_parameters():
+        digest.update(f"{name} {tuple(p.shape)}".encode())
+        if p.numel() and not p.is_meta and p.is_floating_point():
+            some = p.detach().reshape(-1)[:: max(1, p.numel() // 64)].bfloat16().double().cpu().numpy()
+            digest.update(np.ascontiguousarray(some).tobytes())
+    return digest.hexdigest()

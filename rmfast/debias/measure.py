@@ -1,0 +1,354 @@
+"""Attributes that a reward should not depend on, and how far it does, measured on pairs."""
+
+from __future__ import annotations
+
+import re
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+
+from rmfast.engine.scorer import Scorer
+from rmfast.texts.pairs import Pair, read_pairs, text_of
+
+Attribute = Callable[[str, str], float]
+_WORD = re.compile(r"\w+")
+
+
+def _overlap(prompt: str, response: str) -> float:
+    words = set(_WORD.findall(response.lower()))
+    return len(words & set(_WORD.findall(prompt.lower()))) / len(words) if words else 0.0
+
+
+# Of a prompt and a response. overlap: of the response's distinct words (runs of letters, digits and _, lower case) the
+# share that is also in the prompt, 0 for a response without words.
+ATTRIBUTES: dict[str, Attribute] = {
+    "length": lambda prompt, response: len(response),
+    "paragraphs": lambda prompt, response: response.count("\n\n"),
+    "overlap": _overlap,
+    "exclamation": lambda prompt, response: response.count("!"),
+    "bold": lambda prompt, response: response.count("**"),
+}
+
+
+@dataclass(frozen=True, eq=False)
+class Attributes:
+    """Attributes of n texts: `values` (n, a) float64, a column for each of `names`; `[name]` is one column (n,)."""
+
+    names: tuple[str, ...]
+    values: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.values)
+
+    def __getitem__(self, name: str) -> np.ndarray:
+        return self.values[:, self.names.index(name)]
+
+
+def attributes(
+    prompts: Sequence[Any], responses: Sequence[Any], *, functions: Mapping[str, Attribute] | None = None
+) -> Attributes:
+    """What a reward should not depend on by itself, counted in each response.
+
+    length (characters), paragraphs (count of a blank line, two newlines), overlap (of the response's distinct words,
+    runs of letters, digits and underscores in lower case, the share that the prompt has too), exclamation (count of
+    "!") and bold (count of "**").
+
+    Args:
+        prompts, responses: n of each; text, or lists of messages, of which the contents are taken.
+        functions: further attributes by name: (prompt, response) as texts to a number.
+
+    Returns:
+        `Attributes` of the n responses, the five above and then those of `functions`.
+
+    Raises:
+        ValueError: as many prompts as responses are not given, or a function gives something that is no finite number.
+    """
+    if len(prompts) != len(responses):
+        raise ValueError(f"Expected as many prompts as responses, got {len(prompts)} and {len(responses)}")
+    texts = [(text_of(prompt or ""), text_of(response)) for prompt, response in zip(prompts, responses)]
+    return _measure(texts, {**ATTRIBUTES, **(functions or {})})
+
+
+def _measure(texts: list[tuple[str, str]], functions: Mapping[str, Attribute]) -> Attributes:
+    values = np.empty((len(texts), len(functions)))
+    for j, (name, function) in enumerate(functions.items()):
+        for i, text in enumerate(texts):
+            try:
+                values[i, j] = function(*text)
+            except (TypeError, ValueError) as error:
+                raise ValueError(f"attribute {name!r} of text {i} is no number: {error}") from error
+        if not np.isfinite(values[:, j]).all():
+            raise ValueError(f"attribute {name!r} of text {int((~np.isfinite(values[:, j])).argmax())} is not finite")
+    return Attributes(tuple(functions), values)
+
+
+def named_attributes(given: Sequence[str] | Mapping[str, Attribute] | None) -> dict[str, Attribute]:
+    """Names, or functions by name, as functions by name."""
+    if isinstance(given, Mapping):
+        if bad := [name for name, function in given.items() if not callable(function)]:
+            raise TypeError(
+                f"Expected attributes to map names to functions of (prompt, response), got {bad[0]!r}: none"
+            )
+        found = dict(given)
+    else:
+        names = list(ATTRIBUTES) if given is None else [given] if isinstance(given, str) else list(given)
+        if unknown := [name for name in names if name not in ATTRIBUTES]:
+            raise ValueError(
+                f"Expected attributes among {', '.join(ATTRIBUTES)}, or functions by name, got {unknown[0]!r}"
+            )
+        found = {name: ATTRIBUTES[name] for name in names}
+    if not found:
+        raise ValueError("Expected at least one attribute, got none")
+    return found
+
+
+def attributes_of_pairs(pairs: list[Pair], functions: Mapping[str, Attribute]) -> Attributes:
+    """Of 2n texts: chosen and rejected of each pair in turn."""
+    return _measure([(p.prompt, text) for p in pairs for text in (p.chosen, p.rejected)], functions)
+
+
+class Row(NamedTuple):
+    """A figure of a report: `value` with its interval from `low` to `high`, over `n` texts or pairs."""
+
+    attribute: str
+    measure: str
+    value: float
+    low: float
+    high: float
+    n: int
+
+
+@dataclass(frozen=True)
+class Report:
+    """How a reward follows attributes of the texts, and how that shows in which pairs it gets right.
+
+    Attributes:
+        rows: a `Row` (attribute, measure, value, low, high, n) each: of attribute "" the "accuracy" on all pairs; of
+            each attribute "spearman" (its rank correlation with the reward over all texts, chosen and rejected),
+            "accuracy_more" and "accuracy_less" (on the pairs where the chosen text has more, or less, of it). NaN where
+            there is nothing to compare: a constant attribute, no such pairs.
+        confidence: of the intervals.
+    """
+
+    rows: list[Row]
+    confidence: float = 0.95
+
+    def __getitem__(self, key: tuple[str, str] | str) -> Row:
+        """The row of (attribute, measure), or of "accuracy"."""
+        wanted = ("", "accuracy") if key == "accuracy" else key
+        for row in self.rows:
+            if (row.attribute, row.measure) == wanted:
+                return row
+        raise KeyError(key)
+
+    @property
+    def attributes(self) -> list[str]:
+        return list(dict.fromkeys(row.attribute for row in self.rows if row.attribute))
+
+    def to_dataframe(self) -> Any:
+        """The rows as a pandas DataFrame."""
+        import pandas
+
+        return pandas.DataFrame(self.rows, columns=list(Row._fields))
+
+    def __str__(self) -> str:
+        whole = self["accuracy"]
+        cells = [["attribute", "Spearman with the reward", "accuracy, chosen has more", "chosen has less"]]
+        for name in self.attributes:
+            spearman, more, less = (self[name, measure] for measure in MEASURES)
+            cells.append([name, _figure(spearman, "+.3f"), *(f"{_figure(row)}  n {row.n}" for row in (more, less))])
+        widths = [max(map(len, column)) for column in zip(*cells)]
+        lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip() for row in cells]
+        return "\n".join([f"{whole.n} pairs, accuracy {_figure(whole)}, intervals of {self.confidence:.0%}", *lines])
+
+    def plot(self) -> Any:
+        """Bars of correlations and accuracies, with their intervals; returns the two matplotlib axes."""
+        return plot({"": self})
+
+
+MEASURES = ("spearman", "accuracy_more", "accuracy_less")
+
+
+def _figure(row: Row, spec: str = ".3f") -> str:
+    if np.isnan(row.value):
+        return "-"
+    return f"{row.value:{spec}} [{row.low:{spec}}, {row.high:{spec}}]"
+
+
+def report(
+    rm: Scorer | None,
+    pairs: Sequence[Any],
+    *,
+    attributes: Sequence[str] | Mapping[str, Attribute] | None = None,
+    rewards: Any = None,
+    resamples: int = 1000,
+    confidence: float = 0.95,
+    seed: int = 0,
+    **scoring: Any,
+) -> Report:
+    """How the reward follows each attribute, and how often it is right where the attribute points right, or wrong.
+
+    Intervals are percentiles of a bootstrap over pairs (both texts of a pair are drawn together), vectorised in numpy:
+    a resample's ranks are cumulated counts, so that nothing is sorted again.
+
+    Args:
+        rm: the model; with interventions too (`RewardModel.with_interventions`).
+        pairs: (prompt, chosen, rejected) triples, or mappings with these keys; text or messages
+            (`rmfast.texts.pairs.read_pairs`).
+        attributes: names of `ATTRIBUTES`, default all; or functions by name, (prompt, response) as texts to a number
+            (`{**debias.ATTRIBUTES, "questions": lambda prompt, response: response.count("?")}`).
+        rewards: (n, 2), of chosen and rejected, where they are known already; `rm` may then be None.
+        resamples, confidence, seed: of the bootstrap.
+        scoring: arguments of `RewardModel.score`: batch_tokens, max_length, truncation, format, progress, ...
+
+    Returns:
+        A `Report`. A tie of both rewards counts as half right. Pairs whose texts have as much of an attribute count in
+        the accuracy over all pairs alone.
+
+    Raises:
+        ValueError: a pair without both sides, fewer than two pairs, an unknown attribute, a model of several rewards.
+    """
+    read = read_some(pairs, 2)
+    found = attributes_of_pairs(read, named_attributes(attributes))
+    if not (isinstance(resamples, int) and resamples >= 1 and 0 < confidence < 1):
+        raise ValueError(f"Expected resamples >= 1 and 0 < confidence < 1, got {resamples} and {confidence}")
+    if rewards is None:
+        if rm is None:
+            raise ValueError("Expected rm, or rewards (n, 2) of chosen and rejected, got neither")
+        rewards = of_one_reward(rm).score([text for pair in read for text in pair.inputs], **scoring).reshape(-1, 2)
+    scored = (
+        rewards.detach().double().cpu().numpy() if isinstance(rewards, torch.Tensor) else np.asarray(rewards, float)
+    )
+    if scored.shape != (len(read), 2) or not np.isfinite(scored).all():
+        raise ValueError(f"Expected finite rewards of shape ({len(read)}, 2), got {scored.shape}")
+    return _reported(scored, found, resamples, confidence, seed)
+
+
+def read_some(pairs: Sequence[Any], least: int) -> list[Pair]:
+    """The pairs, read; ValueError for fewer than `least`."""
+    read = read_pairs(pairs)
+    if len(read) < least:
+        hint = ": fewer find noise alone, and the paper takes 500" if least > 2 else ""
+        raise ValueError(f"Expected at least {least} pairs, got {len(read)}{hint}")
+    return read
+
+
+def of_one_reward(rm: Scorer) -> Scorer:
+    """The model; ValueError for one of several rewards."""
+    if rm.num_labels != 1:
+        raise ValueError(
+            f"Expected a model of one reward, got one of {rm.num_labels}: pairs have no order under several"
+        )
+    return rm
+
+
+def right(rewards: np.ndarray) -> np.ndarray:
+    """(n,): 1 where the chosen text has the higher reward, a half for a tie."""
+    margin = rewards[:, 0] - rewards[:, 1]
+    return (margin > 0) + 0.5 * (margin == 0)
+
+
+def _reported(rewards: np.ndarray, found: Attributes, resamples: int, confidence: float, seed: int) -> Report:
+    n, rights, rng = len(rewards), right(rewards), np.random.default_rng(seed)
+    more = {name: np.diff(found[name].reshape(n, 2)[:, ::-1])[:, 0] for name in found.names}
+    ranked = {name: _RankCorrelation(rewards.ravel(), found[name]) for name in found.names}
+
+    def figures(weights: np.ndarray) -> np.ndarray:
+        """(B, figures) under weights (B, n) of the pairs."""
+        columns = [_mean(rights, weights)]
+        for name in found.names:
+            columns.append(ranked[name](np.repeat(weights, 2, axis=1)))
+            columns += [_mean(rights, weights * (sign * more[name] > 0)) for sign in (1, -1)]
+        return np.stack(columns, axis=1)
+
+    value = figures(np.ones((1, n)))[0]
+    size = max(1, 2**20 // n)  # resamples at a time: 16 MB for each array over the texts
+    drawn = [
+        figures(rng.multinomial(n, np.full(n, 1 / n), size=min(size, resamples - start)).astype(np.float64))
+        for start in range(0, resamples, size)
+    ]
+    tail = (1 - confidence) / 2
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="All-NaN slice")
+        low, high = np.nanquantile(np.concatenate(drawn), [tail, 1 - tail], axis=0)
+    labels = [("", "accuracy", n)]
+    for name in found.names:
+        counts = 2 * n, int((more[name] > 0).sum()), int((more[name] < 0).sum())
+        labels += [(name, measure, count) for measure, count in zip(MEASURES, counts)]
+    rows = [
+        Row(name, measure, float(v), float(a), float(b), count)
+        for (name, measure, count), v, a, b in zip(labels, value, low, high)
+    ]
+    return Report(rows, confidence)
+
+
+def _mean(values: np.ndarray, weights: np.ndarray) -> np.ndarray:
+    """(B,): means of values (n,) under weights (B, n); NaN where all are 0."""
+    with np.errstate(invalid="ignore"):
+        return weights @ values / weights.sum(axis=1)
+
+
+class _RankCorrelation:
+    """Spearman's correlation of x and y (N,), ties averaged, of samples with whole-number weights (B, N)."""
+
+    def __init__(self, x: np.ndarray, y: np.ndarray) -> None:
+        self.orders = [(np.argsort(v, kind="stable"), *np.unique(v, return_inverse=True, return_counts=True)[1:])
+                       for v in (x, y)]  # fmt: skip
+
+    def __call__(self, weights: np.ndarray) -> np.ndarray:
+        centre = (weights.sum(axis=1, keepdims=True) + 1) / 2
+        x, y = (self._ranks(weights, *order) - centre for order in self.orders)
+        with np.errstate(invalid="ignore"):
+            spread = np.sqrt((weights * x * x).sum(1) * (weights * y * y).sum(1))
+            return (weights * x * y).sum(1) / spread
+
+    @staticmethod
+    def _ranks(weights: np.ndarray, order: np.ndarray, inverse: np.ndarray, counts: np.ndarray) -> np.ndarray:
+        """(B, N): a value's rank is the count of smaller ones and half of the count of its equals, and a half."""
+        upto = np.cumsum(weights[:, order], axis=1)[:, np.cumsum(counts) - 1]
+        below = np.pad(upto[:, :-1], ((0, 0), (1, 0)))
+        return ((below + upto + 1) / 2)[:, inverse]
+
+
+def plot(reports: Mapping[str, Report]) -> Any:
+    """Bars of several reports side by side, by name (before and after, say); returns the two matplotlib axes.
+
+    Left the correlation of the reward with each attribute, right the accuracies where the chosen text has more and
+    less of it (hatched), dashed the accuracy on all pairs; whiskers are the intervals. Needs matplotlib.
+    """
+    try:
+        from matplotlib import pyplot
+    except ImportError as error:
+        raise ImportError(f'plots need matplotlib (pip install "rmfast[plot]"): {error}') from error
+
+    names = next(iter(reports.values())).attributes
+    figure, axes = pyplot.subplots(
+        1, 2, figsize=(6 + len(names) * max(1.2, 0.5 * len(reports)), 4.2), width_ratios=[1, 1.6]
+    )
+    figure.set_layout_engine("constrained")
+    colors = pyplot.rcParams["axes.prop_cycle"].by_key()["color"]
+
+    def bars(axis: Any, where: np.ndarray, rows: list[Row], width: float, **style: Any) -> None:
+        values, low, high = np.array([[row.value, row.low, row.high] for row in rows]).T
+        reach = np.nan_to_num(np.clip([values - low, high - values], 0, None))
+        axis.bar(where, np.nan_to_num(values), width, yerr=reach, error_kw={"linewidth": 1, "capsize": 2}, **style)
+
+    for i, (label, each) in enumerate(reports.items()):
+        color, width = colors[i % len(colors)], 0.8 / len(reports)
+        at = np.arange(len(names)) - 0.4 + width * (i + 0.5)
+        spearman, more, less = ([each[name, measure] for name in names] for measure in MEASURES)
+        bars(axes[0], at, spearman, width, color=color, label=label)
+        bars(axes[1], at - width / 4, more, width / 2, color=color, label=label)
+        bars(axes[1], at + width / 4, less, width / 2, color=color, alpha=0.5, hatch="///")
+        axes[1].axhline(each["accuracy"].value, color=color, linewidth=1, linestyle="--")
+    for axis, title in zip(axes, ("Spearman of reward and attribute", "accuracy: chosen has more, less (hatched)")):
+        axis.set_title(title, fontsize=10)
+        axis.set_xticks(range(len(names)), names, rotation=20)
+    axes[0].axhline(0, color="0.5", linewidth=1)
+    if any(reports):
+        axes[0].legend(fontsize=8)
+    return axes

@@ -1,0 +1,151 @@
+"""The neurons whose activations rank texts as an attribute does."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import numpy as np
+import torch
+
+from rmfast.debias.interventions import NeuronClamp
+from rmfast.debias.last_token import LastTokenRuns
+from rmfast.debias.measure import (
+    Attribute,
+    Attributes,
+    attributes_of_pairs,
+    named_attributes,
+    of_one_reward,
+    read_some,
+)
+from rmfast.engine.scorer import Scorer
+from rmfast.ops import neuron_stats
+from rmfast.texts.pairs import Pair
+
+_LEAST_PAIRS = 8  # among 16 texts a correlation of 0.5 is still chance (5%)
+
+
+@dataclass(frozen=True, eq=False)
+class Neurons:
+    """How each neuron (an output of a q, k, v, o, gate, up or down projection) ranks texts, beside their attributes.
+
+    Attributes:
+        attributes: names of the a attributes.
+        sizes: module name: its number of neurons; m in all, in the model's order.
+        spearman: (m, a) float32, rank correlation of activation at the last token and attribute; 0 for a neuron that is
+            constant.
+        median: (m,) float32, of the activations.
+        fingerprint: of the model they belong to.
+    """
+
+    attributes: tuple[str, ...]
+    sizes: dict[str, int]
+    spearman: np.ndarray
+    median: np.ndarray
+    fingerprint: Any = None
+    _orders: dict[str, np.ndarray] = field(default_factory=dict, repr=False)
+
+    def __len__(self) -> int:
+        return len(self.median)
+
+    def top(self, attribute: str, n: int = 10) -> list[tuple[str, int, float, float]]:
+        """(module name, neuron, correlation, median) of the n neurons with the strongest correlations."""
+        column = self.spearman[:, self.attributes.index(attribute)]
+        found = np.argsort(-abs(column), kind="stable")[:n]
+        return [(*self._named(i), float(column[i]), float(self.median[i])) for i in found]
+
+    def ends(self, attribute: str, k: int) -> np.ndarray:
+        """(2k,) or fewer: the neurons that rank highest and lowest over all layers, k of each."""
+        if attribute not in self._orders:
+            column = self.spearman[:, self.attributes.index(attribute)]
+            self._orders[attribute] = np.argsort(column, kind="stable").astype(np.int32)
+        order = self._orders[attribute]
+        return np.union1d(order[:k], order[len(order) - k :])
+
+    def clamp(
+        self, k: int | Mapping[str, int], positions: Literal["last", "all"] = "last", **metadata: Any
+    ) -> NeuronClamp:
+        """The clamp of the k highest- and lowest-ranking neurons of each attribute to their medians.
+
+        Args:
+            k: one for all attributes, or of each by name (0: the attribute is left alone).
+            positions: the tokens at which neurons are clamped.
+            metadata: kept with the clamp.
+
+        Raises:
+            ValueError: k is negative or above the number of neurons, or is not given for exactly these attributes.
+        """
+        ks = k_of_each(k, self.attributes, len(self))
+        found = np.unique(np.concatenate([self.ends(name, each) for name, each in ks.items()]))
+        edges = np.cumsum([0, *self.sizes.values()])
+        cuts = np.searchsorted(found, edges)
+        neurons = {
+            name: (torch.from_numpy(found[a:b] - start), torch.from_numpy(self.median[found[a:b]]))
+            for name, start, a, b in zip(self.sizes, edges, cuts, cuts[1:])
+            if b > a
+        }
+        return NeuronClamp(neurons, positions, self.fingerprint, {"k": ks, "neurons": len(found), **metadata})
+
+    def _named(self, index: int) -> tuple[str, int]:
+        edges = np.cumsum([0, *self.sizes.values()])
+        module = int(np.searchsorted(edges, index, side="right")) - 1
+        return list(self.sizes)[module], int(index - edges[module])
+
+
+def k_of_each(k: Any, names: Sequence[str], most: int) -> dict[str, int]:
+    """k of each attribute by name; ValueError, TypeError where they are not whole numbers in [0, most]."""
+    ks = dict(k) if isinstance(k, Mapping) else dict.fromkeys(names, k)
+    if set(ks) != set(names):
+        raise ValueError(f"Expected k of each attribute ({', '.join(names)}; 0 leaves one alone), got {', '.join(ks)}")
+    for name, each in ks.items():
+        if isinstance(each, bool) or not isinstance(each, int | np.integer):
+            raise TypeError(f'Expected k to be "search", a whole number, or one for each attribute, got {each!r}')
+        if not 0 <= each <= most:
+            raise ValueError(
+                f"Expected k of {name} to be at least 0 and at most the model's {most} neurons, got {each}"
+            )
+    return {name: int(ks[name]) for name in names}
+
+
+def localise(
+    rm: Scorer,
+    pairs: Sequence[Any],
+    *,
+    attributes: Sequence[str] | Mapping[str, Attribute] | None = None,
+    **encoding: Any,
+) -> Neurons:
+    """Rank correlations of all neurons with attributes of the texts, and the neurons' medians: what `fit` chooses from.
+
+    Arguments and errors are those of `fit`; `encoding` are max_length, truncation and format, as for `score`.
+    """
+    read, found = fitting(rm, pairs, attributes)
+    return localised(rm, LastTokenRuns(rm, [text for pair in read for text in pair.inputs], **encoding), found)
+
+
+def fitting(rm: Scorer, pairs: Any, attributes: Any) -> tuple[list[Pair], Attributes]:
+    """The pairs, read, and attributes of their 2n texts, checked to have something to find."""
+    functions = named_attributes(attributes)
+    read = read_some(pairs, _LEAST_PAIRS)
+    found = attributes_of_pairs(read, functions)
+    of_one_reward(rm)
+    constant = [name for name, column in zip(found.names, found.values.T) if (column == column[0]).all()]
+    if constant:
+        rest = [name for name in found.names if name not in constant]
+        raise ValueError(
+            f"Expected attributes that differ between the texts, but {', '.join(constant)} is the same in all "
+            f"{len(found)}: give texts that have it, or attributes={rest} without it"
+        )
+    return read, found
+
+
+def localised(rm: Scorer, runs: LastTokenRuns, found: Attributes) -> Neurons:
+    """The neurons of texts that have been run, by the texts' attributes."""
+    values = torch.from_numpy(found.values)
+    sizes, spearman, median = {}, [], []
+    for name, outputs in runs.projections():  # no more of them is held than the runs hold
+        rho, middle = neuron_stats(outputs, values.to(outputs.device))
+        sizes[name] = len(middle)
+        spearman.append(rho.float().cpu().nan_to_num(0.0))  # NaN: of a neuron that overflows
+        median.append(middle.float().cpu())
+    return Neurons(found.names, sizes, torch.cat(spearman).numpy(), torch.cat(median).numpy(), rm.fingerprint)

@@ -1,0 +1,1 @@
+"""Running texts: the planner, packed and padded runs, and the `Scorer` that workloads stand on."""

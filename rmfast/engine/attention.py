@@ -1,0 +1,167 @@
+"""Attention of packed runs: `Run` says where each suffix's keys are, and transformers' AttentionInterface leads there.
+
+All rows of a chunk (rmfast.engine.planner) lie flat, (1, n, d). Attention is the op `suffix_attention` over the rows
+themselves and a pool of K and V rows that stand before them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass, field
+from functools import cache
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from transformers import AttentionInterface
+
+from rmfast.binding.session import rows_read
+from rmfast.engine.planner import Chunk
+from rmfast.ops import suffix_attention
+
+_NAME = "rmfast"
+
+
+class Unsupported(Exception):
+    """The model cannot run packed; the message says why."""
+
+
+# An attention module and its K and V of this run's rows -> the pool of K and of V rows that stand before them.
+Pool = Callable[[nn.Module, Tensor, Tensor], tuple[Tensor, Tensor]]
+
+
+@dataclass
+class Run:
+    """What attention needs to know of the suffixes that run."""
+
+    cu_seqlens: Tensor
+    prefix_start: Tensor
+    prefix_len: Tensor
+    pool: Pool
+    read_rows: Tensor | None = None  # the only rows that the last layer must give, each segment's last; None: all
+    cu_reads: Tensor | None = None  # (S + 1,) int32, each segment's share of them
+    options: dict[nn.Module, dict[str, Any]] = field(default_factory=dict)  # what each module gave its attention
+    delta: Tensor | None = None  # what the layer before has yet to add to the stream
+
+    def attend(self, key: nn.Module, q: Tensor, k: Tensor, v: Tensor, **options: Any) -> Tensor:
+        """Attention of one layer, of all rows or of `read_rows` alone: q (m, Hq, D) -> (m, Hq, D)."""
+        size = q.size(-1)
+        if size % 8:  # the op reads 16 bytes at a time; zeros change no dot
+            q, k, v = (nn.functional.pad(t, (0, -size % 8)) for t in (q, k, v))
+        return self.over_pool(key, q, k, v, options)[..., :size]
+
+    def over_pool(self, key: nn.Module, q: Tensor, k: Tensor, v: Tensor, options: dict[str, Any]) -> Tensor:
+        """Attention of heads as the op takes them."""
+        asked = None if q.size(0) == k.size(0) else self.cu_reads
+        return suffix_attention(
+            q, k, v, self.cu_seqlens, *self.pool(key, k, v), self.prefix_start, self.prefix_len, cu_queries=asked,
+            **options,
+        )[0]  # fmt: skip
+
+
+class ChainedPool:
+    """The pool of a planned chunk: rows left over by the chunk before and its own; keeps what the next one needs."""
+
+    def __init__(
+        self,
+        chunk: Chunk,
+        kept: dict[nn.Module, tuple[Tensor, Tensor]],
+        device: torch.device,
+        seen: Callable[[nn.Module, Tensor, Tensor], None] | None,
+    ):
+        self.seen = seen
+        self.pool_rows, self.keep_rows = _rows(chunk.pool_rows, device), _rows(chunk.keep_rows, device)
+        self.kept = kept if chunk.kept else {}
+        self.keep: dict[nn.Module, tuple[Tensor, Tensor]] = {}
+
+    def __call__(self, key: nn.Module, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        if self.seen is not None:
+            self.seen(key, k, v)
+        if key in self.kept:
+            k, v = (torch.cat(pair) for pair in zip(self.kept[key], (k, v)))
+        if not isinstance(self.keep_rows, Tensor) or self.keep_rows.numel():
+            self.keep[key] = (k[self.keep_rows].clone(), v[self.keep_rows].clone())
+        return k[self.pool_rows], v[self.pool_rows]
+
+
+current_run: ContextVar[Run | None] = ContextVar("rmfast_run", default=None)
+
+
+def entering(x: Tensor) -> Tensor:
+    """The stream at the rows that are read, (m, d), from what a layer of a packed or padded run is given, (B, T, d)."""
+    run, rows = current_run.get(), rows_read()
+    parts = [x.reshape(-1, x.size(-1))] if run is None or run.delta is None else [x[0], run.delta]
+    parts = parts if rows is None else [part[rows.to(part.device)] for part in parts]
+    return parts[0] if len(parts) == 1 else parts[0] + parts[1]
+
+
+def of_rows_read(x: Tensor) -> Tensor:
+    """(m, n) at the rows that are read, of what a module has for all rows of a run, or (last layer) those alone."""
+    x, rows = x.reshape(-1, x.size(-1)), rows_read()
+    return x if rows is None or len(x) == len(rows) else x[rows.to(x.device)]
+
+
+def _rows(index: np.ndarray, device: torch.device) -> Tensor | slice:
+    """Row indices; a slice where they are one stretch (the prompt of best-of-N), which then is not copied."""
+    if len(index) and index[-1] - index[0] == len(index) - 1 and (np.diff(index) == 1).all():
+        return slice(int(index[0]), int(index[-1]) + 1)
+    return torch.from_numpy(index).to(device)
+
+
+def attention(
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any = None,
+    scaling: float | None = None, dropout: float = 0.0, sliding_window: int | None = None,
+    softcap: float | None = None, **kwargs: Any,
+) -> tuple[Tensor, None]:  # fmt: skip
+    """transformers' attention interface over the chunk that runs: (1, H, n, D) -> (1, n, Hq, D)."""
+    run = current_run.get()
+    if run is None:
+        raise RuntimeError('attn_implementation "rmfast" only works inside rmfast\'s engine: padding would be ignored')
+    if attention_mask is not None or not getattr(module, "is_causal", True):
+        raise Unsupported(f"{type(module).__name__} asks for a mask of its own")
+    for name in ("s_aux", "position_bias", "alibi"):
+        if kwargs.get(name) is not None:
+            raise Unsupported(f"{type(module).__name__} gives its attention {name}")
+    q, k, v = (t[0].transpose(0, 1) for t in (query, key, value))
+    run.options[module] = {"scale": scaling, "softcap": softcap, "window": sliding_window}
+    return run.attend(module, q, k, v, **run.options[module])[None], None
+
+
+AttentionInterface.register(_NAME, attention)
+
+
+def attention_configs(body: nn.Module) -> list[Any]:
+    """The distinct configurations that the body's attention modules ask for their implementation."""
+    found: dict[int, Any] = {}
+    for module in body.modules():
+        config = getattr(module, "config", None)
+        if config is not None and hasattr(config, "_attn_implementation"):
+            found[id(config)] = config
+    return list(found.values())
+
+
+@contextmanager
+def attention_of(body: nn.Module) -> Iterator[None]:
+    """Makes the body's attention ours, for the thread that has a run; put back at the end.
+
+    The configuration gets a subclass of its own class, so that another thread's forward still sees its own choice.
+    """
+    saved = [(config, type(config)) for config in attention_configs(body)]
+    try:
+        for config, kind in saved:
+            object.__setattr__(config, "__class__", _with_our_attention(kind))  # type: ignore[arg-type]
+        yield
+    finally:
+        for config, kind in saved:
+            object.__setattr__(config, "__class__", kind)
+
+
+@cache
+def _with_our_attention(kind: Any) -> type:
+    def implementation(self: Any) -> Any:
+        return self._attn_implementation_internal if current_run.get() is None else _NAME
+
+    return type(kind.__name__, (kind,), {"_attn_implementation": property(implementation)})

@@ -1,0 +1,340 @@
+"""The suffix engine: a causal body run on ragged suffixes over shared prefixes, without padding.
+
+All rows of a chunk (rmfast.engine.planner) lie flat, (1, n, d), with their own position ids. Every part of a layer but
+attention is token-wise, so the model's own modules run on them unchanged (`rmfast.engine.attention`); layers of known
+structure are fused (`rmfast.engine.layers`). Both ways are tried on a few tokens against the padded run before they are
+used. Nothing stays changed in the model.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+
+from rmfast import backends as _backends
+from rmfast.binding.binding import Binding
+from rmfast.binding.find import probe_ids
+from rmfast.binding.modules import has_hooks, hidden_state_of
+from rmfast.binding.rope import fresh_rope
+from rmfast.binding.session import passing_through, reading, replaced_forward
+from rmfast.engine.attention import ChainedPool, Run, Unsupported, attention_configs, attention_of, current_run
+from rmfast.engine.layers import Layer, structure
+from rmfast.engine.memory import free_memory, out_of_memory, reuse_freed_memory
+from rmfast.engine.planner import Chunk, plan, windows
+from rmfast.texts.inputs import Encoded
+
+# A budget that is halved each time memory runs out stops here.
+_LEAST_BATCH_TOKENS = 64
+
+
+class Engine:
+    """Packed runs of one bound model.
+
+    Attributes:
+        mode: "fused" (layers by structure) or "modules" (the model's own layers around suffix_attention).
+        why: why the mode is not "fused", or None.
+
+    Raises:
+        Unsupported: the model can't run packed.
+    """
+
+    def __init__(self, binding: Binding):
+        if not binding.causal:
+            raise Unsupported("its attention sees later tokens too")
+        if not binding.head:
+            raise Unsupported("it pools by itself")
+        hooked = [name or "the body" for name, module in binding.body.named_modules() if has_hooks(module)]
+        if hooked:
+            raise Unsupported(f"hooks (on {hooked[0]}) expect padded batches")
+        if not attention_configs(binding.body):
+            raise Unsupported("its attention does not use transformers' AttentionInterface")
+        self.binding = binding
+        self.why: str | None = None
+        self.layers: list[tuple[nn.Module, Layer]] = []
+        self._options: dict[nn.Module, dict[str, Any]] = {}
+        with binding.session(clamped=False):
+            precise = next(binding.body.parameters()).dtype in (torch.float32, torch.float64)
+            # fp32 differs by 1e-6, a wrong formula by a percent or more. bf16 itself is off by up to 2%.
+            error = self._probe(1e-4 if precise else 0.1)
+            if isinstance(error, str):
+                raise Unsupported(error)
+            if (problem := self._masked_window() or self._other_layers()) is not None:
+                raise Unsupported(problem)
+            layers = structure(binding.body)
+            if isinstance(layers, str):
+                self.why = layers
+                return
+            for _, fused in layers:
+                fused.options = self._options[fused.attn]
+            self.layers = layers
+            limit = 2 * error + (1e-5 if precise else 0.01)
+            fused_error = self._probe(limit)
+            if not isinstance(fused_error, str) and not (far := self._far_error()) <= limit:
+                fused_error = f"they differ from the model's own by {far:.1e} at its last positions"
+            if isinstance(fused_error, str):
+                self.layers, self.why = [], f"fused layers: {fused_error}"
+
+    @property
+    def mode(self) -> str:
+        return "fused" if self.layers else "modules"
+
+    def moved(self, binding: Binding, copies: Mapping[nn.Module, nn.Module] | None) -> Engine:
+        """The engine of the same model under another binding, or of `copies` of its modules with other weights."""
+        made = copy.copy(self)
+        made.binding = binding
+        if copies is not None:
+            made._options = {copies[module]: options for module, options in self._options.items()}
+            made.layers = [(copies[module], layer.moved(copies)) for module, layer in self.layers]
+        return made
+
+    def affordable_tokens(self) -> int:
+        """Rows of a chunk that fit into half of the free memory, K/V rows kept for the next chunk included."""
+        config, body = self.binding.config, self.binding.body
+        weight = next(body.parameters())
+        try:
+            d, heads = int(config.hidden_size), int(config.num_attention_heads)
+            head_dim = int(getattr(config, "head_dim", None) or d // heads)
+            kv = int(getattr(config, "num_key_value_heads", None) or heads) * head_dim
+            inner = int(getattr(config, "intermediate_size", None) or 4 * d)
+        except (AttributeError, TypeError):  # sizes that differ by layer: no estimate, the default budget
+            return 1 << 30
+        # A row at its widest: stream, norm, q, k, v, output, gate, up and their product; a pool may hold 8 rows of K/V
+        # for each; and K/V kept in every layer.
+        row = 6 * d + 3 * inner + 2 * kv * (9 + config.num_hidden_layers)
+        return max(256, free_memory(self.binding.device) // 2 // (row * weight.element_size()))
+
+    def _masked_window(self) -> str | None:
+        """Why a window that the model puts into its mask, which no longer exists, rules packed runs out."""
+        config = self.binding.config
+        kinds = getattr(config, "layer_types", None)
+        if getattr(config, "attention_chunk_size", None) and (kinds is None or "chunked_attention" in kinds):
+            return "its attention is chunked by its mask"
+        if getattr(config, "sliding_window", None) is None or getattr(config, "use_sliding_window", True) is False:
+            return None
+        for module, options in self._options.items():
+            index = getattr(module, "layer_idx", None)
+            due = kinds is None or index is None or kinds[index] == "sliding_attention"
+            if due and options["window"] is None:
+                return "it has its sliding window in the mask alone"
+        return None
+
+    def _other_layers(self) -> str | None:
+        """Why layers without attention of their own, which the probe's error may not show in bf16, rule it out.
+
+        Rows of other texts would run through what else mixes tokens (Mamba, convolutions), and a layer that is run
+        twice has two sets of K and V.
+        """
+        count, seen = getattr(self.binding.config, "num_hidden_layers", None), len(self._options)
+        if count is None or seen >= count:
+            return None
+        return f"only {seen} of its {count} layers have attention of their own"
+
+    def _far_error(self) -> float:
+        """Relative error of fused layers against the model's own at the last positions it is made for.
+
+        Some models scale by position (Ministral), which the few first positions of the probe do not show.
+        """
+        device, limit = self.binding.device, getattr(self.binding.config, "max_position_embeddings", None) or 4096
+        tokens = probe_ids(self.binding.root, self.binding.vocab_size, None, ())[0].to(device)
+        n = len(tokens)
+        positions = torch.arange(max(0, limit - n), max(0, limit - n) + n, device=device)
+        cu, none = (torch.tensor(x, dtype=torch.int32, device=device) for x in ([0, n], [0]))
+        ways = []
+        for forwards in ([], [fused for _, fused in self.layers]):
+            run = Run(cu, none, none, lambda key, k, v: (k[:0], v[:0]))
+            ways.append(self.body(tokens, positions, run, forwards, 0).double())
+        return float((ways[1] - ways[0]).norm() / ways[0].norm())
+
+    def _probe(self, limit: float) -> float | str:
+        """The error of packed hidden states against padded ones; above the limit, or failing, what is wrong."""
+        try:
+            error = self._probe_error()
+        except (_backends.BackendError, torch.OutOfMemoryError):
+            raise  # says nothing about the model
+        except (RuntimeError, ValueError, TypeError, AttributeError, KeyError, Unsupported) as failure:
+            return f"packed rows failed: {failure}"
+        if error <= limit:
+            return error
+        return f"packed and padded hidden states differ by {error:.1e}"
+
+    def _probe_error(self) -> float:
+        """Relative error on three texts that share a beginning, cut so that one chunk leaves K/V to the next."""
+        binding = self.binding
+        ids = probe_ids(binding.root, binding.vocab_size, None, ())[0].numpy()
+        texts = [ids, np.concatenate([ids[:4], ids[::-1]]), ids[2:5]]
+        flat, cu = np.concatenate(texts), np.cumsum([0, *map(len, texts)])
+        got = []
+        for read in ("all", np.array([len(t) - 1 for t in texts])):
+            planned = plan(flat, cu, batch_tokens=8, min_shared=2, read=read)  # type: ignore[arg-type]
+            out = torch.cat([rows for _, rows in self.run(flat, planned, 0)])
+            got.append(out[torch.from_numpy(planned.read_index).to(out.device)])
+        want = []
+        for text in texts:
+            one = torch.from_numpy(text)[None].to(binding.device)
+            want.append(binding.hidden(one, torch.ones_like(one))[0])
+        got.append(torch.cat(want))
+        every, last, wanted = (t.double() for t in got)
+        wanted_last = wanted[torch.from_numpy(cu[1:] - 1).to(wanted.device)]
+        return max(
+            float((every - wanted).norm() / wanted.norm()), float((last - wanted_last).norm() / wanted_last.norm())
+        )
+
+    def run(
+        self,
+        ids: np.ndarray,
+        planned: Any,
+        longest: int,
+        seen: Callable[[nn.Module, Tensor, Tensor], None] | None = None,
+    ) -> Iterator[tuple[Chunk, Tensor]]:
+        """Runs a plan's chunks in order, inside `binding.session()`.
+
+        Args:
+            ids: flat token ids, as given to the planner.
+            planned: a `rmfast.engine.planner.Plan`, or some of its chunks from one with kept == 0 on.
+            longest: tokens of the longest text, by which length-dependent rotary embeddings go; 0 for none.
+            seen: is given each attention module and its K and V of a chunk's rows (n, heads, D), after RoPE; D is
+                padded to a multiple of 8.
+
+        Yields:
+            Each chunk and its hidden states (M, d) at chunk.read_rows, before the final norm where
+            `binding.leaves_norm_out`.
+        """
+        kept: dict[nn.Module, tuple[Tensor, Tensor]] = {}
+        for chunk in planned:
+            hidden, kept = self._chunk(ids, chunk, kept, longest, seen)
+            yield chunk, hidden
+
+    def _chunk(
+        self,
+        ids: np.ndarray,
+        chunk: Chunk,
+        kept: dict[nn.Module, tuple[Tensor, Tensor]],
+        longest: int,
+        seen: Callable[[nn.Module, Tensor, Tensor], None] | None,
+    ) -> tuple[Tensor, dict[nn.Module, tuple[Tensor, Tensor]]]:
+        device = self.binding.device
+
+        def move(array: np.ndarray) -> Tensor:
+            return torch.from_numpy(np.ascontiguousarray(array)).to(device)
+
+        pool = ChainedPool(chunk, kept, device, seen)
+        run = Run(move(chunk.cu_seqlens), move(chunk.prefix_start), move(chunk.prefix_len), pool)
+        if len(chunk.read_rows) < chunk.rows:
+            cu_reads = np.searchsorted(chunk.read_rows, chunk.cu_seqlens)
+            run.read_rows, run.cu_reads = move(chunk.read_rows), move(cu_reads.astype(np.int32))
+        tokens = move(ids[chunk.tokens].astype(np.int64))
+        with reading(chunk.rows, run.read_rows):
+            hidden = self.body(tokens, move(chunk.positions), run, [fused for _, fused in self.layers], longest)
+        if run.read_rows is not None and not self.layers:
+            hidden = hidden[run.read_rows]
+        return hidden, pool.keep
+
+    def body(
+        self, tokens: Tensor, positions: Tensor, run: Run, forwards: Sequence[Callable[..., Tensor]], longest: int
+    ) -> Tensor:
+        """Runs the body on flat rows (n,) with the given forwards of its layers (or none: their own); (m, d).
+
+        `longest` as for `run`; hidden states before the final norm where `binding.leaves_norm_out`.
+        """
+        binding = self.binding
+        if binding.device.type == "cpu":
+            reuse_freed_memory()
+        fresh_rope(binding.rope)
+        with ExitStack() as stack:
+            stack.enter_context(attention_of(binding.body))
+            if longest:
+                stack.enter_context(_longest_text(binding.body, longest))
+            if binding.leaves_norm_out:
+                stack.enter_context(passing_through(binding.norm))
+            for (layer, _), forward in zip(self.layers, forwards):
+                stack.enter_context(replaced_forward(layer, forward))
+            token = current_run.set(run)
+            try:
+                out = binding.body(input_ids=tokens[None], position_ids=positions[None], use_cache=False)
+            finally:
+                current_run.reset(token)
+        self._options.update(run.options)
+        return hidden_state_of(out)[0]
+
+
+@contextmanager
+def _longest_text(body: nn.Module, longest: int) -> Iterator[None]:
+    """Rotary embeddings as they are beside a text of `longest` tokens: one more position, taken off again."""
+    with ExitStack() as stack:
+        for module in body.modules():
+            if not hasattr(module, "original_inv_freq") and not hasattr(module, "rope_type"):
+                continue
+            original = module.forward
+
+            def longer(x: Tensor, position_ids: Tensor, *args: Any, original: Any = original, **kw: Any) -> Any:
+                more = torch.cat([position_ids, position_ids.new_full((position_ids.size(0), 1), longest - 1)], dim=1)
+                return tuple(t[:, :-1] for t in original(x, more, *args, **kw))
+
+            stack.enter_context(replaced_forward(module, longer))
+        yield
+
+
+def run_packed(
+    engine: Engine,
+    binding: Binding,
+    encoded: list[Encoded],
+    read: list[np.ndarray],
+    batch_tokens: int,
+    bar: tqdm,
+    head: Callable,
+) -> list[Tensor]:
+    """What `head` makes of each text's rows read[i], on the device; inside `binding.session()`."""
+    results: list[Any] = [None] * len(encoded)
+    for todo, longest in planning_windows(binding, encoded):
+        while todo:
+            ids = np.concatenate([encoded[i].ids for i in todo], dtype=np.int32)
+            cu = np.cumsum([0, *(len(encoded[i]) for i in todo)])
+            one = all(len(read[i]) == 1 for i in todo)
+            positions = np.array([read[i][0] for i in todo]) if one else "all"
+            shared = ids
+            if binding.clamps_last:
+                # A clamped row is no other text's: to the planner the token that is read has an id of its own.
+                shared = ids.copy()
+                shared[cu[:-1] + positions] += binding.vocab_size
+            planned = plan(shared, cu, batch_tokens=batch_tokens, read=positions)  # type: ignore[arg-type]
+            values: list[Tensor] = []
+            try:
+                for chunk, hidden in engine.run(ids, planned, longest):
+                    rows = torch.arange(hidden.size(0), device=hidden.device)
+                    values.append(head(hidden[None], rows))
+                    bar.update(len(chunk.inputs))
+            except RuntimeError as error:
+                if batch_tokens <= _LEAST_BATCH_TOKENS or not out_of_memory(error):
+                    raise
+                batch_tokens = max(_LEAST_BATCH_TOKENS, batch_tokens // 2)
+            done = planned.cu_inputs[len(values)]
+            finished = planned.order[:done]
+            spans = [(i, i + 1) if one else (cu[i], cu[i + 1]) for i in finished]
+            at = np.concatenate([planned.read_index[a:b] for a, b in spans]) if spans else np.zeros(0, np.int64)
+            if len(at):
+                out = torch.cat(values)
+                out = out[torch.from_numpy(at).to(out.device)]
+                for i, value in zip(finished, out.split([b - a for a, b in spans])):
+                    results[todo[i]] = value
+            todo = [todo[i] for i in np.sort(planned.order[done:])]
+    return results
+
+
+def planning_windows(binding: Binding, encoded: list[Encoded]) -> Iterator[tuple[list[int], int]]:
+    """Inputs to plan together, and the longest text by which their rotary frequencies go (0 for none)."""
+    groups: dict[tuple, list[int]] = {}
+    for i, item in enumerate(encoded):
+        groups.setdefault(binding.length_group(len(item)), []).append(i)
+    for key, group in groups.items():
+        lengths = [len(encoded[i]) for i in group]
+        # Of one key above 0 all are as long as the group's frequencies need.
+        longest = max(lengths) if any(key) else 0
+        for window in windows(lengths):
+            yield [group[i] for i in window], longest

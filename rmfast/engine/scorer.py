@@ -1,0 +1,356 @@
+"""`Scorer`: a bound model with its tokenizer, and runs of texts on it: what every workload stands on."""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+
+from rmfast import backends as _backends
+from rmfast.binding.binding import Binding
+from rmfast.binding.find import bind
+from rmfast.binding.modules import fingerprint, has_hooks
+from rmfast.binding.session import lock_of
+from rmfast.engine.attention import Unsupported
+from rmfast.engine.packed import Engine, run_packed
+from rmfast.engine.padded import run_padded
+from rmfast.texts.inputs import Encoded, Format, InputError, Truncation, encode
+
+if TYPE_CHECKING:
+    from typing_extensions import Self, Unpack
+
+    from rmfast.engine.options import Encoding
+
+# Tokens of one batch, padding included. A CPU is at its GEMM rate from about 2,000 tokens, and more only adds padding,
+# cache misses and memory; a large GPU wants more rows in flight: 16,384 tokens of an 8B model take about 1.5 GB.
+_BATCH_TOKENS = {"cpu": 3072}
+_BATCH_TOKENS_ACCELERATOR = 16384
+
+
+class Scorer:
+    """What workloads run texts on; `rmfast.RewardModel`, which is one, says what arguments and errors are.
+
+    Attributes:
+        model: as it was given, with its wrappers.
+        tokenizer: or None.
+        pooling: the rule by which `position` goes.
+        num_labels: K, the rewards of one token.
+        max_length: most tokens of a text that the model and tokenizer are made for, or None.
+        table: most tokens that a table of learned positions has rows for, beyond which the model would crash, or None.
+        binding: the parts found in the model.
+        interventions: what the model is under (`rmfast.debias.apply.intervened`), or None.
+        base: the scorer without them; None where this is it.
+        warned: whether it has been said that a text ends in padding.
+    """
+
+    def __init__(self, model: nn.Module, tokenizer: Any = None, *, pooling: str | int = "auto"):
+        if isinstance(pooling, bool) or not (pooling in ("auto", "last") or isinstance(pooling, int)):
+            raise ValueError(f'Expected pooling to be "auto", "last" or a token id, got {pooling!r}')
+        read_id = pooling if isinstance(pooling, int) else None
+        self.binding = bind(model, read_id, tuple(getattr(tokenizer, "all_special_ids", None) or ()))
+        self.model = model
+        self.tokenizer = tokenizer
+        self.pooling = pooling
+        self.num_labels = self.binding.num_labels
+        self.table = _position_table(self.binding)
+        self.max_length = _max_length(self.binding, tokenizer)
+        if not self.binding.head and pooling != "auto":
+            name = type(self.binding.root).__name__
+            raise ValueError(f'{name} pools by itself: expected pooling to be "auto", got {pooling!r}')
+        self.interventions: Any = None
+        self.base: Scorer | None = None
+        self.warned = False
+        self._engine: tuple[tuple, Engine | str] | None = None
+
+    @property
+    def fingerprint(self) -> str:
+        """Of the architecture and a sample of the weights, by which interventions know their model."""
+        return fingerprint((self.base or self).binding.root)
+
+    def __repr__(self) -> str:
+        bound = self.binding
+        return (
+            f"{type(self).__name__}({type(bound.root).__name__}, num_labels={self.num_labels}, "
+            f"norm={bound.norm_kind!r}, pooling={self.pooling!r}, device={str(bound.device)!r})"
+        )
+
+    def encode(
+        self, inputs: Sequence[Any], *, errors: Literal["raise", "return"] = "raise", max_length: int | None = None,
+        truncation: Truncation = "error", format: Format | None = None,
+    ) -> list[Any]:  # fmt: skip
+        """Inputs as token ids, formatted, checked and cut as `score` would; `score` takes the results as inputs.
+
+        Returns:
+            A list of `Encoded` (`.ids` is (T,) int64). With errors="return" an input that can't be scored has its
+            `InputError` there instead, and the others can still be scored.
+
+        Raises:
+            InputError: with errors="raise", the first input that can't be scored; `.index` is its position.
+        """
+        return encode(
+            inputs,
+            self.tokenizer,
+            causal=self.binding.causal,
+            vocab_size=self.binding.vocab_size,
+            max_length=_least(self.table, self.max_length if max_length is None else max_length),
+            truncation=truncation,
+            format=format,
+            errors=errors,
+        )
+
+    def position(self, ids: np.ndarray, index: int, given: int | None = None) -> int:
+        """The token at which an input (index among the inputs, for its error) is read: `given`, or by `pooling`."""
+        if given is not None:
+            if not -len(ids) <= given < len(ids):
+                raise InputError(index, f"position {given} is outside of its {len(ids)} tokens")
+            return int(given) % len(ids)
+        if self.pooling == "last":
+            return len(ids) - 1
+        if self.pooling == "auto":
+            pad = getattr(self.binding.config, "pad_token_id", None)
+            if pad is None:
+                return len(ids) - 1
+            if ids[-1] == pad:
+                self._warn_pad(pad)
+            other = np.flatnonzero(ids != pad)
+            return int(other[-1]) if len(other) else 0  # only pads: transformers reads the first token
+        found = np.flatnonzero(ids == self.pooling)
+        if not len(found):
+            raise InputError(index, f"token id {self.pooling}, at which pooling={self.pooling} reads, is not in it")
+        return int(found[-1])
+
+    def positions(self, encoded: Sequence[Encoded]) -> list[int]:
+        """`position` of each."""
+        return [self.position(item.ids, i) for i, item in enumerate(encoded)]
+
+    def _warn_pad(self, pad: int) -> None:
+        if self.warned:
+            return
+        self.warned = True
+        config = self.binding.config
+        eos = getattr(config, "eos_token_id", None)
+        same = pad in eos if isinstance(eos, list | tuple) else pad == eos
+        warnings.warn(
+            f"A text ends with token {pad}, this model's pad_token_id{' and eos_token_id' if same else ''}. As in "
+            'transformers, the reward is read at the last token that is not; pooling="last" reads the very last',
+            stacklevel=5,
+        )
+
+    def score(
+        self,
+        inputs: Sequence[Any],
+        *,
+        positions: Sequence[int] | None = None,
+        normalize: tuple[Any, Any] | None = None,
+        variants: Callable[..., Tensor] | None = None,
+        batch_tokens: int | None = None,
+        progress: bool = False,
+        engine: Literal["packed", "padded"] | None = None,
+        **encoding: Unpack[Encoding],
+    ) -> Tensor:
+        """See `RewardModel.score`.
+
+        Args:
+            variants: what runs in place of the model's own rewards: of `run`'s first five arguments, (..., N, K).
+        """
+        scale = None if normalize is None else _normalize(normalize, self.num_labels)
+        encoded = self.encode(inputs, **encoding)
+        if positions is not None and len(positions) != len(encoded):
+            raise ValueError(f"Expected one position for each of {len(encoded)} inputs, got {len(positions)}")
+        if not self.binding.head:
+            if positions is not None:
+                raise ValueError(f"{type(self.binding.root).__name__} pools by itself and can't be read at positions")
+            read = [np.zeros(1, np.int64)] * len(encoded)  # one row each; its own forward picks the tokens
+        else:
+            read = []
+            for i, item in enumerate(encoded):
+                read.append(np.array([self.position(item.ids, i, None if positions is None else positions[i])]))
+        if variants is None:
+            values = self.run(encoded, read, batch_tokens, progress, engine)
+            out = self.corrected(torch.cat(values) if values else torch.empty(0, self.num_labels), encoded)
+        else:
+            out = variants(encoded, read, batch_tokens, progress, engine)
+        if scale is not None:
+            out = (out - scale[0].to(out)) / scale[1].to(out)
+        return out[..., 0] if self.num_labels == 1 else out
+
+    def token_values(
+        self,
+        inputs: Sequence[Any],
+        *,
+        normalize: tuple[Any, Any] | None = None,
+        batch_tokens: int | None = None,
+        progress: bool = False,
+        engine: Literal["packed", "padded"] | None = None,
+        **encoding: Unpack[Encoding],
+    ) -> list[Tensor]:
+        """See `RewardModel.token_values`."""
+        if not self.binding.head:
+            raise ValueError(
+                f"{type(self.binding.root).__name__} pools the whole text by itself, so its tokens have no rewards of "
+                "their own; token_values needs a head that is applied to each token"
+            )
+        scale = None if normalize is None else _normalize(normalize, self.num_labels)
+        encoded = self.encode(inputs, **encoding)
+        values = self.run(encoded, [np.arange(len(item)) for item in encoded], batch_tokens, progress, engine)
+        if self.interventions is not None and self.interventions.lengths:  # of a text one length, for all its tokens
+            off = self.corrected(torch.zeros(len(encoded), self.num_labels, dtype=torch.float64), encoded)
+            values = [v + o.to(v) for v, o in zip(values, off)]
+        if scale is not None:
+            values = [(v - scale[0].to(v)) / scale[1].to(v) for v in values]
+        return [v[:, 0] if self.num_labels == 1 else v for v in values]
+
+    def run(
+        self,
+        encoded: list[Encoded],
+        read: list[np.ndarray],
+        batch_tokens: int | None = None,
+        progress: bool = False,
+        engine: str | None = None,
+        head: Callable[[Tensor, Tensor], Tensor] | None = None,
+    ) -> list[Tensor]:
+        """Rewards (len(read[i]), K) of each input at its tokens read[i], on the CPU.
+
+        With `head`, a function of hidden states (B, T, d) and flat rows (M,) of them, what that gives (M, C) in their
+        place.
+        """
+        if engine not in (None, "packed", "padded"):
+            raise ValueError(f'Expected engine to be "packed", "padded" or None, got {engine!r}')
+        if batch_tokens is not None and (
+            isinstance(batch_tokens, bool) or not isinstance(batch_tokens, int) or batch_tokens < 1
+        ):
+            raise ValueError(f"Expected batch_tokens to be a positive int, got {batch_tokens!r}")
+        packed = self.packed_engine() if engine != "padded" and encoded else None
+        if isinstance(packed, str):
+            if engine == "packed":
+                raise ValueError(f'Expected engine to be "padded": this model cannot run packed, since {packed}')
+            packed = None
+        if batch_tokens is None:
+            batch_tokens = self.default_batch_tokens(packed)
+        counts = [len(r) for r in read]
+        if self.binding.clamps_last and any(count != 1 for count in counts):
+            # What a clamp does at a token, later ones must not see: each is the end of a text of its own, whose other
+            # tokens the planner finds in the longest one.
+            encoded = [item for item, count in zip(encoded, counts) for _ in range(count)]
+            read = [r[i : i + 1] for r in read for i in range(len(r))]
+        with self.binding.session(), tqdm(total=len(encoded), unit="text", disable=not progress) as bar:
+            run = run_padded if packed is None else partial(run_packed, packed)
+            results: list[Tensor] = run(self.binding, encoded, read, batch_tokens, bar, head or self.binding.rewards)
+            flat = torch.cat(results).cpu() if results else torch.empty(0, self.num_labels)
+        # A clone made outside of inference mode is an ordinary tensor, which autograd may save.
+        return list(flat.clone().split(counts))
+
+    def corrected(self, rewards: Tensor, encoded: list[Encoded]) -> Tensor:
+        """Rewards (N, K) less what the length corrections among `interventions` take off for each input's response."""
+        if self.interventions is None or not self.interventions.lengths:
+            return rewards
+        characters = [self._characters(item, i) for i, item in enumerate(encoded)]
+        off = sum(correction.expected(characters) for correction in self.interventions.lengths)
+        return rewards - torch.as_tensor(off, dtype=rewards.dtype)[:, None]
+
+    def _characters(self, item: Encoded, index: int) -> int:
+        if item.characters is not None:
+            return item.characters
+        if self.tokenizer is None:
+            raise InputError(index, "a correction by length needs its characters: give text, or the model a tokenizer")
+        return len(self.tokenizer.decode(item.ids.tolist(), skip_special_tokens=True))
+
+    def packed_engine(self) -> Engine | str:
+        """The packed engine of the model as it is now, or why there is none."""
+        if torch.is_autocast_enabled(self.binding.device.type):
+            return "autocast is on, whose choice of dtypes is the modules' own"
+        with lock_of(self.binding.root):  # a run in another thread has the modules' forwards replaced
+            parts = self._parts()
+            if self._engine is None or self._engine[0] != parts:  # new, or changed since (modules replaced, hooks)
+                try:
+                    self._engine = parts, Engine(self.binding)
+                except Unsupported as reason:
+                    self._engine = parts, str(reason)
+            return self._engine[1]
+
+    def _parts(self) -> tuple:
+        """The body's modules, and what would make them run otherwise than they are: a key for its engine."""
+        return tuple(
+            (module, has_hooks(module), module.__dict__.get("forward")) for module in self.binding.body.modules()
+        )
+
+    def moved(self, binding: Binding, copies: Mapping[nn.Module, nn.Module] | None = None) -> Self:
+        """The scorer of the same model under another binding, or of `copies` of its modules with other weights."""
+        made = copy.copy(self)
+        made.binding, made._engine = binding, None
+        if self._engine is not None and self._engine[0] == self._parts():
+            engine = self._engine[1]
+            made._engine = made._parts(), engine if isinstance(engine, str) else engine.moved(binding, copies)
+        return made
+
+    def expect_clamps_alone(self, positions: tuple[str, ...] = ("last", "all")) -> None:
+        """ValueError under interventions that what is read in the model's layers would not show."""
+        for part in () if self.interventions is None else self.interventions.parts:
+            if getattr(part, "positions", None) not in positions:
+                raise ValueError(
+                    f"Expected a model under no interventions but clamps at {' or '.join(positions)} positions, got "
+                    f"{part}: the runs that are read here would not show it"
+                )
+
+    def default_batch_tokens(self, engine: Engine | None) -> int:
+        """Rows of a batch: as many as pay, and fit into free memory."""
+        most = _BATCH_TOKENS.get(self.binding.device.type, _BATCH_TOKENS_ACCELERATOR)
+        return most if engine is None else min(most, engine.affordable_tokens())
+
+    def explain(self) -> str:
+        """Which engine scores this model and why, and which backend runs each op on its device."""
+        packed = self.packed_engine()
+        if isinstance(packed, str):
+            engine = f"padded (not packed: {packed})"
+        else:
+            engine = f"packed, {packed.mode} layers" + (f" ({packed.why})" if packed.why else "")
+        return f"engine: {engine}\n{_backends.explain(device=self.binding.device.type)}"
+
+
+def _normalize(normalize: tuple[Any, Any], labels: int) -> tuple[Tensor, Tensor]:
+    if not isinstance(normalize, tuple | list) or len(normalize) != 2:
+        raise ValueError(f"Expected normalize to be (mean, std), got {normalize!r}")
+    mean, std = (torch.as_tensor(x, dtype=torch.float64) for x in normalize)
+    for name, x in (("mean", mean), ("std", std)):
+        if x.dim() > 1 or x.numel() not in (1, labels):
+            raise ValueError(f"Expected {name} in normalize to be a number or {labels} of them, got {tuple(x.shape)}")
+    if not bool((std > 0).all()):
+        raise ValueError(f"Expected the std in normalize to be above 0, got {std.tolist()}")
+    return mean, std
+
+
+def _least(*limits: int | None) -> int | None:
+    return min((limit for limit in limits if limit is not None), default=None)
+
+
+def _position_table(binding: Binding) -> int | None:
+    """Most tokens that a table of learned positions has rows for: beyond it the model would crash."""
+    rows = []
+    for name, module in binding.body.named_modules():
+        if not isinstance(module, nn.Embedding):
+            continue
+        if name.endswith("position_embeddings"):
+            # RoBERTa counts positions from padding_idx + 1, so its table holds fewer texts' tokens than rows.
+            rows.append(module.num_embeddings - (0 if module.padding_idx is None else module.padding_idx + 1))
+        elif name.endswith(("wpe", "embed_positions")):
+            rows.append(module.num_embeddings - int(getattr(module, "offset", 0)))  # OPT's table begins at row 2
+    return min(rows, default=None)
+
+
+def _max_length(binding: Binding, tokenizer: Any) -> int | None:
+    """The smaller of the model's positions and the tokenizer's limit, where they are stated."""
+    limits = [table] if (table := _position_table(binding)) is not None else []
+    positions = getattr(binding.config, "max_position_embeddings", None)
+    if isinstance(positions, int) and positions > 0:
+        limits.append(positions)
+    stated = getattr(tokenizer, "model_max_length", None)
+    if isinstance(stated, int) and 0 < stated < 10**9:  # unset, it is 10^30
+        limits.append(stated)
+    return min(limits, default=None)

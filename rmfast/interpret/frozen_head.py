@@ -1,0 +1,126 @@
+"""The final norm, its scale frozen, and a linear head as one linear map of the stream."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from rmfast.binding.binding import Binding, Removal
+from rmfast.binding.modules import active, is_readable, plain_linear
+from rmfast.kernels.reward_head.reference import LAYER, NONE, NORMS, fold_bias, fold_gain
+
+
+@dataclass(frozen=True)
+class FrozenNorm:
+    """A norm as a linear map: for a row x it is scale(x) times that map, and a constant."""
+
+    kind: int = NONE
+    gain: Tensor | None = None
+    bias: Tensor | None = None
+    eps: float = 0.0
+
+    @classmethod
+    def of(
+        cls, dtype: torch.dtype, norm: str | None, norm_weight: Tensor | None = None, norm_bias: Tensor | None = None,
+        eps: float = 0.0,
+    ) -> FrozenNorm:  # fmt: skip
+        """From `reward_head`'s arguments."""
+        gain, bias = (None if x is None else x.detach().to(dtype) for x in (norm_weight, norm_bias))
+        return cls(NORMS[norm], gain, bias, eps)
+
+    def back(self, directions: Tensor) -> Tensor:
+        """Directions (K, d) of what it gives, as directions of what it is given, but for the scale."""
+        directions = fold_gain(directions, self.kind, self.gain)
+        return directions - directions.mean(-1, keepdim=True) if self.kind == LAYER else directions
+
+    def constant(self, directions: Tensor, bias: Tensor | None = None) -> Tensor:
+        """(K,): what its own bias adds along the directions, and theirs."""
+        return fold_bias(directions, bias, self.kind, self.bias)
+
+    def scale(self, x: Tensor, dtype: torch.dtype) -> Tensor:
+        """(n, d) -> (n, 1) in dtype."""
+        if self.kind == NONE:
+            return x.new_ones(x.size(0), 1, dtype=dtype)
+        x = x.to(dtype)
+        x = x - x.mean(-1, keepdim=True) if self.kind == LAYER else x
+        return torch.rsqrt(x.square().mean(-1, keepdim=True) + self.eps)
+
+
+@dataclass(frozen=True)
+class FrozenHead:
+    """The final norm and a linear head as a linear map of the stream h, the norm's scale frozen at some h_L:
+
+        reward = scale(h_L) · direction·h + constant, for any part h of h_L; for h = h_L the model's own
+
+    Directions that the model loses before or after the norm (`Binding.before`, `after`) are taken from `direction`.
+
+    Attributes:
+        norm: the final norm; one that does nothing for norm="raw", whose scale is 1.
+        direction: (K, d), γ⊙w, less its own mean for a layer norm: h need not be centred.
+        constant: (K,), the head's bias and β·w.
+        dtype: of them and of `scale`: fp32, fp64 for an fp64 model.
+        before: what h loses before the norm's scale is taken.
+    """
+
+    norm: FrozenNorm
+    direction: Tensor
+    constant: Tensor
+    dtype: torch.dtype
+    before: Removal | None
+
+    @classmethod
+    def of(cls, binding: Binding, norm: Literal["frozen", "raw"]) -> FrozenHead:
+        """Reads the model's weights as they are now.
+
+        Raises:
+            ValueError: the head is not a single readable nn.Linear, or the norm is of no known kind or hooked.
+        """
+        linear = linear_head(binding)
+        check_norm(binding, norm)
+        stored = next(p.dtype for p in binding.root.parameters() if p.is_floating_point())
+        dtype = torch.float64 if stored == torch.float64 else torch.float32
+        with binding.session(grad=True), torch.no_grad():
+            weight, bias = (None if x is None else x.detach().to(dtype) for x in (linear.weight, linear.bias))
+            assert weight is not None
+            weight = weight if binding.after is None else binding.after.of(weight)
+            given = binding.norm_arguments(weight.device) if norm == "frozen" else {"norm": None}
+            final = FrozenNorm.of(dtype, **given)
+            direction = final.back(weight)
+            direction = direction if binding.before is None else binding.before.of(direction)  # a symmetric map
+            return cls(final, direction, final.constant(weight, bias), dtype, binding.before)
+
+    def scale(self, stream: Tensor) -> Tensor:
+        """(n, d) -> (n, 1), the norm's scale on these streams."""
+        stream = stream if self.before is None else self.before.of(stream)
+        return self.norm.scale(stream, self.dtype)
+
+
+def linear_head(binding: Binding) -> nn.Linear:
+    """The one readable nn.Linear that the head is; ValueError for any other."""
+    name = type(binding.root).__name__
+    if not binding.head:
+        raise ValueError(f"{name} pools by itself: expected a head that reads one token's stream, a single nn.Linear")
+    linear = plain_linear(binding.head)
+    if linear is None:
+        found = ", ".join(type(active(module)).__name__ for module in binding.head)
+        raise ValueError(
+            f"Expected the head of {name} to be a single nn.Linear with a readable weight and no hooks, so that the "
+            f"reward is linear in the stream but for its norm, got {found}"
+        )
+    return linear
+
+
+def check_norm(binding: Binding, norm: str) -> None:
+    """ValueError for a final norm with hooks, which then can't be left out, or (norm="frozen") of no known kind."""
+    if binding.norm is None:
+        return
+    kind = type(active(binding.norm)).__name__
+    if not binding.leaves_norm_out:
+        raise ValueError(f"Expected the body and its final norm ({kind}) to be without hooks")
+    if norm == "frozen" and (binding.norm_kind is None or not is_readable(active(binding.norm))):
+        raise ValueError(
+            f'Expected the final norm to be an RMS or layer norm with a readable weight, or norm="raw", got {kind}'
+        )

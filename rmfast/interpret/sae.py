@@ -1,0 +1,214 @@
+"""Sparse autoencoders: features of a stream, `SAE.load` of what SAELens saved."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+from rmfast.ops import topk_encode
+
+ARCHITECTURES = ("standard", "topk", "jumprelu")
+SITES = ("resid_pre", "resid_mid", "resid_post", "attn_out", "mlp_out")
+_DTYPES = {str(dtype)[6:]: dtype for dtype in (torch.float64, torch.float32, torch.bfloat16, torch.float16)}
+
+# Names of before SAELens 6, and what their values were by default.
+_OLD_NAMES = {
+    "hook_point": "hook_name",
+    "hook_point_head_index": "hook_head_index",
+    "activation_fn_str": "activation_fn",
+}
+
+
+@dataclass(eq=False, kw_only=True)
+class SAE:
+    """A sparse autoencoder of a model's stream.
+
+    f = act((n(x) − b_dec) W_enc + b_enc), x̂ = n⁻¹(f W_dec + b_dec), where b_dec is left out of the encoder without
+    apply_b_dec_to_input, and n is the identity or a norm of each row. act: ReLU ("standard"), ReLU of the k largest
+    ("topk", arXiv 2406.04093), or ReLU where it is above a threshold ("jumprelu", arXiv 2407.14435).
+
+    Attributes:
+        architecture: one of those.
+        W_enc, b_enc, W_dec, b_dec: (d, F), (F,), (F, d) and (d,), of one dtype and device.
+        threshold: (F,), of "jumprelu".
+        k: of "topk".
+        apply_b_dec_to_input: whether the encoder subtracts b_dec.
+        normalize: "none"; "layer_norm" (x less its mean, over its standard deviation) or "constant_norm_rescale" (to
+            norm √d), as SAELens has them.
+        hook_name: where it was trained, in the names of TransformerLens or transformers, or None.
+    """
+
+    architecture: str
+    W_enc: Tensor
+    b_enc: Tensor
+    W_dec: Tensor
+    b_dec: Tensor
+    threshold: Tensor | None = None
+    k: int | None = None
+    apply_b_dec_to_input: bool = True
+    normalize: str = "none"
+    hook_name: str | None = None
+
+    def __post_init__(self) -> None:
+        one_of("architecture", self.architecture, ARCHITECTURES)
+        one_of("normalize_activations", self.normalize, ("none", "layer_norm", "constant_norm_rescale"))
+        if self.W_enc.dim() != 2:
+            raise ValueError(f"Expected W_enc to have shape (d, F), got {tuple(self.W_enc.shape)}")
+        d, features = self.W_enc.shape
+        shapes = {"b_enc": (features,), "W_dec": (features, d), "b_dec": (d,)}
+        if self.architecture == "jumprelu":
+            shapes["threshold"] = (features,)
+        for name, shape in shapes.items():
+            x = getattr(self, name)
+            if x is None or tuple(x.shape) != shape:
+                raise ValueError(f"Expected {name} to have shape {shape}, got {None if x is None else tuple(x.shape)}")
+        if self.architecture == "topk":
+            if not is_int(self.k) or not 1 <= self.k <= features:  # type: ignore[operator]
+                raise ValueError(f"Expected k to be from 1 to the number of features, {features}, got {self.k!r}")
+            self.k = int(self.k)  # type: ignore[arg-type]
+
+    def __repr__(self) -> str:
+        d, features = self.W_enc.shape
+        what = f"topk {self.k}" if self.architecture == "topk" else self.architecture
+        return f"SAE({what}, {d} -> {features}, {str(self.W_enc.dtype)[6:]}, hook_name={self.hook_name!r})"
+
+    @classmethod
+    def load(cls, folder: Any, *, dtype: torch.dtype | str | None = None, device: Any = "cpu") -> SAE:
+        """Loads a folder as SAELens saves it: cfg.json and sae_weights.safetensors, of version 6 or before.
+
+        Decoder norms of rescale_acts_by_decoder_norm are folded into the weights: W_dec's rows have norm 1 then.
+
+        Args:
+            folder: the path.
+            dtype: a torch dtype or its name; default the configuration's own.
+            device: where the weights go.
+
+        Raises:
+            FileNotFoundError: one of the files is not there.
+            ValueError: an architecture or option that is not supported, or weights that do not fit; it is named.
+        """
+        folder = Path(folder)
+        paths = folder / "cfg.json", folder / "sae_weights.safetensors"
+        for path in paths:
+            if not path.is_file():
+                raise FileNotFoundError(f"{folder} is no SAE that SAELens saved: it has no {path.name}")
+        try:
+            config = json.loads(paths[0].read_text())
+        except ValueError as error:
+            raise ValueError(f"{paths[0]} is no JSON: {error}") from None
+        if not isinstance(config, dict):
+            raise ValueError(f"Expected {paths[0]} to hold an object, got {type(config).__name__}")
+        options = _options(config)
+        stored = options.get("dtype", "float32") if dtype is None else dtype
+        if not isinstance(stored, torch.dtype):
+            name = str(stored).removeprefix("torch.")
+            one_of("dtype", name, tuple(_DTYPES))
+            stored = _DTYPES[name]
+        tensors = {name: x.to(device, stored) for name, x in load_file(paths[1]).items()}
+        if "log_threshold" in tensors:
+            tensors["threshold"] = tensors.pop("log_threshold").exp()
+        if "scaling_factor" in tensors and bool((tensors["scaling_factor"] == 1).all()):
+            del tensors["scaling_factor"]
+        names = ["W_enc", "b_enc", "W_dec", "b_dec"] + ["threshold"] * (options["architecture"] == "jumprelu")
+        if set(tensors) != set(names):
+            raise ValueError(
+                f"Expected {paths[1].name} of a {options['architecture']} SAE to hold {', '.join(names)}, got "
+                f"{', '.join(sorted(tensors))}"
+            )
+        d, features = (options.get(name) for name in ("d_in", "d_sae"))
+        if (d, features) != tuple(tensors["W_enc"].shape):
+            raise ValueError(f"Expected W_enc to have shape (d_in, d_sae) = ({d}, {features}) of cfg.json, got "
+                             f"{tuple(tensors['W_enc'].shape)}")  # fmt: skip
+        if options.get("rescale_acts_by_decoder_norm", False):
+            norm = tensors["W_dec"].norm(dim=1).clamp(min=1e-8)
+            tensors["W_dec"] = tensors["W_dec"] / norm[:, None]
+            tensors["W_enc"], tensors["b_enc"] = tensors["W_enc"] * norm, tensors["b_enc"] * norm
+        return cls(
+            architecture=options["architecture"],
+            k=options.get("k") if options["architecture"] == "topk" else None,
+            apply_b_dec_to_input=bool(options.get("apply_b_dec_to_input", True)),
+            normalize=options["normalize_activations"],
+            hook_name=options.get("hook_name"),
+            **tensors,
+        )
+
+    def encode(self, x: Tensor) -> Tensor:
+        """Features (N, F), in the SAE's dtype (those of "topk" in fp32 for 16 bits), of rows (N, d) of any dtype."""
+        x = self._given(x)[0]
+        if self.architecture == "topk":
+            values, indices = self._largest(x)
+            return values.new_zeros(x.size(0), self.W_enc.size(1)).scatter_(1, indices, values)
+        return self._all(x)
+
+    def _given(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """What the encoder gets of rows, less b_dec for it to subtract, and n⁻¹ as a factor and a summand, (N, 1)."""
+        x = x.to(self.W_enc)
+        one, zero = x.new_ones(x.size(0), 1), x.new_zeros(x.size(0), 1)
+        if self.normalize == "layer_norm":
+            mean = x.mean(-1, keepdim=True)
+            x = x - mean
+            deviation = x.std(-1, keepdim=True)
+            return x / (deviation + 1e-5), deviation, mean
+        if self.normalize == "constant_norm_rescale":
+            factor = x.size(-1) ** 0.5 / x.norm(dim=-1, keepdim=True)
+            return x * factor, 1 / factor, zero
+        return x, one, zero
+
+    @property
+    def _before(self) -> Tensor | None:
+        return self.b_dec if self.apply_b_dec_to_input else None
+
+    def _largest(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        assert self.k is not None
+        with torch.no_grad():
+            return topk_encode(x, self.W_enc, self.b_enc, self.k, b_dec=self._before)
+
+    def _all(self, x: Tensor) -> Tensor:
+        with torch.no_grad():
+            pre = torch.addmm(self.b_enc, x if self._before is None else x - self._before, self.W_enc)
+            return pre.relu() if self.threshold is None else torch.where(pre > self.threshold, pre.relu(), 0)
+
+
+def is_int(value: Any) -> bool:
+    """Whether it is an int of Python's or NumPy's, and no bool."""
+    return isinstance(value, int | np.integer) and not isinstance(value, bool)
+
+
+def one_of(name: str, value: Any, known: tuple[str, ...]) -> None:
+    """ValueError where an SAE's setting is none of the known ones."""
+    if value not in known:
+        raise ValueError(f"Expected {name} of an SAE to be one of {', '.join(known)}, got {value!r}")
+
+
+def _options(config: Mapping[str, Any]) -> dict[str, Any]:
+    """cfg.json with the names of SAELens 6, its metadata among them; ValueError for what is not supported."""
+    options = {_OLD_NAMES.get(name, name): value for name, value in config.items()}
+    options |= {name: value for name, value in (options.pop("metadata", None) or {}).items() if name not in options}
+    options.setdefault("architecture", "standard")
+    activation = options.get("activation_fn", "relu")
+    if activation == "topk" and (options.get("activation_fn_kwargs") or {}).get("k") is not None:
+        options |= {"architecture": "topk", "k": options["activation_fn_kwargs"]["k"], "activation_fn": "relu"}
+    normalize = options.get("normalize_activations")
+    if isinstance(normalize, bool) or normalize is None:
+        normalize = "expected_average_only_in" if normalize else "none"
+    options["normalize_activations"] = normalize
+    one_of("architecture", options["architecture"], ARCHITECTURES)
+    if normalize in ("expected_average_only_in", "covariance_whitening"):
+        raise ValueError(
+            f"Expected normalize_activations {normalize!r} to be folded into the weights: cfg.json does not hold the "
+            "numbers; SAELens folds them when it loads a released SAE, and saves what it has loaded"
+        )
+    one_of("activation_fn", options.get("activation_fn", "relu"), ("relu",))
+    one_of("reshape_activations", options.get("reshape_activations", "none"), ("none",))
+    for name in ("finetuning_scaling_factor", "hook_head_index"):
+        if options.get(name) is not None and options[name] is not False:  # 0 is a head
+            raise ValueError(f"Expected an SAE without {name}, got {options[name]!r}")
+    return options

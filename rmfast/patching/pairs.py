@@ -1,0 +1,121 @@
+"""Two texts of a sweep: which positions correspond, which are patched together, and the cells of the grid."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+from torch import Tensor
+
+from rmfast.patching.sites import Edits
+from rmfast.texts.inputs import Encoded
+
+Align = Literal["auto", "strict"] | Mapping[int, int] | Sequence[int]
+
+
+@dataclass
+class Grid:
+    """The sites that were asked for: the cells of the result, and an edit for each that may have an effect."""
+
+    axes: list[str]
+    shape: tuple[int, ...]
+    spans: list[list[int]]  # the token positions of each group, as asked for
+    edits: Edits
+    cells: Tensor  # (E,) int64, where each edit is in the flat grid
+    same: Tensor  # int64, cells of sites that provably change nothing; all others have no partner, or don't exist
+
+
+@dataclass
+class Pair:
+    """One base run and what is put into it."""
+
+    base: Encoded
+    other: Encoded | None
+    base_read: int
+    other_read: int
+    partner: np.ndarray  # (T,) the other run's position for each of the base's, or -1
+    first: int  # tokens before it are the same in both runs
+
+
+def indices(name: str, given: Any, count: int) -> list[int]:
+    """Layers, heads or neurons in [0, count), negative ones from the end."""
+    asked = [given] if isinstance(given, int | np.integer) else list(given)
+    if not asked:
+        raise ValueError(f"Expected {name} to name at least one")
+    for i in asked:
+        if isinstance(i, bool) or not isinstance(i, int | np.integer):
+            raise TypeError(f"Expected {name} to be ints, got {i!r}")
+        if not -count <= i < count:
+            raise ValueError(f"Expected {name} to be in [0, {count}), got {i}")
+    found = [int(i) % count for i in asked]
+    if len(set(found)) < len(found):
+        raise ValueError(f"Expected {name} to be different, got {given!r}")
+    return found
+
+
+def spans_of(positions: Any, tokens: int) -> list[list[int]]:
+    """Groups of positions that are patched together."""
+    if positions is None or (isinstance(positions, str) and positions == "all"):
+        return [[t] for t in range(tokens)]
+    if isinstance(positions, str):
+        if positions != "joint":
+            raise ValueError(f'Expected positions to be "all", "joint" or a list, got {positions!r}')
+        return [list(range(tokens))]
+    groups = []
+    for item in [positions] if isinstance(positions, int | np.integer) else positions:
+        if isinstance(item, slice):
+            item = range(*item.indices(tokens))
+        groups.append(sorted(indices("positions", item, tokens)))
+    if not groups:
+        raise ValueError("Expected positions to name at least one")
+    return groups
+
+
+def aligned(base: np.ndarray, other: np.ndarray, align: Align, noising: bool) -> np.ndarray:
+    """For each position of the base run the other run's, or -1; a map goes from clean to corrupted, as noising does."""
+    if isinstance(align, str):
+        if align not in ("auto", "strict"):
+            raise ValueError(f'Expected align to be "auto", "strict" or a map of positions, got {align!r}')
+        if len(base) == len(other):
+            return np.arange(len(base))
+        if align == "strict":
+            raise ValueError(
+                f'Expected texts of equal length with align="strict", got {len(base)} and {len(other)} tokens'
+            )
+        return align_tokens(base, other)
+    pairs = align.items() if isinstance(align, Mapping) else enumerate(align)
+    partner = np.full(len(base), -1)
+    for clean, corrupted in pairs:
+        if corrupted is None or corrupted < 0:
+            continue
+        at, to = (clean, corrupted) if noising else (corrupted, clean)
+        if not 0 <= at < len(base) or not 0 <= to < len(other):
+            raise ValueError(f"Expected align to map positions inside of the texts, got {clean} -> {corrupted}")
+        if partner[at] >= 0:
+            raise ValueError(f"Expected align to give each position one partner, got two for {at} of the base run")
+        partner[at] = to
+    return partner
+
+
+def align_tokens(base: np.ndarray, other: np.ndarray) -> np.ndarray:
+    """For each token of base (T,) its partner's position in other, or -1.
+
+    What both begin and end with is matched; inside of the span that differs, the longest common runs of tokens
+    (difflib), and what is replaced by as many other tokens, one to one.
+    """
+    shared = min(len(base), len(other))
+    differ = np.flatnonzero(base[:shared] != other[:shared])
+    head = int(differ[0]) if len(differ) else shared
+    differ = np.flatnonzero(base[::-1][: shared - head] != other[::-1][: shared - head])
+    tail = int(differ[0]) if len(differ) else shared - head
+    partner = np.full(len(base), -1)
+    partner[:head] = np.arange(head)
+    partner[len(base) - tail :] = np.arange(len(other) - tail, len(other))
+    a, b = base[head : len(base) - tail].tolist(), other[head : len(other) - tail].tolist()
+    for tag, a0, a1, b0, b1 in difflib.SequenceMatcher(None, a, b, autojunk=False).get_opcodes():
+        if tag == "equal" or (tag == "replace" and a1 - a0 == b1 - b0):
+            partner[head + a0 : head + a1] = np.arange(head + b0, head + b1)
+    return partner

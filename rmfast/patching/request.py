@@ -1,0 +1,340 @@
+"""What a sweep and its linear estimate are asked for: arguments checked, texts paired, the edits and their values."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import cached_property, lru_cache
+from typing import TYPE_CHECKING, Any, cast
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from rmfast.binding.modules import fingerprint
+from rmfast.engine.scorer import Scorer
+from rmfast.patching.grid import PatchSweep
+from rmfast.patching.layers_patcher import LayersPatcher
+from rmfast.patching.pairs import Align, Grid, Pair, aligned, indices, spans_of
+from rmfast.patching.patcher import patcher_of
+from rmfast.patching.sites import KINDS, UNITS, Edits, Patcher, Record, Values
+from rmfast.patching.suffix_patcher import SuffixPatcher
+from rmfast.texts.inputs import Encoded, several, words
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
+    from rmfast.engine.options import Encoding
+
+Metric = Callable[[Tensor], Any]
+_PAIRED = ("denoising", "noising")
+_ALONE = ("zero", "mean", "resample")
+
+
+class Request:
+    """The arguments that a sweep and its linear estimate share, checked."""
+
+    def __init__(
+        self,
+        rm: Scorer,
+        *,
+        mode: str | Tensor | Mapping[str, Tensor] = "denoising",
+        sites: str | Sequence[str] = "resid_post",
+        layers: int | Iterable[int] | None = None,
+        positions: str | Iterable[Any] | None = None,
+        heads: int | Iterable[int] | None = None,
+        neurons: int | Iterable[int] | None = None,
+        align: Align = "auto",
+        metric: Metric | None = None,
+        baseline: Sequence[Any] | None = None,
+        seed: int = 0,
+        **encoding: Unpack[Encoding],
+    ) -> None:
+        self.rm, self.binding = rm, rm.binding
+        self.patcher: Patcher = patcher_of(rm)
+        self.causal = rm.binding.causal
+        self.mode = mode if isinstance(mode, str) else "values"
+        self.given: Any = None if isinstance(mode, str) else mode
+        if isinstance(mode, str) and mode not in (*_PAIRED, *_ALONE):
+            names = ", ".join(f'"{name}"' for name in (*_PAIRED, *_ALONE))
+            raise ValueError(f"Expected mode to be {names}, or a tensor of values, got {mode!r}")
+        if not isinstance(mode, str | Tensor | Mapping):
+            raise TypeError(f"Expected mode to be a str, a tensor or a mapping of tensors, got {type(mode).__name__}")
+        self.single = isinstance(sites, str)
+        self.kinds = [sites] if isinstance(sites, str) else list(sites)
+        if not self.kinds or len(set(self.kinds)) < len(self.kinds):
+            raise ValueError(f"Expected sites to be one kind or several different ones, got {sites!r}")
+        for kind in self.kinds:
+            if kind not in KINDS:
+                raise ValueError(f"Expected sites among {', '.join(KINDS)}, got {kind!r}")
+        try:
+            sizes = {kind: self.patcher.units(kind) for kind in self.kinds}
+        except ValueError:  # a part that the suffix engine does not know, but a hook may reach
+            self.patcher = cast(Patcher, LayersPatcher(self.binding))
+            sizes = {kind: self.patcher.units(kind) for kind in self.kinds}
+        self.sizes = sizes
+        count = self.patcher.layers
+        self.layers = list(range(count)) if layers is None else indices("layers", layers, count)
+        self.units = {kind: self._units(kind, sizes[kind][0], heads, neurons) for kind in self.kinds}
+        self.positions = positions if isinstance(positions, str | int | None) else list(positions)
+        self.align, self.metric, self.seed = align, metric, seed
+        if metric is not None and not callable(metric):
+            raise TypeError(f"Expected metric to be a function of the rewards (K,), got {type(metric).__name__}")
+        if (baseline is not None) != (self.mode in ("mean", "resample")):
+            raise ValueError(f'Expected baseline (texts) with mode "mean" or "resample" alone, got mode {self.mode!r}')
+        self.encoding = encoding
+        self.baseline = None if baseline is None else self._encode("baseline", list(baseline))
+        if self.given is not None:
+            self.given = self._given(self.given)
+        self._mean: dict[tuple[str, int], Tensor] | None = None
+
+    @cached_property
+    def hooked(self) -> LayersPatcher:
+        """What takes gradients."""
+        return self.patcher if isinstance(self.patcher, LayersPatcher) else LayersPatcher(self.binding)
+
+    @property
+    def recorded(self) -> set[str]:
+        """What is kept of a base run: tails of the MLP start from the stream before it."""
+        return {*self.kinds, "resid_mid"} if isinstance(self.patcher, SuffixPatcher) else set(self.kinds)
+
+    def _units(self, kind: str, count: int, heads: Any, neurons: Any) -> list[int]:
+        unit = UNITS.get(kind)
+        if unit == "neuron":
+            if neurons is None:
+                raise ValueError(f"Expected neurons, the ones to sweep of each layer's {count}, with sites mlp_neuron")
+            return indices("neurons", neurons, count)
+        return list(range(count)) if unit is None or heads is None else indices(f"heads of {kind}", heads, count)
+
+    def _given(self, mode: Any) -> dict[tuple[str, int], Tensor]:
+        """Values by kind and layer, (units, width)."""
+        tensors = mode if isinstance(mode, Mapping) else dict.fromkeys(self.kinds, mode)
+        if set(tensors) != set(self.kinds):
+            raise ValueError(f"Expected values for sites {self.kinds}, got them for {sorted(tensors)}")
+        found: dict[tuple[str, int], Tensor] = {}
+        for kind, tensor in tensors.items():
+            wanted = (len(self.layers), *self.sizes[kind])
+            try:
+                full = (tensor[:, None] if tensor.dim() == 2 else tensor).broadcast_to(wanted)
+            except RuntimeError:
+                raise ValueError(
+                    f"Expected the values of {kind} to be of shape ({wanted[2]},), {wanted[::2]} or {wanted} (layers, "
+                    f"units, width), got {tuple(tensor.shape)}"
+                ) from None
+            found |= {(kind, layer): full[i] for i, layer in enumerate(self.layers)}
+        return found
+
+    def _encode(self, name: str, texts: list[Any]) -> list[Encoded]:
+        if not texts:
+            raise ValueError(f"Expected {name} to hold at least one text")
+        return self.rm.encode(texts, **self.encoding)
+
+    def pairs(self, clean: Any, corrupted: Any) -> tuple[list[Pair], bool]:
+        many = several(clean)
+        cleans = self._encode("clean", list(clean) if many else [clean])
+        if self.mode not in _PAIRED:
+            if corrupted is not None:
+                raise ValueError(f"Expected no corrupted text with mode {self.mode!r}, which patches the clean run")
+            return [self._pair(i, text, None) for i, text in enumerate(cleans)], many
+        if corrupted is None:
+            raise ValueError(f"Expected a corrupted text with mode {self.mode!r}")
+        if several(corrupted) != many or (many and len(corrupted) != len(clean)):
+            raise ValueError("Expected clean and corrupted to be one text each, or lists of the same length")
+        others = self._encode("corrupted", list(corrupted) if many else [corrupted])
+        ordered = zip(cleans, others) if self.mode == "noising" else zip(others, cleans)
+        return [self._pair(i, base, other) for i, (base, other) in enumerate(ordered)], many
+
+    def _pair(self, index: int, base: Encoded, other: Encoded | None) -> Pair:
+        read = self._read(base, index)
+        if other is None:
+            return Pair(base, None, read, 0, np.arange(len(base)), 0)
+        if np.array_equal(base.ids, other.ids):
+            raise ValueError(
+                f"Expected clean and corrupted to differ in at least one token: those of pair {index} are the same"
+            )
+        partner, other_read = aligned(base.ids, other.ids, self.align, self.mode == "noising"), self._read(other, index)
+        if self.causal:
+            partner[partner > other_read] = -1  # behind the token that is read nothing is run
+        if isinstance(self.align, str) and self.align == "auto" and self.binding.head:
+            partner[read] = other_read  # also where texts end in other words, or one goes on where the other ends
+        shared = min(len(base), len(other))
+        alike = (base.ids[:shared] == other.ids[:shared]) & (partner[:shared] == np.arange(shared))
+        first = int(np.append(alike, False).argmin())
+        if self.binding.length_group(len(base)) != self.binding.length_group(len(other)):
+            first = 0  # other rotary frequencies: the runs differ from the first token on
+        return Pair(base, other, read, other_read, partner, first)
+
+    def _read(self, text: Encoded, index: int) -> int:
+        """Where the reward is read; a model that pools by itself reads where it does."""
+        return self.rm.position(text.ids, index) if self.binding.head else 0
+
+    def grid(self, pair: Pair) -> Grid:
+        tokens, spans = len(pair.base), spans_of(self.positions, len(pair.base))
+        paired = np.zeros((len(spans), tokens), bool)
+        for g, span in enumerate(spans):
+            paired[g, span] = True
+        paired &= pair.partner >= 0
+        missing = np.asarray(~paired.any(1))
+        groups = paired.copy()
+        if self.causal:
+            # What comes after the read token has no part in it; and before the runs first differ, the values that would
+            # be put in are the ones that stand there.
+            groups[:, pair.base_read + 1 :] = False
+            groups[:, : pair.first] = False
+        reaches = np.asarray(groups.any(1))
+        at_last = groups[:, pair.base_read] if self.causal else reaches
+
+        width = max(map(len, self.units.values()))
+        shape = (len(self.kinds), len(self.layers), len(spans), width)
+        cells = np.arange(np.prod(shape)).reshape(shape)
+        same: list[np.ndarray] = []
+        parts: list[list[np.ndarray]] = []
+        for s, kind in enumerate(self.kinds):
+            units = np.array(self.units[kind])
+            index = np.meshgrid(np.array(self.layers), np.arange(len(spans)), np.arange(len(units)), indexing="ij")
+            layer, group, unit = (x.ravel() for x in index)
+            cell = cells[s, :, :, : len(units)].ravel()
+            # The last layer's output is read at one row; its k and v, and the stream that enters it, at all.
+            last = (layer == self.patcher.layers - 1) & (kind not in ("k", "v", "resid_pre"))
+            effect: np.ndarray = np.where(last, at_last[group], reaches[group])
+            same.append(cell[~effect & ~missing[group]])
+            code = np.full(len(cell), KINDS.index(kind), np.int8)
+            columns = (code, layer.astype(np.int32), group.astype(np.int32), units[unit].astype(np.int32), cell)
+            parts.append([column[effect] for column in columns])
+        kinds, layers, group, unit, cell = (np.concatenate(column) for column in zip(*parts))
+
+        axes = ["layer", "position"] if self.single else ["site", "layer", "position"]
+        if width > 1 or any(kind in UNITS for kind in self.kinds):
+            names = {(UNITS.get(kind), *self.units[kind]) for kind in self.kinds}
+            axes.append(UNITS[self.kinds[0]] if len(names) == 1 else "unit")
+        sizes = dict(zip(("site", "layer", "position"), shape))
+        return Grid(
+            axes=axes,
+            shape=tuple(sizes.get(axis, width) for axis in axes),
+            spans=spans,
+            edits=Edits(kinds, layers, group, unit, groups),
+            cells=torch.from_numpy(cell),
+            same=torch.from_numpy(np.concatenate(same)),
+        )
+
+    def values(self, pair: Pair, base: Record, other: Record | None) -> Values:
+        """What is put in at each position of the base run."""
+        tokens = len(base.ids)
+        if other is not None:
+            partner = torch.from_numpy(pair.partner[:tokens].clip(0))
+            return lru_cache(4)(lambda kind, layer: rows_at(other.activations(kind, layer), partner))
+        if self.mode == "zero":
+
+            def zeros(kind: str, layer: int) -> Tensor:
+                like = base.activations(kind, layer)
+                return like.new_zeros(()).expand_as(like)
+
+            return zeros
+        if self.mode == "resample":
+            return self._resampled(tokens)
+        if self.mode == "mean" and self._mean is None:
+            self._mean = self._means()
+        fixed: dict[tuple[str, int], Tensor] = self._mean if self.mode == "mean" else self.given  # type: ignore[assignment]
+
+        def constant(kind: str, layer: int) -> Tensor:
+            like = base.activations(kind, layer)
+            return fixed[kind, layer].to(like).expand_as(like)
+
+        return constant
+
+    def _means(self) -> dict[tuple[str, int], Tensor]:
+        """Of all tokens of all baseline texts, (units, width) in fp64."""
+        assert self.baseline is not None
+        total: dict[tuple[str, int], Tensor] = {}
+        for text in self.baseline:
+            record = self.patcher.record(text, len(text) - 1, set(self.kinds), self.layers, base=False)
+            for key in ((kind, layer) for kind in self.kinds for layer in self.layers):
+                part = record.activations(*key).double().sum(0)
+                total[key] = total[key] + part if key in total else part
+        tokens = sum(len(text) for text in self.baseline)
+        return {key: value / tokens for key, value in total.items()}
+
+    def _resampled(self, tokens: int) -> Values:
+        """At each position the activations of one token of one baseline text, the same one at all sites."""
+        assert self.baseline is not None
+        rng = np.random.default_rng(self.seed)
+        text = rng.integers(0, len(self.baseline), tokens)
+        token = (rng.random(tokens) * np.array([len(self.baseline[i]) for i in text])).astype(np.int64)
+        found: dict[tuple[str, int], Tensor] = {}
+        for i in np.unique(text):
+            record = self.patcher.record(
+                self.baseline[i], len(self.baseline[i]) - 1, set(self.kinds), self.layers, base=False
+            )
+            here = np.flatnonzero(text == i)
+            for key in ((kind, layer) for kind in self.kinds for layer in self.layers):
+                rows = record.activations(*key)
+                if key not in found:
+                    found[key] = rows.new_empty(tokens, *rows.shape[1:])
+                found[key][torch.from_numpy(here).to(rows.device)] = rows_at(rows, torch.from_numpy(token[here]))
+        return lambda kind, layer: found[kind, layer]
+
+    def fingerprint(self, pairs: list[Pair], *more: Any) -> str:
+        """Of all that a sweep's numbers depend on."""
+        asked = (self.mode, self.kinds, self.layers, self.units, self.seed, more)
+        digest = hashlib.sha256(repr(asked).encode())
+        arrays: list[np.ndarray] = [text.ids for text in self.baseline or ()]
+        for pair in pairs:
+            digest.update(repr((spans_of(self.positions, len(pair.base)), pair.base_read, pair.first)).encode())
+            arrays += [pair.base.ids, pair.partner]
+            arrays += [pair.other.ids] if pair.other is not None else []
+        arrays += [tensor.detach().double().cpu().numpy() for tensor in (self.given or {}).values()]
+        dtypes = sorted({str(p.dtype) for p in self.binding.root.parameters()})
+        digest.update(f"{fingerprint(self.binding.root)} {dtypes}".encode())
+        for array in arrays:
+            digest.update(f"{array.shape}".encode() + np.ascontiguousarray(array).tobytes())
+        return digest.hexdigest()
+
+    def result(
+        self, pair: Pair, grid: Grid, flat: Tensor, base: Tensor | None, other: Tensor | None, **more: Any
+    ) -> PatchSweep:
+        """From rewards (cells, K), and those of the two runs (K,), or of all three the metric's numbers (..., 1)."""
+        labelled = flat.size(1) > 1
+        axes = [*grid.axes, "label"] if labelled else grid.axes
+        coords: dict[str, list[Any]] = {"site": self.kinds, "layer": self.layers, "position": grid.spans}
+        coords["label"] = list(range(flat.size(1)))
+        # Heads are numbered alike in all kinds that have them; heads beside neurons are only counted.
+        units = [self.units[kind] for kind in self.kinds if kind in UNITS]
+        longest = max(units, key=len, default=[0])
+        alike = all(some == longest[: len(some)] for some in units)
+        coords["unit"] = longest if alike else list(range(grid.shape[-1]))
+        coords |= dict.fromkeys(("head", "neuron"), self.units[self.kinds[0]])
+        ids = pair.base.ids.tolist()
+        base, other = (r if labelled or r is None else r[0] for r in (base, other))
+        clean, corrupted = (other, base) if self.mode == "denoising" else (base, other)
+        return PatchSweep(
+            rewards=flat.reshape(*grid.shape, -1) if labelled else flat.reshape(grid.shape),
+            axes=tuple(axes),
+            coords={axis: coords[axis] for axis in ["site", *axes]},
+            clean_reward=clean,  # type: ignore[arg-type]
+            corrupted_reward=corrupted,
+            base="corrupted" if self.mode == "denoising" else "clean",
+            mode=self.mode,
+            tokens=words(self.rm.tokenizer, ids),
+            token_ids=ids,
+            unpaired=int((pair.partner < 0).sum()),
+            without_effect=len(grid.same),
+            engine="suffix" if isinstance(self.patcher, SuffixPatcher) else "layers",
+            **more,
+        )
+
+    def measured(self, rewards: Tensor) -> Tensor:
+        """(n, K) rewards -> (n, 1) of the metric, or as they are; NaN stays NaN."""
+        if self.metric is None:
+            return rewards
+        out = rewards.new_full((len(rewards), 1), torch.nan, dtype=torch.float64)
+        for i in (~rewards.isnan().any(1)).nonzero()[:, 0].tolist():
+            value = torch.as_tensor(self.metric(rewards[i]))
+            if value.numel() != 1:
+                raise ValueError(f"Expected metric to return one number, got shape {tuple(value.shape)}")
+            out[i] = value.detach().double()
+        return out
+
+
+def rows_at(rows: Tensor, index: Tensor) -> Tensor:
+    """rows[index], the index moved to the rows' device."""
+    return rows[index.to(rows.device)]

@@ -1,0 +1,427 @@
+"""`RewardModel`: the face of the library, a scorer with one method for each workload; `load` makes one."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, Literal
+
+from torch import Tensor
+
+from rmfast.engine.scorer import Scorer
+from rmfast.loading import load_checkpoint
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
+    from rmfast.debias.interventions import Intervention
+    from rmfast.engine.options import Encoding, Options, ScoreOptions
+    from rmfast.interpret.comparison import Comparison
+    from rmfast.interpret.lens import Lens
+    from rmfast.interpret.sae import SAE
+    from rmfast.training.values import ResponseValues
+
+
+class RewardModel(Scorer):
+    """A transformers reward model, bound to the fused reward head.
+
+    Args:
+        model: a transformers model with a reward head, in memory: sequence or token classification, with a linear or
+            MLP head, or an encoder that pools by itself; may carry peft adapters, be quantised, or be spread by
+            device_map. Its weights are used where they are, and read at each call: further training, or a switch of
+            adapters, is seen.
+        tokenizer: its tokenizer; None where all inputs are token ids.
+        pooling: the token at which `score` reads: "auto" (the rightmost id other than the configuration's
+            pad_token_id, as transformers reads a text alone), "last", or a token id (its rightmost occurrence).
+
+    Attributes:
+        num_labels: K, the rewards of one token.
+        max_length: most tokens of a text that the model and tokenizer are made for, or None.
+        binding: the parts found in the model (`rmfast.binding.binding.Binding`).
+        interventions: what `with_interventions` has put in, or None.
+
+    Raises:
+        ValueError: no body and head are found in the model, or they do not reproduce its own logits on a few tokens.
+    """
+
+    def score(  # type: ignore[override]
+        self,
+        inputs: Sequence[Any],
+        *,
+        positions: Sequence[int] | None = None,
+        normalize: tuple[Any, Any] | None = None,
+        interventions: Sequence[Intervention | None] | None = None,
+        intervention_index: Sequence[int] | None = None,
+        **options: Unpack[ScoreOptions],
+    ) -> Tensor:
+        """One reward (or K) for each input: the head's raw output.
+
+        Args:
+            inputs: a sequence of (prompt, response) pairs, chat message lists, strings, or token-id sequences (list,
+                1-D array or tensor), in any mixture. With a chat template a pair is a user and an assistant turn (the
+                prompt may also be a list of messages). Without one an encoder gets its tokenizer's pair encoding,
+                a decoder prompt + response.
+            normalize: (mean, std), numbers or K of each; the result is (reward − mean) / std.
+            positions: the token at which each input is read, after truncation, negative from the end; in place of
+                pooling.
+            interventions: V of them (`rmfast.interventions`; None for none): the rewards under each, on top of the
+                model's own. Those that clamp the same neurons, or none, share one pass of the body.
+            intervention_index: the one of them that each input gets, −1 for none, in place of all.
+            options: max_length, truncation, format, batch_tokens, progress, engine (`rmfast.engine.options`).
+
+        Returns:
+            (N,) for K = 1, else (N, K), in input order, on the CPU; fp32 (fp64 for an fp64 model). With interventions
+            and no intervention_index (V, N) or (V, N, K).
+
+        Raises:
+            InputError: (a ValueError) an input is empty, of an unknown kind, over max_length, outside of the
+                vocabulary, or lacks the pooling token. `.index` is its position.
+            ValueError, TypeError: an argument is wrong.
+        """
+        variants = None
+        if interventions is None and intervention_index is not None:
+            raise ValueError("Expected interventions with intervention_index, got None")
+        if interventions is not None:
+            from rmfast.debias.apply import variants_of
+
+            variants = variants_of(self, interventions, intervention_index)
+        return super().score(inputs, positions=positions, normalize=normalize, variants=variants, **options)
+
+    def token_values(
+        self, inputs: Sequence[Any], *, normalize: tuple[Any, Any] | None = None, **options: Unpack[ScoreOptions]
+    ) -> list[Tensor]:
+        """The reward read at every token of every input, from one pass of the body.
+
+        Arguments and errors are those of `score`. Value t of an input is what `score` with position t gives.
+
+        Returns:
+            For each input (T_i,), or (T_i, K) for K > 1, on the CPU; fp32 (fp64 for an fp64 model). `encode` gives the
+            tokens they belong to.
+
+        Raises:
+            ValueError: the model pools by itself (a cross-encoder), so tokens have no reward of their own.
+        """
+        return super().token_values(inputs, normalize=normalize, **options)
+
+    def values_and_reward(
+        self,
+        inputs: Sequence[Any],
+        *,
+        gamma: float = 1.0,
+        lam: float = 0.95,
+        rewards: Sequence[Any] | None = None,
+        response_start: Sequence[int] | None = None,
+        **options: Unpack[ScoreOptions],
+    ) -> ResponseValues:
+        """Critic and reward of PPO from one pass of the body: values, rewards, advantages and returns of all responses.
+
+        Meant for models trained with the TCRM loss (arXiv 2604.22981), whose reward read at any token is the expected
+        final one. A response token's value is that of the state in which it was chosen: the reward read one token
+        before it, for the first one at the prompt's last token (or, without any, its own). The reward comes with the
+        token that `score` reads, where the response ends. With gamma 1 and lam 0 an advantage is the token's credit
+        r_k − r_{k−1}.
+
+        Args:
+            inputs: as for `score`. (prompt, response) pairs and messages that end with the assistant's turn say where
+                their response starts: where their tokens differ from those of the prompt alone, a template's assistant
+                header included. Where the policy has the same tokenizer, its own token ids are surer, with
+                response_start.
+            gamma, lam: as for `rmfast.values.gae`.
+            rewards: added to the rewards: for each input as many numbers as its response has tokens, such as −β times
+                the log-ratio to a reference policy.
+            response_start: for each input the index of its response's first token.
+            options: as for `score`, but for truncation, under which a response has no start.
+
+        Returns:
+            A `rmfast.ResponseValues`, on the CPU; fp32 (fp64 for an fp64 model).
+
+        Raises:
+            InputError: as for `score`, or an input whose response's start is unknown or behind the token that is read.
+            ValueError, TypeError: an argument is wrong; the model is not causal, pools by itself or has several labels.
+        """
+        from rmfast.training.values import values_and_reward
+
+        return values_and_reward(
+            self, inputs, gamma=gamma, lam=lam, rewards=rewards, response_start=response_start,
+            **options,  # type: ignore[misc]
+        )  # fmt: skip
+
+    def patch_sweep(
+        self,
+        clean: Any,
+        corrupted: Any = None,
+        *,
+        mode: str | Tensor | Mapping[str, Tensor] = "denoising",
+        sites: str | Sequence[str] = "resid_post",
+        layers: int | Iterable[int] | None = None,
+        positions: str | Iterable[Any] | None = None,
+        heads: int | Iterable[int] | None = None,
+        neurons: int | Iterable[int] | None = None,
+        align: Any = "auto",
+        metric: Callable[[Tensor], Any] | None = None,
+        baseline: Sequence[Any] | None = None,
+        seed: int = 0,
+        screen: Literal["atp"] | None = None,
+        top: int | None = None,
+        checkpoint: str | os.PathLike[str] | None = None,
+        **options: Unpack[Options],
+    ) -> Any:
+        """Activation patching over a grid of sites: the reward of a run in which one activation is replaced, for each.
+
+        The *base run* is the corrupted text's for denoising and the clean text's for all other modes. Rewards are those
+        of the full forward with that one replacement; only the rows that it reaches are run (docs/sweep.md).
+
+        Args:
+            clean, corrupted: one text each, in any form that `score` takes, or lists of as many texts. corrupted is
+                None for modes without another run.
+            mode: "denoising" (clean activations into the corrupted run) or "noising" (corrupted ones into the clean
+                run); on the clean run alone "zero", "mean" (of all `baseline` tokens), "resample" (at each position the
+                activations of a random token of `baseline`, by `seed`), or values: a tensor that broadcasts to
+                (layers, units, width), or one for each kind of sites.
+            sites: a kind or several (`rmfast.patching.sites`): "resid_pre", "resid_mid", "resid_post", "attn_out",
+                "mlp_out", "head_out", "mlp_neuron", "q", "k", "v".
+            layers: the layers to sweep, negative from the end; default all.
+            positions: "all" (the default: each by itself), "joint" (all at once), or a list of positions of the base
+                run and of groups (lists, ranges, slices) that are replaced together.
+            heads, neurons: which units of kinds that have them; heads default to all (K/V heads for k and v).
+            align: "auto" (equal lengths position by position; else what both texts begin and end with, and between
+                that the tokens that correspond; in any case the tokens where the rewards are read), "strict" (equal
+                lengths only), or a map from clean to corrupted positions. Positions without a partner are NaN and
+                counted in `unpaired`.
+            metric: a function of the rewards (K,) that gives one number, taken in their place.
+            screen, top: with "atp", only the `top` sites that `attribution_patch` ranks first are run, others are NaN.
+            checkpoint: a file from which an interrupted sweep of the same texts, sites and model goes on.
+            options: max_length, truncation, format, batch_tokens, progress
+                (`rmfast.engine.options`); an edited run must fit into batch_tokens.
+
+        Returns:
+            A `rmfast.PatchSweep`, or for lists one for each pair.
+
+        Raises:
+            ValueError, TypeError: an argument is wrong, the texts do not differ, or the model's layers lack a part that
+                a kind names.
+        """
+        from rmfast.patching.sweep import patch_sweep  # with scipy, which takes 0.5 s
+
+        return patch_sweep(
+            self, clean, corrupted, mode=mode, sites=sites, layers=layers, positions=positions, heads=heads,
+            neurons=neurons, align=align, metric=metric, baseline=baseline, seed=seed, screen=screen, top=top,
+            checkpoint=checkpoint, **options,
+        )  # fmt: skip
+
+    def attribution_patch(
+        self,
+        clean: Any,
+        corrupted: Any = None,
+        *,
+        mode: str | Tensor | Mapping[str, Tensor] = "denoising",
+        sites: str | Sequence[str] = "resid_post",
+        layers: int | Iterable[int] | None = None,
+        positions: str | Iterable[Any] | None = None,
+        heads: int | Iterable[int] | None = None,
+        neurons: int | Iterable[int] | None = None,
+        align: Any = "auto",
+        metric: Callable[[Tensor], Any] | None = None,
+        baseline: Sequence[Any] | None = None,
+        seed: int = 0,
+        **options: Unpack[Encoding],
+    ) -> Any:
+        """Attribution patching (AtP): what `patch_sweep` gives, estimated for all sites from one backward pass.
+
+        The effect of a site is taken as the reward's gradient at the base run times the change of the activation.
+        Arguments, results and errors are those of `patch_sweep`; options are max_length, truncation and format.
+        """
+        from rmfast.patching.sweep import attribution_patch
+
+        return attribution_patch(
+            self, clean, corrupted, mode=mode, sites=sites, layers=layers, positions=positions, heads=heads,
+            neurons=neurons, align=align, metric=metric, baseline=baseline, seed=seed, **options,
+        )  # fmt: skip
+
+    def attribute(
+        self,
+        inputs: Any,
+        *,
+        components: str | Sequence[str] = ("embedding", "attn_out", "mlp_out"),
+        positions: Literal["last", "all"] = "last",
+        norm: Literal["frozen", "raw"] = "frozen",
+        **options: Unpack[Options],
+    ) -> Any:
+        """Direct attribution: the reward of a text as a sum over components, from one pass of the body.
+
+        Args:
+            inputs: one text, of any form that `score` takes, or a list of texts.
+            components: of "embedding" (the stream that enters the first layer), "attn_out" or in its place "head_out"
+                (heads, and the output projection's bias), "mlp_out" or in its place "mlp_neuron" (neurons, and the down
+                projection's bias).
+            positions: "last", the token at which `score` reads, or "all": the rewards of `token_values`.
+            norm: "frozen" takes the final norm, its scale frozen at what it is, into every contribution: they sum to
+                the reward. "raw" leaves it out, w·o_c (arXiv 2604.26130): their sum is not the reward.
+            options: max_length, truncation, format, batch_tokens, progress (`rmfast.engine.options`).
+
+        Returns:
+            A `rmfast.Attribution`, or for a list one for each text.
+
+        Raises:
+            ValueError, TypeError: an argument is wrong; the model's head is not one linear map of a token's stream, its
+                layers lack a part, or their parts do not add up to the stream (BERT).
+        """
+        from rmfast.interpret.attribution import attribute
+
+        return attribute(self, inputs, components=components, positions=positions, norm=norm, **options)
+
+    def sae_attribution(
+        self,
+        inputs: Any,
+        sae: SAE,
+        *,
+        layer: int | None = None,
+        site: str | None = None,
+        positions: Literal["last", "all"] = "last",
+        norm: Literal["frozen", "raw"] = "frozen",
+        top: int | None = None,
+        **options: Unpack[Options],
+    ) -> Any:
+        """What features of a sparse autoencoder add to the reward, f_i (W_dec γ⊙w)_i, from one pass of the body.
+
+        Args:
+            inputs: one text, of any form that `score` takes, or a list of texts.
+            sae: a `rmfast.SAE` of the model's width (`rmfast.SAE.load` reads a folder of SAELens).
+            layer, site: the stream it reads, site of "resid_pre", "resid_mid", "resid_post", "attn_out", "mlp_out";
+                default what its hook_name says.
+            positions: "last", the token at which `score` reads, or "all": the rewards of `token_values`.
+            norm: as for `attribute`.
+            top: features of a token that are kept, those of largest contribution; default k of a TopK SAE, else 64.
+            options: max_length, truncation, format, batch_tokens, progress (`rmfast.engine.options`).
+
+        Returns:
+            A `rmfast.SAEAttribution`, or for a list one for each text.
+
+        Raises:
+            ValueError, TypeError: as `attribute`; the SAE's width is not the model's, or its hook_name names no place
+                that rmfast knows, and layer or site is not given.
+        """
+        from rmfast.interpret.sae_attribution import sae_attribution
+
+        return sae_attribution(
+            self, inputs, sae, layer=layer, site=site, positions=positions, norm=norm, top=top, **options
+        )
+
+    def with_interventions(self, *interventions: Intervention) -> RewardModel:
+        """This model under interventions: `NeuronClamp`, `DirectionRemoval`, `LengthPenalty`, `LWR`, or sums of them.
+
+        Any number of such models live side by side with this one, which stays as it is, and share its weights. Clamps
+        at all positions are folded into copies of the matrices that they touch; such a model does not see a later
+        switch of adapters. What else is changed in this model's weights in place is seen. (docs/interventions.md)
+
+        Raises:
+            ValueError: an intervention was made with another model, names modules or neurons that this one lacks, does
+                not fit its width, or clashes with another; the model pools by itself, so that it has no last token.
+            TypeError: one is no intervention.
+        """
+        from rmfast.debias.apply import intervened
+
+        return intervened(self, interventions)
+
+    def lens(
+        self,
+        inputs: Sequence[Any],
+        *,
+        positions: Literal["last", "all"] = "last",
+        norm: Literal["final", "frozen", "raw"] = "final",
+        **options: Unpack[Options],
+    ) -> Lens:
+        """The reward lens: what the head makes of the residual stream after each layer, from one pass of the body.
+
+        Args:
+            inputs: as for `score`; for pairs a chosen and a rejected text alternately.
+            positions: "last", the token at which `score` reads, or "all".
+            norm: "final" applies the final norm to each layer's stream as it does to the last one's. "frozen" gives it
+                the scale that it has on the last one, so that differences of layers are what attention and MLP add to
+                the reward. "raw" leaves it out, w·h + b (arXiv 2604.26130): its last layer is not the reward.
+            options: max_length, truncation, format, batch_tokens, progress (`rmfast.engine.options`).
+
+        Returns:
+            A `rmfast.Lens`.
+
+        Raises:
+            InputError, ValueError, TypeError: as `score`; the model's body has no list of its layers, it pools by
+                itself, or (other norms than "final") its head is not one linear map or its final norm of no known kind.
+        """
+        from rmfast.interpret.lens import lens
+
+        return lens(self, inputs, positions=positions, norm=norm, **options)
+
+    def compare(
+        self,
+        clean: Sequence[Any],
+        corrupted: Sequence[Any],
+        *,
+        sites: str | Sequence[str] = ("attn_out", "mlp_out"),
+        layers: int | Iterable[int] | None = None,
+        heads: int | Iterable[int] | None = None,
+        neurons: int | Iterable[int] | None = None,
+        mode: Literal["noising", "denoising"] = "noising",
+        norm: Literal["frozen", "raw"] = "frozen",
+        align: Any = "auto",
+        label: int | None = None,
+        confidence: float = 0.95,
+        seed: int = 0,
+        **options: Unpack[Options],
+    ) -> Comparison:
+        """Does attribution predict patching? Both over pairs of texts, and how their ranks of the sites agree.
+
+        For each pair the difference of both texts' contributions (`attribute`, at the read token), beside what patching
+        the same components does (`patch_sweep`, all positions jointly).
+
+        Args:
+            clean, corrupted: as many texts each, at least 10.
+            sites: of "attn_out", "mlp_out", "head_out", "mlp_neuron"; those with the same units together.
+            layers, heads, neurons, mode, align: as for `patch_sweep`.
+            norm: as for `attribute`.
+            label: which reward of a model with K > 1.
+            confidence: of the intervals, in (0, 1).
+            seed: of the bootstrap.
+            options: max_length, truncation, format, batch_tokens, progress (`rmfast.engine.options`).
+
+        Returns:
+            A `rmfast.Comparison`.
+
+        Raises:
+            ValueError, TypeError: as `patch_sweep` and `attribute`; too few pairs or sites.
+        """
+        from rmfast.interpret.comparison import compare_attribution
+
+        return compare_attribution(
+            self, clean, corrupted, sites=sites, layers=layers, heads=heads, neurons=neurons, mode=mode, norm=norm,
+            align=align, label=label, confidence=confidence, seed=seed, **options,
+        )  # fmt: skip
+
+
+def load(
+    path_or_id: Any,
+    *,
+    dtype: Any = None,
+    device: Any = None,
+    trust_remote_code: bool = False,
+    pooling: str | int = "auto",
+    **kw: Any,
+) -> RewardModel:
+    """Load a reward model and its tokenizer with transformers.
+
+    Args:
+        path_or_id: a folder or hub id of a sequence- or token-classification checkpoint, or of a peft adapter on one.
+        dtype: a torch dtype or its name; default the checkpoint's own.
+        device: where the weights go; default a CUDA GPU where there is one, else the CPU. Not with device_map.
+        trust_remote_code: run the checkpoint's own Python code.
+        pooling: as for `RewardModel`.
+        **kw: passed to from_pretrained: device_map, quantization_config, revision, subfolder, gguf_file, ...
+
+    Raises:
+        ValueError: the checkpoint is no reward model, or its head's weights are missing.
+        OSError: there is no such checkpoint (from transformers).
+    """
+    model, tokenizer = load_checkpoint(
+        path_or_id, dtype=dtype, device=device, trust_remote_code=trust_remote_code, **kw
+    )
+    return RewardModel(model, tokenizer, pooling=pooling)

@@ -1,0 +1,1 @@
+"""Texts in and out: inputs to token ids, preference pairs, files of rows."""
