@@ -1,6 +1,6 @@
 // The few instructions that the kernels need beyond plain C++, and the three 2-, 4- and 8-byte element types.
 //
-// With RMFAST_EMULATE_CUDA these come from tests/cuda_emulator, which runs the same kernels on the CPU, a
+// With RMFAST_EMULATE_CUDA these come from tests/ops/cuda_emulator, which runs the same kernels on the CPU, a
 // fiber per thread: what a machine without a GPU can say about indices, barriers and rounding.
 #pragma once
 
