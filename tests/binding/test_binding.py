@@ -13,6 +13,7 @@ import transformers
 from torch import nn
 
 from rmfast import RewardModel
+from rmfast.binding.binding import Binding
 from rmfast.binding.find import bind
 
 IDS = M.token_ids([5, 33, 2, 17, 40, 9])
@@ -30,6 +31,19 @@ def test_the_norm_is_known_by_its_formula(family, kind):
     bound = bind(M.decoder(family))
     assert bound.norm_kind == kind
     assert bound.causal
+
+
+@pytest.mark.parametrize("make, causal", [(M.decoder, True), (M.encoder, False)])
+def test_a_row_s_rounding_in_another_place_of_the_batch_makes_no_encoder_of_a_decoder(make, causal, monkeypatch):
+    hidden = Binding.hidden
+
+    def rounded(*args):
+        out = hidden(*args).clone()
+        out[1:] *= 1 + 8 * torch.finfo(out.dtype).eps
+        return out
+
+    monkeypatch.setattr(Binding, "hidden", rounded)
+    assert bind(make()).causal == causal
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
