@@ -132,6 +132,9 @@ def forward(
         if norm == LAYER:
             mean = x.mean(-1, keepdim=True)
             x = x - mean
+            # The mean of a row far from 0 is rounded by more than the row's digits: what is left of it goes too.
+            rest = x.mean(-1, keepdim=True)
+            mean, x = mean + rest, x - rest
         if directions is None:
             out.append(_head(x, gain, offset, norm, eps))
             continue
