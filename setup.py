@@ -2,7 +2,7 @@
 
 The first two use PyTorch's stable ABI, so that one build serves torch >= 2.10 and any Python. `_planner` is a pybind11
 module for the Python that builds it, with the pybind11 headers that torch carries; without Python.h it is left out,
-and rmfast.planner runs in Python.
+and rmfast.engine.planner_python plans in Python.
 Environment: RMFAST_BUILD_EXT, RMFAST_BUILD_CUDA, TORCH_CUDA_ARCH_LIST, MAX_JOBS, NVCC_THREADS, CXX (ENVIRONMENT.md).
 """
 

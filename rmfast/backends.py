@@ -227,6 +227,8 @@ def explain(op: str | None = None, device: str | None = None) -> Explanation:
 
     Raises ValueError for an unknown op.
     """
+    if not _ops:
+        raise RuntimeError("No op is registered yet: import rmfast.ops first, or call rmfast.explain")
     if op is not None and op not in _ops:
         raise ValueError(f"Expected op to be one of {', '.join(sorted(_ops))}, got {op!r}")
     devices = [device] if device else ["cpu"] + (["cuda"] if torch.cuda.is_available() else [])

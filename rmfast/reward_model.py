@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any, Literal
 
 from torch import Tensor
 
+from rmfast.engine.options import Encoding, RunOptions, ScoreOptions, takes
 from rmfast.engine.scorer import Scorer
 from rmfast.loading import load_checkpoint
 
@@ -15,7 +17,6 @@ if TYPE_CHECKING:
     from typing_extensions import Unpack
 
     from rmfast.debias.interventions import Intervention
-    from rmfast.engine.options import Encoding, Options, ScoreOptions
     from rmfast.interpret.comparison import Comparison
     from rmfast.interpret.lens import Lens
     from rmfast.interpret.sae import SAE
@@ -40,10 +41,13 @@ class RewardModel(Scorer):
         binding: the parts found in the model (`rmfast.binding.binding.Binding`).
         interventions: what `with_interventions` has put in, or None.
 
+    What it has beside these and the methods below is `Scorer`'s, which workloads stand on, and may change.
+
     Raises:
         ValueError: no body and head are found in the model, or they do not reproduce its own logits on a few tokens.
     """
 
+    @takes(ScoreOptions)
     def score(  # type: ignore[override]
         self,
         inputs: Sequence[Any],
@@ -84,9 +88,10 @@ class RewardModel(Scorer):
         if interventions is not None:
             from rmfast.debias.apply import variants_of
 
-            variants = variants_of(self, interventions, intervention_index)
+            variants = partial(variants_of, self, interventions, intervention_index)
         return super().score(inputs, positions=positions, normalize=normalize, variants=variants, **options)
 
+    @takes(ScoreOptions)
     def token_values(
         self, inputs: Sequence[Any], *, normalize: tuple[Any, Any] | None = None, **options: Unpack[ScoreOptions]
     ) -> list[Tensor]:
@@ -103,6 +108,7 @@ class RewardModel(Scorer):
         """
         return super().token_values(inputs, normalize=normalize, **options)
 
+    @takes(ScoreOptions, "truncation")
     def values_and_reward(
         self,
         inputs: Sequence[Any],
@@ -146,6 +152,7 @@ class RewardModel(Scorer):
             **options,  # type: ignore[misc]
         )  # fmt: skip
 
+    @takes(RunOptions)
     def patch_sweep(
         self,
         clean: Any,
@@ -164,7 +171,7 @@ class RewardModel(Scorer):
         screen: Literal["atp"] | None = None,
         top: int | None = None,
         checkpoint: str | os.PathLike[str] | None = None,
-        **options: Unpack[Options],
+        **options: Unpack[RunOptions],
     ) -> Any:
         """Activation patching over a grid of sites: the reward of a run in which one activation is replaced, for each.
 
@@ -191,8 +198,8 @@ class RewardModel(Scorer):
             metric: a function of the rewards (K,) that gives one number, taken in their place.
             screen, top: with "atp", only the `top` sites that `attribution_patch` ranks first are run, others are NaN.
             checkpoint: a file from which an interrupted sweep of the same texts, sites and model goes on.
-            options: max_length, truncation, format, batch_tokens, progress
-                (`rmfast.engine.options`); an edited run must fit into batch_tokens.
+            options: max_length, truncation, format, batch_tokens, progress (`rmfast.engine.options`). An edited run
+                must fit into batch_tokens, whose default is twice that of `score`.
 
         Returns:
             A `rmfast.PatchSweep`, or for lists one for each pair.
@@ -209,6 +216,7 @@ class RewardModel(Scorer):
             checkpoint=checkpoint, **options,
         )  # fmt: skip
 
+    @takes(Encoding)
     def attribution_patch(
         self,
         clean: Any,
@@ -238,6 +246,7 @@ class RewardModel(Scorer):
             neurons=neurons, align=align, metric=metric, baseline=baseline, seed=seed, **options,
         )  # fmt: skip
 
+    @takes(RunOptions)
     def attribute(
         self,
         inputs: Any,
@@ -245,7 +254,7 @@ class RewardModel(Scorer):
         components: str | Sequence[str] = ("embedding", "attn_out", "mlp_out"),
         positions: Literal["last", "all"] = "last",
         norm: Literal["frozen", "raw"] = "frozen",
-        **options: Unpack[Options],
+        **options: Unpack[RunOptions],
     ) -> Any:
         """Direct attribution: the reward of a text as a sum over components, from one pass of the body.
 
@@ -270,6 +279,7 @@ class RewardModel(Scorer):
 
         return attribute(self, inputs, components=components, positions=positions, norm=norm, **options)
 
+    @takes(RunOptions)
     def sae_attribution(
         self,
         inputs: Any,
@@ -280,7 +290,7 @@ class RewardModel(Scorer):
         positions: Literal["last", "all"] = "last",
         norm: Literal["frozen", "raw"] = "frozen",
         top: int | None = None,
-        **options: Unpack[Options],
+        **options: Unpack[RunOptions],
     ) -> Any:
         """What features of a sparse autoencoder add to the reward, f_i (W_dec γ⊙w)_i, from one pass of the body.
 
@@ -323,13 +333,14 @@ class RewardModel(Scorer):
 
         return intervened(self, interventions)
 
+    @takes(RunOptions)
     def lens(
         self,
         inputs: Sequence[Any],
         *,
         positions: Literal["last", "all"] = "last",
         norm: Literal["final", "frozen", "raw"] = "final",
-        **options: Unpack[Options],
+        **options: Unpack[RunOptions],
     ) -> Lens:
         """The reward lens: what the head makes of the residual stream after each layer, from one pass of the body.
 
@@ -352,6 +363,7 @@ class RewardModel(Scorer):
 
         return lens(self, inputs, positions=positions, norm=norm, **options)
 
+    @takes(RunOptions)
     def compare(
         self,
         clean: Sequence[Any],
@@ -367,7 +379,7 @@ class RewardModel(Scorer):
         label: int | None = None,
         confidence: float = 0.95,
         seed: int = 0,
-        **options: Unpack[Options],
+        **options: Unpack[RunOptions],
     ) -> Comparison:
         """Does attribution predict patching? Both over pairs of texts, and how their ranks of the sites agree.
 

@@ -15,14 +15,15 @@ import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import numpy as np
 import safetensors.torch
 import torch
 from torch import Tensor
 
-from rmfast.engine.scorer import Scorer
+if TYPE_CHECKING:
+    from rmfast.engine.scorer import Scorer
 
 Positions = Literal["last", "all"]
 Side = Literal["before", "after"]

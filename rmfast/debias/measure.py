@@ -6,13 +6,15 @@ import re
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
 
-from rmfast.engine.scorer import Scorer
 from rmfast.texts.pairs import Pair, read_pairs, text_of
+
+if TYPE_CHECKING:
+    from rmfast.engine.scorer import Scorer
 
 Attribute = Callable[[str, str], float]
 _WORD = re.compile(r"\w+")
@@ -159,7 +161,7 @@ class Report:
         whole = self["accuracy"]
         cells = [["attribute", "Spearman with the reward", "accuracy, chosen has more", "chosen has less"]]
         for name in self.attributes:
-            spearman, more, less = (self[name, measure] for measure in MEASURES)
+            spearman, more, less = (self[name, measure] for measure in _MEASURES)
             cells.append([name, _figure(spearman, "+.3f"), *(f"{_figure(row)}  n {row.n}" for row in (more, less))])
         widths = [max(map(len, column)) for column in zip(*cells)]
         lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip() for row in cells]
@@ -170,7 +172,7 @@ class Report:
         return plot({"": self})
 
 
-MEASURES = ("spearman", "accuracy_more", "accuracy_less")
+_MEASURES = ("spearman", "accuracy_more", "accuracy_less")
 
 
 def _figure(row: Row, spec: str = ".3f") -> str:
@@ -278,7 +280,7 @@ def _reported(rewards: np.ndarray, found: Attributes, resamples: int, confidence
     labels = [("", "accuracy", n)]
     for name in found.names:
         counts = 2 * n, int((more[name] > 0).sum()), int((more[name] < 0).sum())
-        labels += [(name, measure, count) for measure, count in zip(MEASURES, counts)]
+        labels += [(name, measure, count) for measure, count in zip(_MEASURES, counts)]
     rows = [
         Row(name, measure, float(v), float(a), float(b), count)
         for (name, measure, count), v, a, b in zip(labels, value, low, high)
@@ -340,7 +342,7 @@ def plot(reports: Mapping[str, Report]) -> Any:
     for i, (label, each) in enumerate(reports.items()):
         color, width = colors[i % len(colors)], 0.8 / len(reports)
         at = np.arange(len(names)) - 0.4 + width * (i + 0.5)
-        spearman, more, less = ([each[name, measure] for name in names] for measure in MEASURES)
+        spearman, more, less = ([each[name, measure] for name in names] for measure in _MEASURES)
         bars(axes[0], at, spearman, width, color=color, label=label)
         bars(axes[1], at - width / 4, more, width / 2, color=color, label=label)
         bars(axes[1], at + width / 4, less, width / 2, color=color, alpha=0.5, hatch="///")

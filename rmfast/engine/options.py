@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Literal, TypedDict
+import inspect
+from collections.abc import Callable
+from functools import wraps
+from typing import Any, Literal, TypedDict, TypeVar, get_type_hints
 
 from rmfast.texts.inputs import Format, Truncation
+
+F = TypeVar("F", bound=Callable)
 
 
 class Encoding(TypedDict, total=False):
@@ -23,7 +28,7 @@ class Encoding(TypedDict, total=False):
     format: Format | None
 
 
-class Options(Encoding, total=False):
+class RunOptions(Encoding, total=False):
     """How inputs become token ids, and how those run.
 
     Attributes:
@@ -36,11 +41,42 @@ class Options(Encoding, total=False):
     progress: bool
 
 
-class ScoreOptions(Options, total=False):
-    """`Options`, and which engine runs.
+class ScoreOptions(RunOptions, total=False):
+    """`RunOptions`, and which engine runs.
 
     Attributes:
         engine: "packed" (no padding, shared prompts once) or "padded"; default packed where the model can run so.
     """
 
     engine: Literal["packed", "padded"] | None
+
+
+_DEFAULTS: dict[str, Any] = {"truncation": "error", "progress": False}  # of all others None
+
+
+def takes(kind: type, *but: str) -> Callable[[F], F]:
+    """For a method with `**options`: shows the options of `kind`, but for some, in its signature, and refuses others.
+
+    Without it a misspelt option would only fail where the options end up, under the name of another function.
+    """
+    hints = {name: hint for name, hint in get_type_hints(kind).items() if name not in but}
+
+    def decorate(method: F) -> F:
+        signature = inspect.signature(method)
+        own = [parameter for parameter in signature.parameters.values() if parameter.kind != parameter.VAR_KEYWORD]
+        options = [
+            inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=_DEFAULTS.get(name), annotation=hint)
+            for name, hint in hints.items()
+        ]
+        known = {parameter.name for parameter in (*own, *options)}
+
+        @wraps(method)
+        def call(*args: Any, **given: Any) -> Any:
+            if unknown := given.keys() - known:
+                raise TypeError(f"{method.__qualname__}() got an unexpected keyword argument {min(unknown)!r}")
+            return method(*args, **given)
+
+        call.__signature__ = signature.replace(parameters=[*own, *options])  # type: ignore[attr-defined]
+        return call  # type: ignore[return-value]
+
+    return decorate

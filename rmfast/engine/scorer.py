@@ -140,7 +140,7 @@ class Scorer:
         warnings.warn(
             f"A text ends with token {pad}, this model's pad_token_id{' and eos_token_id' if same else ''}. As in "
             'transformers, the reward is read at the last token that is not; pooling="last" reads the very last',
-            stacklevel=5,
+            stacklevel=6,
         )
 
     def score(
@@ -149,7 +149,7 @@ class Scorer:
         *,
         positions: Sequence[int] | None = None,
         normalize: tuple[Any, Any] | None = None,
-        variants: Callable[..., Tensor] | None = None,
+        variants: Callable[[], Callable[..., Tensor]] | None = None,
         batch_tokens: int | None = None,
         progress: bool = False,
         engine: Literal["packed", "padded"] | None = None,
@@ -158,9 +158,10 @@ class Scorer:
         """See `RewardModel.score`.
 
         Args:
-            variants: what runs in place of the model's own rewards: of `run`'s first five arguments, (..., N, K).
+            variants: makes what runs in place of the model's own rewards: of `run`'s first five arguments, (..., N, K).
         """
         scale = None if normalize is None else _normalize(normalize, self.num_labels)
+        varied = None if variants is None else variants()
         encoded = self.encode(inputs, **encoding)
         if positions is not None and len(positions) != len(encoded):
             raise ValueError(f"Expected one position for each of {len(encoded)} inputs, got {len(positions)}")
@@ -172,11 +173,11 @@ class Scorer:
             read = []
             for i, item in enumerate(encoded):
                 read.append(np.array([self.position(item.ids, i, None if positions is None else positions[i])]))
-        if variants is None:
+        if varied is None:
             values = self.run(encoded, read, batch_tokens, progress, engine)
             out = self.corrected(torch.cat(values) if values else torch.empty(0, self.num_labels), encoded)
         else:
-            out = variants(encoded, read, batch_tokens, progress, engine)
+            out = varied(encoded, read, batch_tokens, progress, engine)
         if scale is not None:
             out = (out - scale[0].to(out)) / scale[1].to(out)
         return out[..., 0] if self.num_labels == 1 else out

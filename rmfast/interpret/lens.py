@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, Literal, cast
+from typing import TYPE_CHECKING, Any, Literal, cast
 
 import numpy as np
 import torch
@@ -24,13 +24,15 @@ from rmfast.binding.layer_list import layered
 from rmfast.binding.session import replaced_forward
 from rmfast.engine.attention import entering
 from rmfast.engine.scorer import Scorer
-from rmfast.interpret.comparison import Estimate
 from rmfast.interpret.frozen_head import FrozenHead, check_norm
 from rmfast.ops import reward_head
 from rmfast.patching.points import Point
 from rmfast.patching.watched import run_watched
 from rmfast.plots import figure_size, heat_map, needed
 from rmfast.texts.inputs import words
+
+if TYPE_CHECKING:
+    from rmfast.interpret.comparison import Estimate
 
 NormUse = Literal["final", "frozen", "raw"]
 

@@ -222,7 +222,7 @@ class Request:
         tokens = len(base.ids)
         if other is not None:
             partner = torch.from_numpy(pair.partner[:tokens].clip(0))
-            return lru_cache(4)(lambda kind, layer: rows_at(other.activations(kind, layer), partner))
+            return lru_cache(4)(lambda kind, layer: _rows_at(other.activations(kind, layer), partner))
         if self.mode == "zero":
 
             def zeros(kind: str, layer: int) -> Tensor:
@@ -270,7 +270,7 @@ class Request:
                 rows = record.activations(*key)
                 if key not in found:
                     found[key] = rows.new_empty(tokens, *rows.shape[1:])
-                found[key][torch.from_numpy(here).to(rows.device)] = rows_at(rows, torch.from_numpy(token[here]))
+                found[key][torch.from_numpy(here).to(rows.device)] = _rows_at(rows, torch.from_numpy(token[here]))
         return lambda kind, layer: found[kind, layer]
 
     def fingerprint(self, pairs: list[Pair], *more: Any) -> str:
@@ -335,6 +335,6 @@ class Request:
         return out
 
 
-def rows_at(rows: Tensor, index: Tensor) -> Tensor:
+def _rows_at(rows: Tensor, index: Tensor) -> Tensor:
     """rows[index], the index moved to the rows' device."""
     return rows[index.to(rows.device)]

@@ -36,7 +36,7 @@ _KV = (_CODE["k"], _CODE["v"])
 
 @dataclass(eq=False)
 class SuffixRecord:
-    """A run of one text up to its read token, as sites.Record; T is the tokens up to there.
+    """A run of one text up to its read token, as `rmfast.patching.sites.Record`; T is the tokens up to there.
 
     Attributes:
         stream: (T, d) by the layer that it enters, L after the last one.
@@ -62,7 +62,7 @@ class SuffixRecord:
 
 
 class SuffixPatcher:
-    """sites.Patcher of a causal model whose layers the engine knows by structure."""
+    """`rmfast.patching.sites.Patcher` of a causal model whose layers the engine knows by structure."""
 
     def __init__(self, engine: Engine):
         assert engine.mode == "fused", engine.why

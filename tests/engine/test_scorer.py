@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import warnings
 
 import models as M
@@ -366,3 +367,20 @@ def test_no_max_length_lifts_the_limit_of_a_position_table(make):
     with pytest.raises(InputError, match="tokens, over max_length"):
         rm.score(M.token_ids([200]), max_length=1000)
     assert rm.score(M.token_ids([200]), max_length=1000, truncation="left").shape == (1,)
+
+
+@pytest.mark.parametrize(
+    "method", ["score", "token_values", "values_and_reward", "lens", "attribute", "patch_sweep", "compare"]
+)
+@pytest.mark.parametrize("name", ["maxlength", "errors", "variants"])
+def test_an_unknown_option_is_refused_by_the_method_s_own_name(method, name):
+    rm = rmfast.RewardModel(M.decoder("llama"))
+    with pytest.raises(TypeError, match=rf"RewardModel.{method}\(\) got an unexpected keyword argument '{name}'"):
+        getattr(rm, method)([[1, 2]], **{name: 3})
+
+
+def test_signatures_show_the_run_options():
+    parameters = inspect.signature(rmfast.RewardModel.score).parameters
+    assert parameters["truncation"].default == "error" and parameters["engine"].default is None
+    assert "engine" not in inspect.signature(rmfast.RewardModel.lens).parameters
+    assert "truncation" not in inspect.signature(rmfast.RewardModel.values_and_reward).parameters

@@ -14,7 +14,7 @@ from rmfast.engine.scorer import Scorer
 from rmfast.integrations.reward_lens.theirs import Outside
 
 _guard = threading.RLock()
-# A RewardModel holds its model: kept as long as what reward-lens wraps the model in (a runtime, its RewardModel), it
+# A Scorer holds its model: kept as long as what reward-lens wraps the model in (a runtime, its RewardModel), it
 # goes when they go; other wrappers of the same model find it in _by_model.
 _by_owner: weakref.WeakKeyDictionary[Any, Scorer | str] = weakref.WeakKeyDictionary()
 _by_model: weakref.WeakKeyDictionary[nn.Module, weakref.ref[Scorer]] = weakref.WeakKeyDictionary()

@@ -36,7 +36,7 @@ def wrapped_model(wrapper: Any) -> Scorer:
 
 def reward_of(rm: Scorer, ids: np.ndarray) -> float:
     """The first label of one text, as `rm.score` reads it."""
-    return float(rm.run([Encoded(ids)], [np.array([rm.position(ids, 0, None)])], None, False, None)[0][0, 0])
+    return float(rm.run([Encoded(ids)], [np.array([rm.position(ids, 0)])])[0][0, 0])
 
 
 def one_text(rm: Scorer, inputs: dict[str, Tensor]) -> tuple[np.ndarray, int]:
