@@ -33,7 +33,7 @@ test-models: build  ## the models' tests on the oldest transformers that is supp
 	test -d $(OLD) || $(BIN)/pip install -q --no-deps --target $(OLD) \
 		transformers==5.17.0 huggingface_hub==1.31.0 httpx==0.28.1 httpcore==1.0.9
 	PYTHONPATH=$(OLD) $(PYTEST) -n 2 \
-		tests/binding tests/texts/test_inputs.py tests/engine/test_scorer.py tests/engine/test_packed.py tests/test_loading.py \
+		tests/binding tests/texts/test_inputs.py tests/engine/test_scorer.py tests/engine/test_packed.py tests/loading \
 		tests/patching/test_points.py tests/patching/test_layers_*.py tests/interpret/test_attribution*.py \
 		tests/interpret/test_lens.py
 

@@ -206,6 +206,7 @@ setup(
         "rmfast.integrations",
         "rmfast.integrations.reward_lens",
         "rmfast.interpret",
+        "rmfast.loading",
         "rmfast.ops",
         "rmfast.patching",
         "rmfast.texts",

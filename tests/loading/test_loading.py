@@ -80,17 +80,6 @@ def test_load_of_nothing_is_transformers_own_error(tmp_path):
         rmfast.load(tmp_path / "missing")
 
 
-def test_load_reads_an_adapter(tmp_path):
-    peft = pytest.importorskip("peft")
-    base = save(tmp_path / "base", M.decoder("llama"), M.tokenizer())
-    model = transformers.AutoModelForSequenceClassification.from_pretrained(base, dtype=torch.float32)
-    adapted = peft.get_peft_model(model, peft.LoraConfig(task_type="SEQ_CLS", init_lora_weights=False)).eval()
-    want = RewardModel(adapted).score(TEXTS)
-    save(tmp_path / "adapter", adapted, M.tokenizer())
-    loaded = rmfast.load(tmp_path / "adapter", device="cpu", num_labels=1)
-    torch.testing.assert_close(loaded.score(TEXTS), want)
-
-
 REMOTE = """
 import torch
 from transformers import LlamaConfig, LlamaModel, LlamaPreTrainedModel
