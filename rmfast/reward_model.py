@@ -422,15 +422,17 @@ def load(
     """Load a reward model and its tokenizer with transformers.
 
     Args:
-        path_or_id: a folder or hub id of a sequence- or token-classification checkpoint, or of a peft adapter on one.
+        path_or_id: a folder or hub id of a sequence- or token-classification checkpoint, or of a peft adapter on
+            one, or on a language model to which it brings a head.
         dtype: a torch dtype or its name; default the checkpoint's own.
         device: where the weights go; default a CUDA GPU where there is one, else the CPU. Not with device_map.
         trust_remote_code: run the checkpoint's own Python code.
         pooling: as for `RewardModel`.
-        **kw: passed to from_pretrained: device_map, quantization_config, revision, subfolder, gguf_file, ...
+        **kw: passed to from_pretrained: device_map, quantization_config, revision, subfolder, num_labels, ...
 
     Raises:
-        ValueError: the checkpoint is no reward model, or its head's weights are missing.
+        ValueError: the checkpoint is no reward model; or it lacks weights that the reward depends on, has them in
+            another shape, or has some that the model has no place for: the message names them.
         OSError: there is no such checkpoint (from transformers).
     """
     model, tokenizer = load_checkpoint(

@@ -43,6 +43,7 @@ class ModelOptions:
     ] = None
     trust_remote_code: Annotated[bool, typer.Option("--trust-remote-code")] = False
     revision: Annotated[str | None, typer.Option(help="Of a model on the hub.")] = None
+    num_labels: Annotated[int | None, typer.Option(min=1, help="Rewards of a text; default: as it is saved.")] = None
     gguf_file: Annotated[str | None, typer.Option(help="The GGUF file in the model's folder.")] = None
     traceback: Annotated[bool, typer.Option("--traceback", help="Show where an error arose.")] = False
 
@@ -120,7 +121,7 @@ def fail(message: str, code: int = 1) -> NoReturn:
 def load_model(options: ModelOptions) -> Any:
     """The RewardModel that the options name."""
     pooling: str | int = int(options.pooling) if options.pooling.lstrip("-").isdigit() else options.pooling
-    given = {name: getattr(options, name) for name in ("dtype", "device", "revision", "gguf_file")}
+    given = {name: getattr(options, name) for name in ("dtype", "device", "revision", "num_labels", "gguf_file")}
     return rmfast.load(
         options.model,
         pooling=pooling,

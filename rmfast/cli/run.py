@@ -33,7 +33,17 @@ class Run:
         self.kind = options.input_format or kind_of(options.input)
         self.count, digest = count_and_digest(options.input, self.kind)
         local = Path(options.model)
-        fixed = ("columns", "format", "truncation", "max_length", "pooling", "dtype", "revision", "gguf_file")
+        fixed = (
+            "columns",
+            "format",
+            "truncation",
+            "max_length",
+            "pooling",
+            "dtype",
+            "revision",
+            "num_labels",
+            "gguf_file",
+        )
         names = [field.name for field in dataclasses.fields(Options) if field.name.endswith("_column")]
         run = {
             "rmfast": rmfast.__version__,

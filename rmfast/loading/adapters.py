@@ -104,7 +104,7 @@ def _head_size(auto: str, base: str, shared: dict[str, Any], saved: dict[str, Te
 
 
 def _embedding_rows(model: Any, config: Any, saved: dict[str, Tensor]) -> int:
-    """Rows of the embedding that the adapter was trained on, where it brings them along; there are no weights for others."""
+    """Rows of the embedding that the adapter was trained on, where it brings them along; others have no weights."""
     embedding = next(name for name, module in model.named_modules() if module is model.get_input_embeddings())
     tables = [saved[name] for name in (f"{embedding}.weight", f"{embedding}.base_layer.weight") if name in saved]
     tokens = getattr(config, "trainable_token_indices", None) or []

@@ -222,3 +222,15 @@ def test_engine_reaches_the_model(folder, tmp_path, monkeypatch, command, engine
 def test_help_needs_neither_torch_nor_transformers():
     code = "import sys, rmfast.cli; print([name for name in ('torch', 'transformers') if name in sys.modules])"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout == "[]\n"
+
+
+@pytest.mark.parametrize(("labels", "code"), [(3, 0), (2, 1)])
+def test_num_labels_says_how_many_rewards_the_head_gives(tmp_path, labels, code):
+    """An error that names it where the head in the file has another number."""
+    source = files(saved(tmp_path / "model", labels=3), tmp_path, [{"text": "a"}])
+    done = run("score", *source, "--num-labels", labels)
+    assert done.exit_code == code, done.output
+    if code:
+        assert "num_labels=2, got (3, 48)" in done.output
+    else:
+        assert len(read(tmp_path / "out.jsonl")[0]["reward"]) == 3

@@ -91,7 +91,12 @@ def test_a_finished_run_loads_no_model_again(folder, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("options", "word"), [(["--truncation", "left"], "truncation"), (["--dtype", "float64"], "dtype")]
+    ("options", "word"),
+    [
+        (["--truncation", "left"], "truncation"),
+        (["--dtype", "float64"], "dtype"),
+        (["--num-labels", "1"], "num_labels"),
+    ],
 )
 def test_going_on_with_other_options_is_refused(folder, tmp_path, options, word):
     args = files(folder, tmp_path, [{"text": "a"}])

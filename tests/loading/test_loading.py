@@ -75,6 +75,16 @@ def test_load_refuses_a_head_that_was_never_trained(tmp_path):
         rmfast.load(tmp_path)
 
 
+def test_load_of_a_gguf_file_says_that_its_head_is_not_read(tmp_path):
+    writer = pytest.importorskip("gguf").GGUFWriter(str(tmp_path / "model.gguf"), "llama")
+    writer.add_block_count(1)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.close()
+    with pytest.raises(ValueError, match=r"model\.gguf in .*body of a GGUF file and no head"):
+        rmfast.load(tmp_path, gguf_file="model.gguf")
+
+
 def test_load_of_nothing_is_transformers_own_error(tmp_path):
     with pytest.raises(OSError):
         rmfast.load(tmp_path / "missing")
