@@ -30,6 +30,7 @@ from rmfast.binding.modules import (
     unwrap,
 )
 from rmfast.binding.norms import Call, gain_of, norm_kind
+from rmfast.binding.refusals import rule_of
 from rmfast.binding.rope import kept_rope, rope_modules
 from rmfast.binding.session import eval_mode, lock_of
 
@@ -70,6 +71,12 @@ def _bind(root: nn.Module, read_id: int | None, avoid: tuple[int, ...]) -> Bindi
     where = f"{type(root).__name__} (top-level modules: {', '.join(name for name, _ in root.named_children())})"
 
     body = _find_body(calls)
+    if body is None and getattr(own, "last_hidden_state", None) is not None:
+        raise ValueError(
+            f"{type(root).__name__} is a body without a head: it returns hidden states, and no reward. Expected a "
+            "model with a reward head, as AutoModelForSequenceClassification makes it (or, where the head is in the "
+            "checkpoint's own code, AutoModel with trust_remote_code=True)"
+        )
     if body is None:
         raise ValueError(
             f"No body found in {where}: rmfast looks for a module inside it that returns last_hidden_state (B, T, d)"
@@ -124,6 +131,9 @@ def _bind(root: nn.Module, read_id: int | None, avoid: tuple[int, ...]) -> Bindi
     if logits.dim() == 2 and logits.size(0) == 1 and not bound.causal and _pools_safely(bound, ids):
         return bound
     tail = ", ".join(call.name for call in chain) if chain else "none that starts at the hidden state"
+    rule = rule_of(_called_after(calls, body), states, logits)
+    if rule is not None:
+        raise ValueError(f"The head of {where} is not one that rmfast scores: {rule}")
     raise ValueError(
         f"The head of {where} is not one that rmfast knows: it looks for modules that turn each hidden state into its "
         f"logits (a Linear, or an MLP as one module), read at the last token, or for an encoder that pools by itself. "
@@ -203,12 +213,17 @@ def _find_norm(calls: list[Call], body: Call, states: Tensor) -> Call | None:
     return None
 
 
-def _find_head(calls: list[Call], body: Call, states: Tensor) -> list[Call] | None:
-    """The outermost modules called after the body, as a chain from the hidden state; None where it has a gap."""
+def _called_after(calls: list[Call], body: Call) -> list[Call]:
+    """The outermost modules called after the body."""
     done = next(i for i, call in enumerate(calls) if call is body)
     after = [call for call in calls[done + 1 :] if not (body.name + ".").startswith(call.name + ".") and call.name]
     names = {call.name for call in after}
-    tail = [call for call in after if not any(call.name.startswith(name + ".") for name in names)]
+    return [call for call in after if not any(call.name.startswith(name + ".") for name in names)]
+
+
+def _find_head(calls: list[Call], body: Call, states: Tensor) -> list[Call] | None:
+    """What was called after the body, as a chain from the hidden state; None where it has a gap."""
+    tail = _called_after(calls, body)
     given: Tensor = states
     for call in tail:
         if not isinstance(call.given, Tensor) or not isinstance(call.result, Tensor):
