@@ -6,6 +6,7 @@ name of the file that the model has no place for it leaves out. Both give a rewa
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
@@ -72,7 +73,9 @@ def restore_buffers(model: nn.Module, info: dict[str, Any]) -> None:
     """
     if not type(model).__module__.startswith("transformers_modules."):
         return
-    saved = model.state_dict().keys() - {name for name in info["missing_keys"] if name.endswith(_COMPUTED)}
+    ignored = re.compile("|".join(getattr(model, "_keys_to_ignore_on_load_missing", None) or ["(?!)"]))  # none: nothing
+    missing = {name for name in info["missing_keys"] if name.endswith(_COMPUTED)}
+    saved = {name for name in model.state_dict() if name not in missing and not ignored.search(name)}
     with _parameters_on_meta(), torch.no_grad():
         made = dict(type(model)(model.config).named_buffers())  # type: ignore[arg-type]
     for name, buffer in model.named_buffers():

@@ -93,11 +93,16 @@ class OwnRewardModel(LlamaPreTrainedModel):
 """
 
 
-@pytest.mark.parametrize("keeps", [False, True], ids=["never saved", "missing"])
-def test_a_missing_weight_that_plays_no_part_and_a_computed_buffer_are_no_fault(tmp_path, keeps):
+@pytest.mark.parametrize(
+    ("keeps", "ignored"),
+    [(False, []), (True, []), (True, ["inv_freq"])],
+    ids=["never saved", "missing", "missing and ignored"],
+)
+def test_a_missing_weight_that_plays_no_part_and_a_computed_buffer_are_no_fault(tmp_path, keeps, ignored):
     """An unused lm_head; buffers of the checkpoint's own code, which transformers leaves as memory happens to be."""
     model = M.decoder("llama")
-    folder = remote(tmp_path / f"keeps_{keeps}", model, CODE, keeps=keeps, gates=0)
+    code = CODE.replace("config_class", f"_keys_to_ignore_on_load_missing = {ignored}\n    config_class")
+    folder = remote(tmp_path / f"buffers_{keeps}_{len(ignored)}", model, code, keeps=keeps, gates=0)
     junk = [torch.randn(48) for _ in range(1000)]
     del junk
     got = rmfast.load(folder, device="cpu", trust_remote_code=True)
