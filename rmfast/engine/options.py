@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from functools import wraps
 from typing import Any, Literal, TypedDict, TypeVar, get_type_hints
 
@@ -21,11 +21,16 @@ class Encoding(TypedDict, total=False):
             Tokens that the tokenizer adds ([CLS], [SEP]) and a leading BOS are kept.
         format: how pairs become text: "chat", "pair" (the tokenizer's pair encoding), "concat", or a function of one
             input that returns an input; default as the model and tokenizer suggest.
+        chat_template_kwargs: what the chat template is given beside the messages, like {"enable_thinking": False}; a
+            record's own (docs/reward_model.md) come on top.
+        tools: for the chat template: JSON schemas, or functions; a record's own go in their place.
     """
 
     max_length: int | None
     truncation: Truncation
     format: Format | None
+    chat_template_kwargs: Mapping[str, Any] | None
+    tools: Sequence[Any] | None
 
 
 class RunOptions(Encoding, total=False):

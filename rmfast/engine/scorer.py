@@ -47,7 +47,7 @@ class Scorer:
         binding: the parts found in the model.
         interventions: what the model is under (`rmfast.debias.apply.intervened`), or None.
         base: the scorer without them; None where this is it.
-        warned: whether it has been said that a text ends in padding.
+        warned: what has been said: "end", that a text ends in padding; "ids", that token ids come with theirs.
     """
 
     def __init__(self, model: nn.Module, tokenizer: Any = None, *, pooling: str | int = "auto"):
@@ -66,7 +66,7 @@ class Scorer:
             raise ValueError(f'{name} pools by itself: expected pooling to be "auto", got {pooling!r}')
         self.interventions: Any = None
         self.base: Scorer | None = None
-        self.warned = False
+        self.warned: set[str] = set()
         self._engine: tuple[tuple, Engine | str] | None = None
 
     @property
@@ -84,6 +84,7 @@ class Scorer:
     def encode(
         self, inputs: Sequence[Any], *, errors: Literal["raise", "return"] = "raise", max_length: int | None = None,
         truncation: Truncation = "error", format: Format | None = None,
+        chat_template_kwargs: Mapping[str, Any] | None = None, tools: Sequence[Any] | None = None,
     ) -> list[Any]:  # fmt: skip
         """Inputs as token ids, formatted, checked and cut as `score` would; `score` takes the results as inputs.
 
@@ -94,7 +95,7 @@ class Scorer:
         Raises:
             InputError: with errors="raise", the first input that can't be scored; `.index` is its position.
         """
-        return encode(
+        encoded = encode(
             inputs,
             self.tokenizer,
             causal=self.binding.causal,
@@ -102,8 +103,12 @@ class Scorer:
             max_length=_least(self.table, self.max_length if max_length is None else max_length),
             truncation=truncation,
             format=format,
+            chat_template_kwargs=chat_template_kwargs,
+            tools=tools,
             errors=errors,
         )
+        self._warn_padded(encoded)
+        return encoded
 
     def position(self, ids: np.ndarray, index: int, given: int | None = None) -> int:
         """The token at which an input (index among the inputs, for its error) is read: `given`, or by `pooling`."""
@@ -131,9 +136,9 @@ class Scorer:
         return [self.position(item.ids, i) for i, item in enumerate(encoded)]
 
     def _warn_pad(self, pad: int) -> None:
-        if self.warned:
+        if "end" in self.warned:
             return
-        self.warned = True
+        self.warned.add("end")
         config = self.binding.config
         eos = getattr(config, "eos_token_id", None)
         same = pad in eos if isinstance(eos, list | tuple) else pad == eos
@@ -142,6 +147,31 @@ class Scorer:
             'transformers, the reward is read at the last token that is not; pooling="last" reads the very last',
             stacklevel=6,
         )
+
+    def _warn_padded(self, encoded: Sequence[Any]) -> None:
+        """Of token ids that come in a padded batch: their pads are run like other tokens."""
+        config, tokenizer = self.binding.config, self.tokenizer
+        pads, starts = (
+            {id_ for of in (config, tokenizer) if isinstance(id_ := getattr(of, name, None), int)}
+            for name in ("pad_token_id", "bos_token_id")
+        )
+        for i, item in enumerate(encoded):
+            if "ids" in self.warned or not pads:
+                return
+            if not isinstance(item, Encoded) or item.fixed is not None or len(item) < 2:  # an error; text; one token
+                continue
+            first, second, *_, before, last = item.ids[[0, 1, -2, -1]].tolist()
+            # One such token may begin a text where padding is also BOS, or end it where it is EOS; two are padding.
+            left = first in pads and (first not in starts or second == first)
+            right = last in pads and last == before and (self.pooling != "auto" or not self.binding.head)
+            if left or right:
+                self.warned.add("ids")
+                warnings.warn(
+                    f"Input {i} {'begins' if left else 'ends'} with token {first if left else last}, which is padding. "
+                    "Token ids are scored as they are, pads included; give the tokenizer's result, with its input_ids "
+                    "and attention_mask, to leave them out",
+                    stacklevel=5,
+                )
 
     def score(
         self,

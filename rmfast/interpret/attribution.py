@@ -216,7 +216,7 @@ def attribute(
         if value not in known:
             raise ValueError(f'Expected {name} to be "{known[0]}" or "{known[1]}", got {value!r}')
     many = several(inputs)
-    texts = rm.encode(list(inputs) if many else [inputs], **encoding)
+    texts = rm.encode(inputs if many else [inputs], **encoding)
     parts = Components(rm, [name for name in GIVES if name in named], norm, batch_tokens, progress)
     results = _attributions(parts, texts, positions == "all")
     return results if many else results[0]

@@ -14,7 +14,7 @@ from rmfast.interpret.attribution import Attribution, attribute
 from rmfast.patching.grid import PatchSweep
 from rmfast.patching.sweep import patch_sweep
 from rmfast.plots import needed
-from rmfast.texts.inputs import several
+from rmfast.texts.inputs import listed, several
 
 # An interval from fewer pairs says nothing, nor does a rank among fewer sites: of 4 there are 24 orders.
 LEAST_PAIRS = 10
@@ -198,6 +198,7 @@ def compare_attribution(
         raise ValueError(f'Expected mode to be "noising" or "denoising", got {mode!r}')
     if not several(clean) or not several(corrupted):
         raise TypeError("Expected clean and corrupted to be lists of texts")
+    clean, corrupted = listed(clean), listed(corrupted)
     _check_pairs(len(clean))
     _check_confidence(confidence)
     named = [sites] if isinstance(sites, str) else list(sites)

@@ -186,7 +186,7 @@ def sae_attribution(
         raise ValueError(f"Expected layer to be an int, got {layer!r}")
     at = _place(sae, layer, site)
     many = several(inputs)
-    texts = rm.encode(list(inputs) if many else [inputs], **encoding)
+    texts = rm.encode(inputs if many else [inputs], **encoding)
     features = _Features(rm, sae, *at, norm, top, batch_tokens, progress)
     results = features.attributions(texts, positions == "all")
     return results if many else results[0]

@@ -124,23 +124,24 @@ class Request:
             found |= {(kind, layer): full[i] for i, layer in enumerate(self.layers)}
         return found
 
-    def _encode(self, name: str, texts: list[Any]) -> list[Encoded]:
-        if not texts:
+    def _encode(self, name: str, texts: Any) -> list[Encoded]:
+        encoded = self.rm.encode(texts, **self.encoding)
+        if not encoded:
             raise ValueError(f"Expected {name} to hold at least one text")
-        return self.rm.encode(texts, **self.encoding)
+        return encoded
 
     def pairs(self, clean: Any, corrupted: Any) -> tuple[list[Pair], bool]:
         many = several(clean)
-        cleans = self._encode("clean", list(clean) if many else [clean])
+        cleans = self._encode("clean", clean if many else [clean])
         if self.mode not in _PAIRED:
             if corrupted is not None:
                 raise ValueError(f"Expected no corrupted text with mode {self.mode!r}, which patches the clean run")
             return [self._pair(i, text, None) for i, text in enumerate(cleans)], many
         if corrupted is None:
             raise ValueError(f"Expected a corrupted text with mode {self.mode!r}")
-        if several(corrupted) != many or (many and len(corrupted) != len(clean)):
+        others = self._encode("corrupted", corrupted if several(corrupted) else [corrupted])
+        if several(corrupted) != many or len(others) != len(cleans):
             raise ValueError("Expected clean and corrupted to be one text each, or lists of the same length")
-        others = self._encode("corrupted", list(corrupted) if many else [corrupted])
         ordered = zip(cleans, others) if self.mode == "noising" else zip(others, cleans)
         return [self._pair(i, base, other) for i, (base, other) in enumerate(ordered)], many
 

@@ -1,4 +1,4 @@
-"""Inputs to token ids: formatting (chat template, pairs), tokenising, checking and truncating.
+"""Inputs to token ids: listed, tokenised, checked and cut; their forms are in `rmfast.texts.forms`.
 
 Every error names the input it belongs to, and carries its position in `.index`, so that a caller who streams a file
 can report the line and go on.
@@ -6,17 +6,18 @@ can report the line and go on.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any, Literal
 
 import numpy as np
 import torch
 
+from rmfast.texts.chat import Chat, template_kwargs, template_tools
+from rmfast.texts.forms import BATCH, FORMATS, Encoded, Format, Forms, Text
+
 Truncation = Literal["left", "right", "error"]
-Format = Literal["chat", "pair", "concat"] | Callable[[Any], Any]
-FORMATS = ("chat", "pair", "concat")
 
 
 class InputError(ValueError):
@@ -28,36 +29,64 @@ class InputError(ValueError):
         self.reason = reason
 
 
-@dataclass(frozen=True, eq=False)
-class Encoded:
-    """One input, ready to score: `ids` (T,) int64, and `types` (T,) int64 where an encoder's tokenizer makes them."""
-
-    ids: np.ndarray
-    types: np.ndarray | None = None
-    fixed: np.ndarray | None = None  # (T,) bool: tokens that truncation keeps (BOS, [CLS], [SEP], ...)
-    characters: int | None = None  # of the response, before truncation; None for an input of token ids
-
-    def __len__(self) -> int:
-        return len(self.ids)
-
-
-@dataclass(frozen=True)
-class Text:
-    """Text to tokenise: one string, or two for the tokenizer's own pair encoding."""
-
-    text: str
-    second: str | None = None
-    characters: int | None = None  # of the response: a pair's second, the last message, or all of a string
-
-
 def words(tokenizer: Any, ids: list[int]) -> list[str]:
     """The tokens of a text, each by itself; their ids where there is no tokenizer."""
     return [str(i) for i in ids] if tokenizer is None else [tokenizer.decode([i]) for i in ids]
 
 
+def listed(inputs: Any) -> list[Any]:
+    """A sequence of inputs as a list, by place (a pandas Series goes by labels); a tokenizer's batch as its rows.
+
+    Raises TypeError for one bare input, whose characters or fields would be scored.
+    """
+    if isinstance(inputs, Mapping) and "input_ids" in inputs:
+        rows = _rows(inputs)
+        if rows is not None:
+            return rows
+    got = type(inputs).__name__
+    if isinstance(inputs, Mapping) or hasattr(inputs, "columns"):  # a table's rows are records, but not its iteration
+        got += f" with {', '.join(map(str, getattr(inputs, 'columns', inputs)))}"
+    elif not isinstance(inputs, str | bytes) and getattr(inputs, "ndim", 1) != 0 and hasattr(inputs, "__getitem__"):
+        return list(inputs)
+    raise TypeError(f"Expected inputs to be a sequence of inputs, got {got}; wrap one input in [ ]")
+
+
+def _rows(batch: Mapping[str, Any]) -> list[dict[str, Any]] | None:
+    """The texts of a tokenizer's result as records; None for the result of one text."""
+    names = [name for name in BATCH if batch.get(name) is not None]
+    ids = batch["input_ids"]
+    if getattr(ids, "ndim", 2) != 2 or (isinstance(ids, list | tuple) and any(isinstance(x, int) for x in ids)):
+        return None
+    sizes = {name: len(batch[name]) for name in names}
+    if len(set(sizes.values())) > 1:
+        raise ValueError(f"Expected inputs with as many rows in each of {', '.join(names)}, got {sizes}")
+    return [dict(zip(names, row)) for row in zip(*(batch[name] for name in names))]
+
+
+def check_inputs(inputs: Any) -> list[Any]:
+    """The inputs as a list. Raises TypeError for one bare input where a sequence of inputs belongs."""
+    items = listed(inputs)
+    first = items[0] if items else None
+    if isinstance(inputs, tuple) and len(inputs) == 2 and all(isinstance(part, str) for part in inputs):
+        got = "one pair of strings"
+    elif isinstance(first, Mapping) and ("role" in first or "content" in first):
+        got = "one list of messages"
+    elif isinstance(first, int | np.integer) or (isinstance(first, torch.Tensor) and first.ndim == 0):
+        got = "one sequence of token ids"
+    else:
+        return items
+    raise TypeError(f"Expected inputs to be a sequence of inputs, got {got}; wrap one input in [ ]")
+
+
 def several(inputs: Any) -> bool:
-    """Whether inputs is a list of them, not one of them: chat messages, token ids."""
-    return isinstance(inputs, list) and not (inputs and isinstance(inputs[0], dict | int | np.integer))
+    """Whether inputs are several, not one of them: a string, a pair, chat messages, a record, token ids."""
+    if isinstance(inputs, tuple):
+        return False
+    try:
+        check_inputs(inputs)
+    except TypeError:
+        return False
+    return True
 
 
 def encode(
@@ -69,12 +98,15 @@ def encode(
     max_length: int | None = None,
     truncation: Truncation = "error",
     format: Format | None = None,
+    chat_template_kwargs: Mapping[str, Any] | None = None,
+    tools: Sequence[Any] | None = None,
     errors: Literal["raise", "return"] = "raise",
 ) -> list[Any]:
     """Encode every input.
 
     Args:
-        inputs: (prompt, response) pairs, message lists, strings, token-id sequences or `Encoded`, in any mixture.
+        inputs: (prompt, response) pairs, message lists, records, strings, token-id sequences or `Encoded`, in any
+            mixture; or a tokenizer's result for several texts.
         tokenizer: a transformers tokenizer, or None where every input is token ids.
         causal: whether the model is a decoder. Pairs without a chat template are then concatenated; an encoder gets
             its tokenizer's pair encoding.
@@ -83,6 +115,8 @@ def encode(
         truncation: the side that is cut from an input over max_length, or "error".
         format: how pairs become text: None (as above), "chat", "pair" or "concat"; or a function of one input that
             returns an input.
+        chat_template_kwargs: what the chat template is given beside the messages; a record's own come on top.
+        tools: JSON schemas or functions for the chat template; a record's own go in their place.
         errors: "raise" the first `InputError`, or "return" each in the place of its result.
 
     Returns:
@@ -92,8 +126,7 @@ def encode(
         InputError: (a ValueError) an input is empty, of an unknown kind, too long, or has ids outside the vocabulary.
         TypeError, ValueError: the inputs or options themselves are wrong.
     """
-    if not callable(format):  # whose inputs may be anything
-        check_inputs(inputs)
+    items = listed(inputs) if callable(format) else check_inputs(inputs)  # a function's inputs may be anything
     if truncation not in ("left", "right", "error"):
         raise ValueError(f'Expected truncation to be "left", "right" or "error", got {truncation!r}')
     if not (format is None or callable(format) or format in FORMATS):
@@ -103,7 +136,9 @@ def encode(
     if max_length is not None and max_length < 1:
         raise ValueError(f"Expected max_length to be at least 1, got {max_length}")
 
-    results: list[Any] = [None] * len(inputs)
+    template_kwargs(chat_template_kwargs), template_tools(tools)  # what is wrong here is not one input's error
+    forms = Forms(Chat(tokenizer, chat_template_kwargs, tools), causal, format)
+    results: list[Any] = [None] * len(items)
 
     def attempt(index: int, function: Callable[[], Any]) -> Any:
         try:
@@ -114,8 +149,8 @@ def encode(
             results[index] = error if isinstance(error, InputError) else InputError(index, _reason(error))
             results[index].__cause__ = None if results[index] is error else error
 
-    for i, item in enumerate(inputs):
-        attempt(i, partial(prepare, item, i, tokenizer, causal, format))
+    for i, item in enumerate(items):
+        attempt(i, partial(forms.read, item))
     tokenise(results, tokenizer, causal, attempt)
     for i, result in enumerate(results):
         if isinstance(result, Encoded):
@@ -130,130 +165,36 @@ def _reason(error: Exception) -> str:
     return str(error) if type(error) is ValueError else f"{type(error).__name__}: {error}"
 
 
-def check_inputs(inputs: Any) -> None:
-    """Refuse one bare input where a sequence of inputs belongs: iterating it would score its characters or fields."""
-    if isinstance(inputs, str | bytes | dict) or not hasattr(inputs, "__len__") or not hasattr(inputs, "__getitem__"):
-        got = type(inputs).__name__
-    elif isinstance(inputs, tuple) and len(inputs) == 2 and all(isinstance(part, str) for part in inputs):
-        got = "one pair of strings"
-    elif len(inputs) and isinstance(inputs[0], dict):
-        got = "one list of messages"
-    elif len(inputs) and (isinstance(inputs[0], int | np.integer) or getattr(inputs[0], "ndim", 1) == 0):
-        got = "one sequence of token ids"
-    else:
-        return
-    raise TypeError(f"Expected inputs to be a sequence of inputs, got {got}; wrap one input in [ ]")
-
-
-def prepare(item: Any, index: int, tokenizer: Any, causal: bool, format: Format | None) -> Text | Encoded:
-    """Turn one input into token ids, or into the text that will be tokenised."""
-    if isinstance(item, Encoded):
-        return item
-    if callable(format):
-        return prepare(format(item), index, tokenizer, causal, None)
-    ids = _as_ids(item)
-    if ids is not None:
-        return Encoded(ids)
-    if isinstance(item, str):
-        return _text(index, item, len(item))
-    if isinstance(item, list | tuple):
-        if len(item) == 0:
-            raise InputError(index, "it is empty")
-        if all(isinstance(message, dict) for message in item):
-            return _text(index, _render(tokenizer, list(item), index), _content_characters(item[-1]))
-        if len(item) == 2 and isinstance(item[1], str) and isinstance(item[0], str | list | tuple):
-            return _pair(item[0], item[1], index, tokenizer, causal, format)
-    raise InputError(
-        index,
-        "expected a string, a (prompt, response) pair, a list of messages or a sequence of token ids, "
-        f"got {type(item).__name__}",
-    )
-
-
-def _pair(
-    prompt: Any, response: str, index: int, tokenizer: Any, causal: bool, format: Format | None
-) -> Text | Encoded:
-    templated = getattr(tokenizer, "chat_template", None) is not None
-    if format is None:
-        format = "chat" if templated or not isinstance(prompt, str) else "concat" if causal else "pair"
-    if isinstance(prompt, str):
-        if not prompt and not response:
-            raise InputError(index, "it is empty")
-        turns = [{"role": "user", "content": prompt}]
-    elif format == "chat" and prompt and all(isinstance(message, dict) for message in prompt):
-        turns = list(prompt)
-    else:
-        raise InputError(index, f"with format={format!r} the prompt must be a string, got {type(prompt).__name__}")
-    if format == "chat":
-        rendered = _render(tokenizer, [*turns, {"role": "assistant", "content": response}], index)
-        return _text(index, rendered, len(response))
-    if format == "pair":
-        return Text(prompt, response, len(response))
-    return Text(prompt + response, None, len(response))
-
-
-def _text(index: int, text: str, characters: int) -> Text:
-    if not text:
-        raise InputError(index, "it is empty")
-    return Text(text, None, characters)
-
-
-def _content_characters(message: dict) -> int:
-    """Of a chat message, whose content may also come in parts."""
-    content = message.get("content") or ""
-    parts = [content] if isinstance(content, str) else [part.get("text", "") for part in content]
-    return sum(map(len, parts))
-
-
-def _render(tokenizer: Any, messages: list[dict], index: int) -> str:
-    if getattr(tokenizer, "chat_template", None) is None:
-        raise InputError(index, "messages need a tokenizer with a chat template; give format= a function, or token ids")
-    return tokenizer.apply_chat_template(messages, tokenize=False)
-
-
-def _as_ids(item: Any) -> np.ndarray | None:
-    """The item as (T,) int64 token ids, or None where it is something else."""
-    if isinstance(item, torch.Tensor):
-        if item.ndim != 1 or item.is_floating_point() or item.dtype == torch.bool:
-            return None
-        return item.detach().cpu().numpy().astype(np.int64)
-    if isinstance(item, np.ndarray):
-        return item.astype(np.int64) if item.ndim == 1 and item.dtype.kind in "iu" else None
-    if not isinstance(item, list | tuple) or not item:
-        return None
-    if any(isinstance(x, bool) or not isinstance(x, int | np.integer) for x in item):
-        return None
-    return np.asarray(item, dtype=np.int64)
-
-
 def tokenise(results: list[Any], tokenizer: Any, causal: bool, attempt: Callable) -> None:
     """Replace every `Text` in results by its `Encoded`, in few calls (fast tokenizers run one call on all cores)."""
     groups: dict[tuple[bool, bool], list[int]] = {}
-    bos = getattr(tokenizer, "bos_token", None) or None
     for i, item in enumerate(results):
         if isinstance(item, Text):
-            # A template (or the caller) that wrote BOS must not get a second one from the tokenizer.
-            has_bos = causal and bos is not None and item.text.startswith(bos)
-            groups.setdefault((not has_bos, item.second is not None), []).append(i)
+            groups.setdefault((item.special, item.second is not None), []).append(i)
 
-    for (special, _), where in groups.items():
+    for where in groups.values():
         texts = [results[i] for i in where]
         try:
-            for i, encoded in zip(where, _call_tokenizer(tokenizer, texts, special, bos)):
+            for i, encoded in zip(where, _call_tokenizer(tokenizer, texts, causal)):
                 results[i] = encoded
         except Exception:  # one text spoils the call: find it
             for i, text in zip(where, texts):
-                attempt(i, lambda text=text: _call_tokenizer(tokenizer, [text], special, bos)[0])  # noqa: B023
+                attempt(i, lambda text=text: _call_tokenizer(tokenizer, [text], causal)[0])
 
 
-def _call_tokenizer(tokenizer: Any, texts: list[Text], special: bool, bos: str | None) -> list[Encoded]:
+def ids_of(text: Text, tokenizer: Any) -> np.ndarray:
+    """The token ids of one text, for a causal model."""
+    return _call_tokenizer(tokenizer, [text], True)[0].ids
+
+
+def _call_tokenizer(tokenizer: Any, texts: list[Text], causal: bool) -> list[Encoded]:
     if tokenizer is None:
         raise ValueError("text needs a tokenizer, and this model was given none; pass tokenizer=, or token ids")
     second = [text.second for text in texts] if texts[0].second is not None else None
     batch = tokenizer(
         [text.text for text in texts],
         second,
-        add_special_tokens=special,
+        add_special_tokens=texts[0].special,
         return_special_tokens_mask=True,
         return_attention_mask=False,
         padding=False,
@@ -262,13 +203,33 @@ def _call_tokenizer(tokenizer: Any, texts: list[Text], special: bool, bos: str |
     )
     types = batch.get("token_type_ids")
     out = []
-    for i, ids in enumerate(batch["input_ids"]):
-        fixed = np.asarray(batch["special_tokens_mask"][i], dtype=bool)
-        if bos is not None and len(ids) and ids[0] == tokenizer.bos_token_id:
-            fixed[0] = True
-        type_ids = None if types is None else np.asarray(types[i], dtype=np.int64)
-        out.append(Encoded(np.asarray(ids, dtype=np.int64), type_ids, fixed, texts[i].characters))
+    for i, (text, row) in enumerate(zip(texts, batch["input_ids"])):
+        ids = np.asarray(row, dtype=np.int64)
+        added = np.asarray(batch["special_tokens_mask"][i], dtype=bool)
+        keep = ~_doubled(ids, added) if causal else np.ones(len(ids), dtype=bool)
+        ids, fixed = ids[keep], added[keep]
+        fixed[: _leading(ids, text.text, tokenizer)] = True
+        type_ids = None if types is None else np.asarray(types[i], dtype=np.int64)[keep]
+        out.append(Encoded(ids, type_ids, fixed, text.characters))
     return out
+
+
+def _doubled(ids: np.ndarray, added: np.ndarray) -> np.ndarray:
+    """(T,) bool: the special tokens that the tokenizer adds where the text has written the same (BOS, EOS) itself."""
+    doubled = np.zeros(len(ids), dtype=bool)
+    for end, inner in ((0, 1), (-1, -2)):
+        if len(ids) > 1:
+            doubled[end] |= added[end] and not added[inner] and ids[end] == ids[inner]
+    return doubled
+
+
+def _leading(ids: np.ndarray, text: str, tokenizer: Any) -> int:
+    """How many tokens a leading BOS takes, with the white space before it."""
+    bos = getattr(tokenizer, "bos_token", None)
+    where = np.flatnonzero(ids == tokenizer.bos_token_id)
+    if not bos or not len(where):
+        return 0
+    return int(where[0]) + 1 if where[0] == 0 or text.lstrip().startswith(bos) else 0
 
 
 def _finish(item: Encoded, index: int, vocab_size: int, max_length: int | None, truncation: Truncation) -> Encoded:
@@ -289,7 +250,7 @@ def _finish(item: Encoded, index: int, vocab_size: int, max_length: int | None, 
     if keep is None:
         raise InputError(index, f"max_length={max_length} leaves no room beside the special tokens")
     types, fixed = (None if x is None else x[keep] for x in (item.types, item.fixed))
-    return Encoded(item.ids[keep], types, fixed, item.characters)
+    return replace(item, ids=item.ids[keep], types=types, fixed=fixed, cut=item.cut + int((~keep).sum()))
 
 
 def _kept(item: Encoded, max_length: int, side: Truncation) -> np.ndarray | None:

@@ -77,7 +77,7 @@ def join(prompt: Any, response: Any) -> Any:
     if isinstance(prompt, list):
         return response if response[: len(prompt)] == prompt else [*prompt, *response]
     # Datasets with a text prompt often repeat it as the first turn of the conversation.
-    return response if response[0]["role"] != "assistant" else [{"role": "user", "content": prompt}, *response]
+    return response if response[0].get("role") != "assistant" else [{"role": "user", "content": prompt}, *response]
 
 
 def text_of(content: Any) -> str:

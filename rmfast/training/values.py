@@ -11,7 +11,9 @@ import torch
 from torch import Tensor
 
 from rmfast.ops._library import expect, readable
-from rmfast.texts.inputs import InputError, Text, tokenise
+from rmfast.texts.chat import Chat
+from rmfast.texts.forms import Forms
+from rmfast.texts.inputs import InputError, check_inputs, ids_of, listed
 from rmfast.training.losses import expect_tensor, ragged, wide
 
 
@@ -105,6 +107,8 @@ def values_and_reward(
     max_length: int | None = None,
     progress: bool = False,
     format: Any = None,
+    chat_template_kwargs: Any = None,
+    tools: Any = None,
     engine: Any = None,
 ) -> ResponseValues:
     """`RewardModel.values_and_reward`, which says what arguments and result are."""
@@ -114,9 +118,13 @@ def values_and_reward(
             "Expected a causal model with a head of one label, which every token can be read with, got "
             f"{type(binding.root).__name__} with {rm.num_labels} labels"
         )
-    encoded = rm.encode(inputs, max_length=max_length, format=format)
+    items = listed(inputs) if callable(format) else check_inputs(inputs)
+    encoded = rm.encode(
+        items, max_length=max_length, format=format, chat_template_kwargs=chat_template_kwargs, tools=tools
+    )
     if response_start is None:
-        starts = [_response_start(rm, item, i, inputs[i], format) for i, item in enumerate(encoded)]
+        forms = Forms(Chat(rm.tokenizer, chat_template_kwargs, tools), True, format)
+        starts = [_response_start(forms, item, i, items[i]) for i, item in enumerate(encoded)]
     else:
         starts = [int(start) for start in response_start]
         expect(len(starts) == len(encoded), "response_start", f"one for each of {len(encoded)} inputs", len(starts))
@@ -149,35 +157,16 @@ def _given(rewards: Sequence[Any] | None, lengths: list[int]) -> Tensor:
     return torch.cat(parts) if parts else torch.zeros(0)
 
 
-def common_prefix(a: Sequence[int], b: Sequence[int]) -> int:
+def common_prefix(a: Sequence[int] | np.ndarray, b: Sequence[int] | np.ndarray) -> int:
     """How many leading tokens a and b share."""
     n = min(len(a), len(b))
     differ = np.asarray(a[:n]) != np.asarray(b[:n])
     return int(differ.argmax()) if differ.any() else n
 
 
-def _response_start(rm: Any, encoded: Any, index: int, item: Any, format: Any) -> int:
+def _response_start(forms: Forms, encoded: Any, index: int, item: Any) -> int:
     """The first token in which a text differs from its prompt alone (a template's assistant header is the prompt's)."""
-    if callable(format):
-        item, format = format(item), None
-    prompt = _prompt(rm.tokenizer, item, format)
+    prompt = forms.prompt(item)
     if prompt is None:
         raise InputError(index, "it does not say where its response begins: give (prompt, response), or response_start")
-    alone: list[Any] = [Text(prompt)]
-    tokenise(alone, rm.tokenizer, True, lambda i, function: function())
-    return common_prefix(encoded.ids, alone[0].ids)
-
-
-def _prompt(tokenizer: Any, item: Any, format: Any) -> str | None:
-    if not isinstance(item, list | tuple) or len(item) == 0:
-        return None
-    if all(isinstance(message, dict) for message in item):
-        turns = list(item[:-1]) if item[-1].get("role") == "assistant" else None
-    elif len(item) == 2 and isinstance(item[1], str):
-        templated = getattr(tokenizer, "chat_template", None) is not None
-        if isinstance(item[0], str) and (format == "concat" or not templated):
-            return item[0]
-        turns = [{"role": "user", "content": item[0]}] if isinstance(item[0], str) else list(item[0])
-    else:
-        return None
-    return tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True) if turns else None
+    return common_prefix(encoded.ids, ids_of(prompt, forms.chat.tokenizer))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import models as M
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 
@@ -41,12 +42,6 @@ def test_a_chat_template_is_used_for_pairs_and_writes_one_bos(kind):
     assert got.count(M.BOS) == 1
     messages = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "there"}]
     assert got == tok.apply_chat_template(messages, tokenize=True, return_dict=False)
-
-
-def test_a_template_without_bos_gets_the_tokenizers_bos():
-    tok = M.tokenizer("decoder", chat=True)
-    tok.chat_template = M.TEMPLATE.replace("{{ bos_token }}", "")
-    assert text(tok, ids([("hi", "there")], tok)[0]) == "<s><user>hi</s><assistant>there</s>"
 
 
 def test_a_string_that_begins_with_bos_gets_no_second_one():
@@ -123,8 +118,13 @@ def test_encoded_inputs_are_scored_as_they_are():
         ([1.5, 2.5], "got list"),
         ([True, False], "got list"),
         (torch.zeros(2, 2, dtype=torch.long), "got Tensor"),
-        (("a", None), "got tuple"),
-        (("a", "b", "c"), "got tuple"),
+        (("a", None), "its response is None: expected text or a list of messages"),
+        (("a", float("nan")), "its response is nan: expected text"),
+        ((None, "a"), "its prompt is None"),
+        (["a", 7], "its response is 7"),
+        (("a", "b", "c"), "got tuple of 3"),
+        (np.array([0.5, 1.5]), "got list of 2"),
+        ([["a", "b"], ["c", "d"]], "got list of 2"),
         ([{"role": "user", "content": "x"}], "chat template"),
         ("\ud800", "."),
     ],
@@ -161,7 +161,13 @@ def test_errors_can_be_returned_in_place_of_results():
         [{"role": "user", "content": "x"}],
         [1, 2, 3],
         torch.tensor([1, 2]),
+        torch.tensor(1),
+        np.array("a text"),
         {"a": 1},
+        {"prompt": "a", "response": "b"},
+        {"input_ids": [1, 2], "attention_mask": [1, 1]},
+        {"a text", "another"},
+        pd.DataFrame({"prompt": ["a"], "response": ["b"]}),
         3,
     ],
 )

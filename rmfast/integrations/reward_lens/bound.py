@@ -50,7 +50,7 @@ def bind_model(model: nn.Module) -> Scorer | str:
         return str(error)
     if not rm.binding.causal or not rm.binding.head:
         return "tokens of its model see those behind them, or it pools by itself"
-    rm.warned = True  # a text that ends with padding is read where reward-lens reads it, and nobody asked rmfast
+    rm.warned |= {"end", "ids"}  # a text with padding is read where reward-lens reads it, and nobody asked rmfast
     return rm
 
 
