@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import json
 import math
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -14,6 +14,9 @@ from torch import Tensor, nn
 
 from rmfast import losses
 from rmfast.binding.find import bind
+from rmfast.texts.chat import Chat
+from rmfast.texts.forms import Forms
+from rmfast.texts.inputs import InputError, encode, ids_of
 from rmfast.training.values import common_prefix
 
 try:
@@ -77,6 +80,10 @@ class RewardTrainer(trl.RewardTrainer):
     Arguments are TRL's, with `args` a `RewardConfig` of this module; so are checkpoints, resuming and PEFT. The model
     runs once a step, as for TRL: its head is applied to every token anyway, and the values are taken from there.
 
+    What is trained on is what the trained model scores, token for token: the texts of a row are encoded as
+    `RewardModel.score` encodes (prompt, chosen) and (prompt, rejected), strings with format="concat". Unlike TRL, that
+    ends a string in EOS only where the tokenizer does.
+
     Where a response starts: at the dataset's columns chosen_start and rejected_start (an index of chosen_ids and
     rejected_ids) if it has them; else where its tokens first differ from those of the prompt alone, where there is a
     prompt column; else where chosen and rejected first differ. It ends at the token that the model's own score is read
@@ -123,10 +130,17 @@ class RewardTrainer(trl.RewardTrainer):
         return torch.stack([z[bins == b].min() for b in bins.unique()[1:]]) if (bins > 0).any() else z[:0]
 
     def _prepare_dataset(self, dataset: Any, processing_class: Any, args: Any, dataset_name: str) -> Any:
+        columns = next(iter(dataset))
+        # By the caller, from a prompt that nobody can tell; chosen_input_ids is TRL's older name.
+        tokenized = not columns.keys().isdisjoint(("chosen_ids", "chosen_input_ids"))
+        workers = {"num_proc": args.dataset_num_proc} if isinstance(dataset, Dataset) else {}
+        if not tokenized:
+            # Not by TRL, which ends strings in an EOS that no tokenizer adds when the trained model is to score them.
+            with args.main_process_first():
+                dataset = dataset.map(_encoded, with_indices=True, fn_kwargs={"tokenizer": processing_class}, **workers)
         prepared = super()._prepare_dataset(dataset, processing_class, args, dataset_name)
         if args.loss == "bt":
             return prepared
-        tokenized = "chosen_ids" in next(iter(dataset))  # by the caller, from a prompt that nobody can tell
 
         def describe(example: dict[str, Any]) -> dict[str, Any]:
             chosen, rejected = example["chosen_ids"], example["rejected_ids"]
@@ -145,9 +159,7 @@ class RewardTrainer(trl.RewardTrainer):
             return row
 
         with args.main_process_first():
-            return prepared.map(
-                describe, **({"num_proc": args.dataset_num_proc} if isinstance(dataset, Dataset) else {})
-            )
+            return prepared.map(describe, **workers)
 
     def _set_signature_columns_if_needed(self) -> None:
         super()._set_signature_columns_if_needed()
@@ -286,20 +298,21 @@ def _number(example: dict[str, Any], name: str, default: int | None) -> float:
     return number
 
 
-def _prompt_ids(tokenizer: Any, example: dict[str, Any]) -> list[int] | None:
+def _prompt_ids(tokenizer: Any, example: dict[str, Any]) -> Any:
     prompt = example.get("prompt")
-    if prompt is None or isinstance(prompt, str):
-        return None if prompt is None else tokenizer(text=prompt)["input_ids"]
-    tools = example.get("tools")
-    made = tokenizer.apply_chat_template(
-        prompt,
-        tools=json.loads(tools) if isinstance(tools, str) else tools,
-        add_generation_prompt=True,
-        tokenize=True,
-        return_dict=True,
-        **(example.get("chat_template_kwargs") or {}),
-    )
-    return made["input_ids"]
+    return None if prompt is None else ids_of(Forms(Chat(tokenizer).of(example), True).opening(prompt), tokenizer)
+
+
+def _encoded(example: dict[str, Any], row: int, tokenizer: Any) -> dict[str, list[int]]:
+    """The ids of both texts of a row, as `RewardModel.score` has them; strings without a template."""
+    own = {name: example.get(name) for name in ("prompt", "tools", "chat_template_kwargs")}
+    sides = [{**own, "response": example[side]} for side in ("chosen", "rejected")]
+    # Ids that the embedding lacks are the model's to refuse, which may not be there yet.
+    found = encode(sides, tokenizer, causal=True, vocab_size=sys.maxsize, format="concat", errors="return")
+    for side, item in zip(("chosen", "rejected"), found):
+        if isinstance(item, InputError):
+            raise ValueError(f"row {row} of the dataset, {side}: {item.reason}") from item
+    return {"chosen_ids": found[0].ids.tolist(), "rejected_ids": found[1].ids.tolist()}
 
 
 def rmfast_reward(rm: Any, *, name: str = "rmfast_reward", **score: Any) -> Callable[..., list[float]]:
@@ -308,10 +321,12 @@ def rmfast_reward(rm: Any, *, name: str = "rmfast_reward", **score: Any) -> Call
     Args:
         rm: a `rmfast.RewardModel` of one label. TRL neither moves nor trains it.
         name: what TRL logs the reward as.
-        **score: arguments of `rm.score`: batch_tokens, max_length, truncation, normalize, format, engine.
+        **score: arguments of `rm.score`: batch_tokens, max_length, truncation, normalize, format, engine,
+            chat_template_kwargs, tools.
 
     Returns:
         A function of prompts and completions, both strings or both lists of messages, that gives a reward for each.
+        The dataset's columns tools and chat_template_kwargs go to the chat template, as RewardTrainer's do.
         As TRL does with reward models of its own, strings are scored as prompt + completion, whatever chat template
         there is (`format="chat"` makes turns of them), and messages by the model's chat template. Unlike TRL's, strings
         get the special tokens that their tokenizer adds (BOS), as RewardTrainer trains them.
@@ -323,8 +338,12 @@ def rmfast_reward(rm: Any, *, name: str = "rmfast_reward", **score: Any) -> Call
         raise ValueError(f"Expected rm to have one label, got {rm.num_labels}")
     score = {"format": "concat", **score}
 
-    def reward(prompts: list[Any], completions: list[Any], **_: Any) -> list[float]:
-        texts = [(p, c) if isinstance(p, str) else [*p, *c] for p, c in zip(prompts, completions, strict=True)]
+    def reward(prompts: list[Any], completions: list[Any], **columns: Any) -> list[float]:
+        texts = []
+        for i, (p, c) in enumerate(zip(prompts, completions, strict=True)):
+            text = {"prompt": p, "response": c} if isinstance(p, str) else {"messages": [*p, *c]}
+            own = {name: columns[name][i] for name in ("tools", "chat_template_kwargs") if columns.get(name)}
+            texts.append({**text, **own})
         return rm.score(texts, **score).tolist()
 
     reward.__name__ = name

@@ -1,5 +1,6 @@
 """The trainer: TRL's own but for the loss. Tiny random models; everything in fp32 on the CPU."""
 
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -11,7 +12,7 @@ pytest.importorskip("trl")
 
 import datasets
 import trl
-from models import decoder, encoder, tokenizer
+from models import BOS, EOS, TEMPLATE, decoder, encoder, tokenizer
 from peft import LoraConfig
 from tokenizers import processors
 
@@ -65,9 +66,69 @@ def assert_same(got, expected):
         torch.testing.assert_close(got[name], expected[name], rtol=0, atol=0)
 
 
+def spoken(row):
+    """The same as a conversation."""
+    turns = {side: [{"role": "assistant", "content": row[side]}] for side in ("chosen", "rejected")}
+    return {"prompt": [{"role": "user", "content": row["prompt"]}], **turns}
+
+
+def adding(begin, end):
+    """A tokenizer that adds BOS, EOS, both or nothing."""
+    made = tokenizer(chat=True)
+    single = f"{'<s> ' * begin}$A{' </s>' * end}"
+    made.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single=single, special_tokens=[("<s>", BOS), ("</s>", EOS)]
+    )
+    return made
+
+
+@pytest.mark.parametrize("begin", [False, True])
+@pytest.mark.parametrize("end", [False, True])
+@pytest.mark.parametrize("template", [TEMPLATE, TEMPLATE.replace("{{ bos_token }}", ""), "\n " + TEMPLATE])
+def test_what_is_trained_on_is_what_is_scored(tmp_path, begin, end, template):
+    text = adding(begin, end)
+    text.chat_template = template
+    rows = [*ROWS[:2], {"prompt": "<s>So ", "chosen": "it is</s>", "rejected": "be it"}]
+    for data in (rows, [spoken(row) for row in rows]):
+        made = trainer(tmp_path, data, text=text)
+        rm = rmfast.RewardModel(made.model, text)
+        for side in ("chosen", "rejected"):
+            scored = rm.encode(
+                [(row["prompt"], row[side]) for row in rows], format="concat" if data is rows else "chat"
+            )
+            assert made.train_dataset[f"{side}_ids"][:] == [item.ids.tolist() for item in scored]
+
+
+def test_tools_and_template_kwargs_of_a_row_are_trained_on_and_scored(tmp_path):
+    text = tokenizer(chat=True)
+    text.chat_template = "{% for tool in tools or [] %}{{ tool['name'] }}{% endfor %}{{ style }}" + TEMPLATE
+    tools, kwargs = [{"name": "add"}], {"style": "terse"}
+    row = {**spoken(ROWS[0]), "tools": json.dumps(tools), "chat_template_kwargs": kwargs}
+    made = trainer(tmp_path, [row] * 4, text=text, loss="tcrm")
+    rm = rmfast.RewardModel(made.model, text)
+    turns = row["prompt"] + row["chosen"]
+    trained = made.train_dataset[0]
+    want = text.apply_chat_template(turns, tools=tools, tokenize=True, return_dict=False, **kwargs)
+    assert trained["chosen_ids"] == want == rm.encode([turns], tools=tools, chat_template_kwargs=kwargs)[0].ids.tolist()
+    assert text.decode(trained["chosen_ids"][trained["chosen_start"] :]) == f"<assistant>{ROWS[0]['chosen']}</s>"
+    asked = {"prompts": [row["prompt"]] * 2, "completions": [row["chosen"]] * 2}
+    some = rmfast_reward(rm)(**asked, tools=[None, tools], chat_template_kwargs=[None, kwargs])
+    assert some == rm.score([turns, want]).tolist()
+    assert rmfast_reward(rm, tools=tools, chat_template_kwargs=kwargs)(**asked) == rm.score([want, want]).tolist()
+
+
+def test_a_row_that_cannot_be_read_is_named(tmp_path):
+    with pytest.raises(ValueError, match="row 1 of the dataset, rejected: its message 1 has no content"):
+        trainer(
+            tmp_path,
+            [spoken(ROWS[0]), {**spoken(ROWS[1]), "rejected": [{"role": "assistant", "content": None}]}],
+            chat=True,
+        )
+
+
 def test_bt_is_trl_s_own_training(tmp_path):
     made = [
-        trainer(tmp_path / str(i), cls=cls, kind=kind)
+        trainer(tmp_path / str(i), [spoken(row) for row in ROWS], chat=True, cls=cls, kind=kind)
         for i, (cls, kind) in enumerate([(RewardTrainer, RewardConfig), (trl.RewardTrainer, trl.RewardConfig)])
     ]
     for each in made:
@@ -120,10 +181,10 @@ def test_where_a_response_starts(tmp_path):
     spoken = {side: [{"role": "assistant", "content": text}] for side, text in (("chosen", "a b"), ("rejected", "a c"))}
     # With a prompt: behind its tokens. Without: where chosen and rejected differ.
     assert starts([{"prompt": "Q?", "chosen": " so it is", "rejected": " so be it"}]) == [
-        " so it is</s>",
-        " so be it</s>",
+        " so it is",
+        " so be it",
     ]
-    assert starts([plain]) == ["it is</s>", "be it</s>"]
+    assert starts([plain]) == ["it is", "be it"]
     assert starts([{"prompt": turns, **spoken}], chat=True) == ["<assistant>a b</s>", "<assistant>a c</s>"]
     assert starts([{side: turns + spoken[side] for side in spoken}], chat=True) == ["b</s>", "c</s>"]
     # An empty prompt is one too, also where the tokenizer gives it no token.
@@ -177,7 +238,7 @@ def test_each_value_of_a_factor_of_few_is_a_bin(tmp_path):
 def test_length_is_the_number_of_the_response_s_tokens(tmp_path):
     made = trainer(tmp_path, loss="crm", factor="length", bins=2)
     row = made.train_dataset[1]
-    assert row["chosen_length"] == len("good good 1") + 1  # and EOS
+    assert row["chosen_length"] == len("good good 1")
     assert batch_loss(made)[2]["factor"][1] == row["chosen_length"]
 
 
