@@ -61,17 +61,19 @@ class RewardModel(Scorer):
         """One reward (or K) for each input: the head's raw output.
 
         Args:
-            inputs: a sequence of (prompt, response) pairs, chat message lists, strings, or token-id sequences (list,
-                1-D array or tensor), in any mixture. With a chat template a pair is a user and an assistant turn (the
-                prompt may also be a list of messages). Without one an encoder gets its tokenizer's pair encoding,
-                a decoder prompt + response.
+            inputs: a sequence of (prompt, response) pairs, chat message lists, records ({"messages"}, {"prompt",
+                "response"} or {"text"}; also "tools", "chat_template_kwargs"), strings, or token-id sequences (list,
+                1-D array or tensor), in any mixture; or a tokenizer's result, whose padding is left out. With a chat
+                template a pair is a user and an assistant turn (the prompt may also be a list of messages). Without
+                one an encoder gets its tokenizer's pair encoding, a decoder prompt + response.
             normalize: (mean, std), numbers or K of each; the result is (reward − mean) / std.
             positions: the token at which each input is read, after truncation, negative from the end; in place of
                 pooling.
             interventions: V of them (`rmfast.interventions`; None for none): the rewards under each, on top of the
                 model's own. Those that clamp the same neurons, or none, share one pass of the body.
             intervention_index: the one of them that each input gets, −1 for none, in place of all.
-            options: max_length, truncation, format, batch_tokens, progress, engine (`rmfast.engine.options`).
+            options: max_length, truncation, format, chat_template_kwargs, tools, batch_tokens, progress, engine
+                (`rmfast.engine.options`).
 
         Returns:
             (N,) for K = 1, else (N, K), in input order, on the CPU; fp32 (fp64 for an fp64 model). With interventions
@@ -237,7 +239,8 @@ class RewardModel(Scorer):
         """Attribution patching (AtP): what `patch_sweep` gives, estimated for all sites from one backward pass.
 
         The effect of a site is taken as the reward's gradient at the base run times the change of the activation.
-        Arguments, results and errors are those of `patch_sweep`; options are max_length, truncation and format.
+        Arguments, results and errors are those of `patch_sweep`; options say how texts become token ids
+        (`rmfast.engine.options.Encoding`).
         """
         from rmfast.patching.sweep import attribution_patch
 

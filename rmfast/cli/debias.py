@@ -6,9 +6,9 @@ from typing import Annotated, Any, Literal
 
 import typer
 
-from rmfast.cli.options import ModelOptions, chosen_backend, load_model, with_options
+from rmfast.cli.options import ModelOptions, chosen_backend, encoding_of, load_model, with_options
 from rmfast.cli.results import save_plot, write_csv
-from rmfast.cli.rows import cell_of, located
+from rmfast.cli.rows import cell_of, located, template_columns
 from rmfast.texts.tables import Row, read_rows
 
 
@@ -42,7 +42,7 @@ def debias(
     tested = fitted if test is None else [_preference(row, test) for row in read_rows(test)]
     names = None if attributes is None else [name.strip() for name in attributes.split(",")]
     ks = _numbers("--k", k)
-    encoding: dict[str, Any] = {name: getattr(options, name) for name in ("max_length", "truncation", "format")}
+    encoding = encoding_of(options)
     from rmfast import debias as method
 
     with chosen_backend(options):
@@ -71,7 +71,10 @@ def _preference(row: Row, path: Path) -> dict[str, Any]:
     """The pair of one row, with the prompt where there is one."""
     with located(row, path):
         sides = {name: cell_of(row, name) for name in ("chosen", "rejected")}
-        return sides if row.data.get("prompt") is None else {"prompt": cell_of(row, "prompt"), **sides}
+        own = template_columns(row)
+        return (
+            {**own, **sides} if row.data.get("prompt") is None else {**own, "prompt": cell_of(row, "prompt"), **sides}
+        )
 
 
 def _numbers(name: str, given: str) -> Any:

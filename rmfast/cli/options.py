@@ -15,6 +15,7 @@ from typing import Annotated, Any, Literal, NoReturn
 import typer
 
 import rmfast
+from rmfast.texts.chat import template_kwargs, template_tools
 
 Columns = Literal["pairs", "response", "messages", "text"]
 
@@ -28,11 +29,21 @@ class ModelOptions:
         Literal["chat", "pair", "concat"] | None,
         typer.Option(help="How a prompt and a response become one text; default: as the model's tokenizer suggests."),
     ] = None
+    chat_template_kwargs: Annotated[
+        str | None,
+        typer.Option(help="For the chat template, as JSON: '{\"enable_thinking\": false}', or @FILE that holds it."),
+    ] = None
+    tools: Annotated[
+        str | None, typer.Option(help="For the chat template, a JSON list of schemas, or @FILE that holds it.")
+    ] = None
     truncation: Annotated[
         Literal["error", "left", "right"], typer.Option(help="A text over the limit is an error, or cut on this side.")
     ] = "error"
     max_length: Annotated[int | None, typer.Option(min=1, help="Most tokens of a text; default: the model's.")] = None
     pooling: Annotated[str, typer.Option(help='The token that is read: "auto", "last" or a token id.')] = "auto"
+    num_labels: Annotated[
+        int | None, typer.Option(min=1, help="Rewards of a text, where the checkpoint does not say.")
+    ] = None
     dtype: Annotated[
         Literal["float32", "bfloat16", "float16", "float64"] | None, typer.Option(help="Default: as it is saved.")
     ] = None
@@ -43,7 +54,6 @@ class ModelOptions:
     ] = None
     trust_remote_code: Annotated[bool, typer.Option("--trust-remote-code")] = False
     revision: Annotated[str | None, typer.Option(help="Of a model on the hub.")] = None
-    num_labels: Annotated[int | None, typer.Option(min=1, help="Rewards of a text; default: as it is saved.")] = None
     gguf_file: Annotated[str | None, typer.Option(help="The GGUF file in the model's folder.")] = None
     traceback: Annotated[bool, typer.Option("--traceback", help="Show where an error arose.")] = False
 
@@ -78,7 +88,7 @@ class Options(ModelOptions):
 def with_options(command: Callable[..., None]) -> Callable[..., None]:
     """Give `command(options, **own)` one parameter for every field of its options' class, and one-line errors.
 
-    Typer reads a function's signature; writing these 28 parameters out in each command is the alternative.
+    Typer reads a function's signature; writing these 31 parameters out in each command is the alternative.
     """
     first, *own = inspect.signature(command).parameters.values()
     kind = first.annotation
@@ -128,6 +138,22 @@ def load_model(options: ModelOptions) -> Any:
         trust_remote_code=options.trust_remote_code,
         **{name: value for name, value in given.items() if value is not None},
     )
+
+
+def encoding_of(options: ModelOptions) -> dict[str, Any]:
+    """How texts become token ids, as `RewardModel.encode` takes it."""
+    return {
+        **{name: getattr(options, name) for name in ("max_length", "truncation", "format")},
+        "chat_template_kwargs": template_kwargs(text_of_option(options.chat_template_kwargs)) or None,
+        "tools": template_tools(text_of_option(options.tools)),
+    }
+
+
+def text_of_option(given: str | None) -> str | None:
+    """A text of the command line, or after @ that of a file, without the newline that ends it."""
+    if given is None or not given.startswith("@"):
+        return given
+    return Path(given[1:]).read_bytes().decode().removesuffix("\n").removesuffix("\r")
 
 
 def chosen_backend(options: ModelOptions) -> contextlib.AbstractContextManager[Any]:

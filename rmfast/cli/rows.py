@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import contextlib
-import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from rmfast.cli.options import Columns, Options
-from rmfast.texts.pairs import join
+from rmfast.texts.chat import is_messages, messages_in
 from rmfast.texts.tables import Row, read_rows
 
 
@@ -18,18 +17,21 @@ class BadRow(ValueError):
 
 
 def cell_of(row: Row, column: str, parse: bool = False) -> Any:
-    """The text or messages in a column; with `parse` (CSV has no lists) messages written as JSON too. Raises BadRow."""
+    """The text or messages in a column, which in CSV are written out; with `parse` they may be elsewhere. Or BadRow."""
     if column not in row.data:
         raise BadRow(f"column {column!r} is missing")
     cell = row.data[column]
     if cell is None or cell == [] or (isinstance(cell, str) and not cell.strip()):
         raise BadRow(f"column {column!r} is empty")
-    if parse and isinstance(cell, str):
+    if isinstance(cell, str) and (parse or not row.typed):
         try:
-            cell = json.loads(cell)
-        except (ValueError, RecursionError):
-            raise BadRow(f"column {column!r} holds no list of messages") from None
-    if isinstance(cell, list) and cell and all(isinstance(m, dict) and isinstance(m.get("role"), str) for m in cell):
+            written = messages_in(cell)
+        except ValueError as error:
+            raise BadRow(f"column {column!r} {error}") from None
+        if written is None and parse:
+            raise BadRow(f"column {column!r} holds no list of messages")
+        cell = cell if written is None else written
+    if is_messages(cell):
         return cell
     if not isinstance(cell, str):
         raise BadRow(f"column {column!r} holds neither text nor messages but {type(cell).__name__}")
@@ -38,6 +40,12 @@ def cell_of(row: Row, column: str, parse: bool = False) -> Any:
     except UnicodeEncodeError as error:
         raise BadRow(f"column {column!r} is not valid Unicode: {error.reason}") from None
     return cell
+
+
+def template_columns(row: Row) -> dict[str, Any]:
+    """What a row says for the chat template; written out as JSON where it is text."""
+    names = ("tools", "chat_template_kwargs")
+    return {name: row.data[name] for name in names if row.data.get(name) not in (None, "")}
 
 
 @contextlib.contextmanager
@@ -57,6 +65,7 @@ class Layout:
     def __init__(self, options: Options, kind: str, column: str, tokens: bool) -> None:
         """Choose the mode by the columns of the first readable row, and see that the new columns are free."""
         self.options, self.column, self.tokens = options, column, tokens
+        self.cuts = options.truncation != "error"
         self.mode: Columns | None = options.columns
         data = next((row.data for row in read_rows(options.input, kind) if not row.error), None)
         if data is None:
@@ -65,15 +74,13 @@ class Layout:
             self.mode = self._mode_of(data)
         if taken := self._taken(data):
             raise ValueError(
-                f"Expected the new column {taken[0]!r} not to be in the input: give another --output-column"
+                f"Expected the new column {taken[0]!r} not to be in the input: rename that, or see --output-column"
             )
 
     def new_columns(self) -> list[str]:
         """Those that every written row has beside its own, but for `error`."""
-        columns = [self.column + suffix for suffix in self._suffixes()]
-        if self.tokens:
-            columns += [name + suffix for name in ("tokens", "token_ids") for suffix in self._suffixes()]
-        return columns
+        names = [self.column, *(["tokens", "token_ids"] if self.tokens else []), *(["truncated"] if self.cuts else [])]
+        return [name + suffix for name in names for suffix in self._suffixes()]
 
     def inputs(self, row: Row) -> list[Any]:
         """The row's texts, as the model takes them: one, or two for a pair. Raises BadRow."""
@@ -82,22 +89,26 @@ class Layout:
         if taken := self._taken(row.data):  # rows of JSONL may differ in their columns
             raise BadRow(f"has a column {taken[0]!r} of its own: give another --output-column")
         o = self.options
+        own = template_columns(row)
         if self.mode == "pairs":
             prompt = cell_of(row, o.prompt_column) if row.data.get(o.prompt_column) is not None else None
-            return [join(prompt, cell_of(row, column)) for column in (o.chosen_column, o.rejected_column)]
+            sides = [cell_of(row, column) for column in (o.chosen_column, o.rejected_column)]
+            return [{"prompt": prompt, "response": side, **own} for side in sides]
         if self.mode == "response":
-            return [join(cell_of(row, o.prompt_column), cell_of(row, o.response_column))]
+            return [{"prompt": cell_of(row, o.prompt_column), "response": cell_of(row, o.response_column), **own}]
         column = o.messages_column if self.mode == "messages" else o.text_column
         cell = cell_of(row, column, parse=self.mode == "messages")
         if isinstance(cell, str) != (self.mode == "text"):
             raise BadRow(f"column {column!r} holds {'messages' if self.mode == 'text' else 'no list of messages'}")
-        return [cell]
+        return [cell if self.mode == "text" else {"messages": cell, **own}]
 
     def cells(self, model: Any, results: list[tuple[Any, Any]]) -> dict[str, Any]:
         """The new columns of a row, from (encoded input, reward) of its texts."""
         cells = {self.column + suffix: result for suffix, (_, result) in zip(self._suffixes(), results, strict=True)}
-        if self.tokens:
-            for suffix, (item, _) in zip(self._suffixes(), results, strict=True):
+        for suffix, (item, _) in zip(self._suffixes(), results, strict=True):
+            if self.cuts:
+                cells["truncated" + suffix] = item.cut > 0
+            if self.tokens:
                 ids = item.ids.tolist()
                 cells["tokens" + suffix] = model.tokenizer.convert_ids_to_tokens(ids)
                 cells["token_ids" + suffix] = ids

@@ -16,7 +16,7 @@ from typing import Any
 import typer
 
 import rmfast
-from rmfast.cli.options import Options, chosen_backend, load_model
+from rmfast.cli.options import Options, chosen_backend, encoding_of, load_model
 from rmfast.cli.rows import BadRow, Layout
 from rmfast.texts.tables import Output, Row, count_and_digest, dump_line, kind_of, read_rows
 
@@ -33,17 +33,8 @@ class Run:
         self.kind = options.input_format or kind_of(options.input)
         self.count, digest = count_and_digest(options.input, self.kind)
         local = Path(options.model)
-        fixed = (
-            "columns",
-            "format",
-            "truncation",
-            "max_length",
-            "pooling",
-            "dtype",
-            "revision",
-            "num_labels",
-            "gguf_file",
-        )
+        self.encoding = encoding_of(options)
+        fixed = ("columns", "pooling", "num_labels", "dtype", "revision", "gguf_file")
         names = [field.name for field in dataclasses.fields(Options) if field.name.endswith("_column")]
         run = {
             "rmfast": rmfast.__version__,
@@ -53,11 +44,12 @@ class Run:
             "interventions": [_content_digest(folder) for folder in self.interventions] or None,
             "input_sha256": digest,
             "tokens": tokens,
+            **self.encoding,
             **{name: getattr(options, name) for name in [*fixed, *names]},
         }
         if options.output.resolve() == options.input.resolve():
             raise ValueError("Expected --output to be another file than --input")
-        self.bad = self.texts = self.n_tokens = 0
+        self.bad = self.texts = self.n_tokens = self.cut = 0
         self.layout = Layout(options, self.kind, column, tokens)
         options.output.parent.mkdir(parents=True, exist_ok=True)
         self.output = Output(options.output, run, overwrite=options.overwrite)
@@ -93,7 +85,8 @@ class Run:
         seconds = time.perf_counter() - start
         typer.echo(
             f"rmfast: {self.output.next_row - first} rows, {self.texts} texts, {self.n_tokens} tokens"
-            f" in {seconds:.1f} s: {self._rates(seconds)}" + (f"; {self.bad} bad rows" if self.bad else ""),
+            f" in {seconds:.1f} s: {self._rates(seconds)}"
+            + "".join(f"; {n} {what}" for n, what in ((self.cut, "texts cut"), (self.bad, "bad rows")) if n),
             err=True,
         )
 
@@ -121,9 +114,7 @@ class Run:
             except BadRow as error:
                 errors[place] = str(error)
         given = [item for _, item in inputs]
-        encoded = model.encode(
-            given, max_length=o.max_length, truncation=o.truncation, format=o.format, errors="return"
-        )
+        encoded = model.encode(given, errors="return", **self.encoding)
         results: dict[int, list[tuple[Any, Any]]] = {}  # place: (encoded input, reward) of its texts
         for place, item, result in self._results([place for place, _ in inputs], encoded, errors, function):
             if not _finite(result):
@@ -172,6 +163,7 @@ class Run:
                 continue
             self.texts += len(good)
             self.n_tokens += sum(len(item) for _, item in good)
+            self.cut += sum(item.cut > 0 for _, item in good)
             return [(place, item, _plain(result)) for (place, item), result in zip(good, results, strict=True)]
 
     def _report(self, line: int, reason: str) -> None:

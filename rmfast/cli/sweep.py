@@ -7,9 +7,9 @@ from typing import Annotated, Any, Literal
 
 import typer
 
-from rmfast.cli.options import ModelOptions, chosen_backend, load_model, with_options
+from rmfast.cli.options import ModelOptions, chosen_backend, encoding_of, load_model, text_of_option, with_options
 from rmfast.cli.results import save_plot, show, write_csv
-from rmfast.cli.rows import cell_of, located
+from rmfast.cli.rows import cell_of, located, template_columns
 from rmfast.texts.pairs import join
 from rmfast.texts.tables import Row, read_rows
 
@@ -47,8 +47,8 @@ def sweep(
     """Patch every site of a run and write the rewards: the result, a CSV and a heat map (see docs/sweep.md)."""
     if (output / "sweep.json").exists() and not overwrite:
         raise ValueError(f"Expected --output to hold no sweep, got {output}; --overwrite starts anew")
-    ask = None if prompt is None else _text(prompt)
-    texts = [join(ask, _text(given)) for given in (clean, corrupted) if given is not None]
+    ask = text_of_option(prompt)
+    texts = [join(ask, text_of_option(given)) for given in (clean, corrupted) if given is not None]
     chosen = {
         "mode": mode,
         "sites": sites.split(",") if "," in sites else sites,
@@ -59,7 +59,8 @@ def sweep(
         "baseline": None if baseline is None else [_baseline(row, baseline) for row in read_rows(baseline)],
         "screen": None if screen is None else "atp",
         "top": screen,
-        **{name: getattr(options, name) for name in ("batch_tokens", "max_length", "truncation", "format")},
+        "batch_tokens": options.batch_tokens,
+        **encoding_of(options),
     }
     kept = checkpoint or output / "checkpoint.safetensors"
     if overwrite:
@@ -72,13 +73,6 @@ def sweep(
     if checkpoint is None:
         kept.unlink(missing_ok=True)
     typer.echo(_described(result, top))
-
-
-def _text(given: str) -> str:
-    """A text of the command line, or after @ that of a file, without the newline that ends it."""
-    if not given.startswith("@"):
-        return given
-    return Path(given[1:]).read_bytes().decode().removesuffix("\n").removesuffix("\r")
 
 
 def _listed(name: str, given: str) -> list[int | list[int]]:
@@ -103,11 +97,12 @@ def _flat(name: str, given: str | None) -> list[int] | None:
 def _baseline(row: Row, path: Path) -> Any:
     """The text, the conversation or the prompt and response of one row."""
     with located(row, path):
+        own = template_columns(row)
         if "messages" in row.data:
-            return cell_of(row, "messages", parse=True)
+            return {"messages": cell_of(row, "messages", parse=True), **own}
         if "response" in row.data:
             prompt = cell_of(row, "prompt") if row.data.get("prompt") is not None else None
-            return join(prompt, cell_of(row, "response"))
+            return {"prompt": prompt, "response": cell_of(row, "response"), **own}
         return cell_of(row, "text")
 
 

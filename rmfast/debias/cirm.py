@@ -62,7 +62,7 @@ def fit(
         seed: of the search. The same seed gives the same clamp.
         progress: show progress bars.
         batch_tokens: most rows that run at once; default as for `score`.
-        encoding: max_length, truncation and format, as for `score`.
+        encoding: max_length, truncation, format, chat_template_kwargs and tools, as for `score`.
 
     Returns:
         A `NeuronClamp`; its `metadata` (which `save` keeps) has k, the number of neurons, the accuracies on the pairs

@@ -204,7 +204,7 @@ class DirectionRemoval(Intervention):
             rm: the model.
             with_, without: texts, as `score` takes them; their streams are read where `score` reads.
             strength, norm: of the removal; the streams are those on that side of the final norm.
-            **encoding: max_length, truncation, format, as for `score`.
+            **encoding: max_length, truncation, format, chat_template_kwargs, tools, as for `score`.
 
         Raises:
             ValueError: there are no texts, their means are the same, or the model has no such side of a norm.

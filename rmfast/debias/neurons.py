@@ -117,10 +117,12 @@ def localise(
 ) -> Neurons:
     """Rank correlations of all neurons with attributes of the texts, and the neurons' medians: what `fit` chooses from.
 
-    Arguments and errors are those of `fit`; `encoding` are max_length, truncation and format, as for `score`.
+    Arguments and errors are those of `fit`; `encoding` says how texts become token ids, as for `score`.
     """
     read, found = fitting(rm, pairs, attributes)
-    return localised(rm, LastTokenRuns(rm, [text for pair in read for text in pair.inputs], **encoding), found)
+    running = {name: encoding.pop(name) for name in ("batch_tokens", "progress") if name in encoding}
+    encoded = rm.encode([text for pair in read for text in pair.inputs], **encoding)
+    return localised(rm, LastTokenRuns(rm, encoded, max_length=encoding.get("max_length"), **running), found)
 
 
 def fitting(rm: Scorer, pairs: Any, attributes: Any) -> tuple[list[Pair], Attributes]:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import ast
 import json
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -87,6 +89,22 @@ def is_messages(value: Any) -> bool:
     return (
         isinstance(value, list | tuple | np.ndarray) and len(value) > 0 and all(isinstance(m, Mapping) for m in value)
     )
+
+
+def messages_in(text: str) -> list[Any] | None:
+    """The conversation that a text writes out, as JSON or as Python's repr; None where it is ordinary text.
+
+    Raises ValueError for one that neither reads (NumPy's, which has no commas, or one that was cut short).
+    """
+    if not re.match(r"""\s*\[\s*\{\s*["'](role|content|from|value)["']\s*:""", text):
+        return None
+    for read in (json.loads, ast.literal_eval):
+        try:
+            found = read(text.strip())
+        except (ValueError, SyntaxError, RecursionError, MemoryError):
+            continue
+        return found if is_messages(found) and all("role" in m or "from" in m for m in found) else None
+    raise ValueError("begins like a list of messages, but neither JSON nor Python reads it")
 
 
 def characters_of(message: Mapping[str, Any]) -> int:

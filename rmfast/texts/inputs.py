@@ -39,7 +39,7 @@ def listed(inputs: Any) -> list[Any]:
 
     Raises TypeError for one bare input, whose characters or fields would be scored.
     """
-    if isinstance(inputs, Mapping) and "input_ids" in inputs:
+    if isinstance(inputs, Mapping) and inputs.get("input_ids") is not None:
         rows = _rows(inputs)
         if rows is not None:
             return rows

@@ -21,6 +21,8 @@ class Pair:
 def read_pairs(pairs: Iterable[Any]) -> list[Pair]:
     """Pairs from (prompt, chosen, rejected) triples or mappings with these keys, in any mixture.
 
+    A mapping may also have tools and chat_template_kwargs, for the chat template.
+
     Prompt and responses are text or lists of messages ({"role", "content"}). Without a prompt (None, or no such key)
     chosen and rejected are whole texts or conversations, and what both begin with is the prompt: TRL's preference
     formats, standard and conversational, with explicit or implicit prompt.
@@ -39,7 +41,9 @@ def read_pairs(pairs: Iterable[Any]) -> list[Pair]:
 
 
 def _pair(index: int, item: Any) -> Pair:
+    own: dict[str, Any] = {}
     if isinstance(item, Mapping):
+        own = {name: item[name] for name in ("tools", "chat_template_kwargs") if item.get(name) is not None}
         prompt, chosen, rejected = (item.get(key) for key in ("prompt", "chosen", "rejected"))
     elif isinstance(item, list | tuple) and len(item) == 3:
         prompt, chosen, rejected = item
@@ -57,9 +61,10 @@ def _pair(index: int, item: Any) -> Pair:
         raise ValueError(f"pair {index}: expected chosen and rejected both as text or both as messages")
     if not (prompt is None or isinstance(prompt, str) or _messages(prompt)):
         raise ValueError(f"pair {index}: expected prompt as text or messages, got {type(prompt).__name__}")
-    inputs = join(prompt, chosen), join(prompt, rejected)
+    whole = join(prompt, chosen), join(prompt, rejected)
+    records = [{"prompt": prompt, "response": side, **own} for side in (chosen, rejected)]
+    inputs = (records[0], records[1]) if own else whole
     if not isinstance(chosen, str) or prompt is None:  # whole texts or conversations: split where they part
-        whole = inputs
         shared = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(*whole)))
         shared = min(shared, *(len(side) - 1 for side in whole))  # a response is never empty
         while isinstance(chosen, str) and shared and not whole[0][shared - 1].isspace():

@@ -11,6 +11,7 @@ import os
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import zip_longest
 from pathlib import Path
 from typing import IO, Any
 
@@ -21,11 +22,15 @@ _CHUNK = 1 << 20
 
 @dataclass(frozen=True)
 class Row:
-    """One input row: `line` is where it begins (in Parquet its number), from 1; `error` says why it can't be read."""
+    """One input row: `line` is where it begins (in Parquet its number), from 1; `error` says why it can't be read.
+
+    `typed` is False in CSV, where a list of messages can only be written out as text.
+    """
 
     line: int
     data: dict[str, Any]
     error: str | None = None
+    typed: bool = True
 
 
 def read_rows(path: Path, kind: str | None = None) -> Iterator[Row]:
@@ -99,10 +104,12 @@ def _read_csv(path: Path) -> Iterator[Row]:
                 yield Row(line, {}, f"is not CSV: {error}")
                 line = reader.line_num + 1
                 continue
+            data = dict(zip_longest(header, fields[: len(header)]))
             if len(fields) == len(header):
-                yield Row(line, dict(zip(header, fields, strict=True)))
+                yield Row(line, data, typed=False)
             elif fields:
-                yield Row(line, {}, f"has {len(fields)} fields where the header has {len(header)}")
+                more = f", beyond it {fields[len(header) :]}" if len(fields) > len(header) else ""
+                yield Row(line, data, f"has {len(fields)} fields where the header has {len(header)}{more}", typed=False)
             line = reader.line_num + 1
 
 

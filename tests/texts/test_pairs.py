@@ -27,6 +27,13 @@ def test_pairs_are_triples_mappings_and_messages():
     )
 
 
+def test_tools_and_template_kwargs_of_a_pair_go_with_both_texts():
+    own = {"tools": [{"name": "add"}], "chat_template_kwargs": {"style": "terse"}}
+    (pair,) = read_pairs([{"prompt": "p", "chosen": "a", "rejected": "b", **own}])
+    assert pair.inputs == tuple({"prompt": "p", "response": side, **own} for side in ("a", "b"))
+    assert (pair.prompt, pair.chosen, pair.rejected) == ("p", "a", "b")
+
+
 def test_whole_texts_part_at_the_first_word_that_differs():
     (pair,) = read_pairs([{"chosen": "Q: why? A: Yes it is", "rejected": "Q: why? A: Yesterday"}])
     assert (pair.prompt, pair.chosen, pair.rejected) == ("Q: why? A: ", "Yes it is", "Yesterday")
