@@ -44,8 +44,12 @@ def listed(inputs: Any) -> list[Any]:
         if rows is not None:
             return rows
     got = type(inputs).__name__
-    if isinstance(inputs, Mapping) or hasattr(inputs, "columns"):  # a table's rows are records, but not its iteration
-        got += f" with {', '.join(map(str, getattr(inputs, 'columns', inputs)))}"
+    if hasattr(inputs, "columns"):  # of pandas, Polars, Arrow: to iterate over it gives columns
+        raise TypeError(
+            f"Expected inputs to be a sequence of inputs, got a table, {got}; give its rows as records (dicts)"
+        )
+    if isinstance(inputs, Mapping):
+        got += f" with {', '.join(map(str, inputs))}"
     elif not isinstance(inputs, str | bytes) and getattr(inputs, "ndim", 1) != 0 and hasattr(inputs, "__getitem__"):
         return list(inputs)
     raise TypeError(f"Expected inputs to be a sequence of inputs, got {got}; wrap one input in [ ]")

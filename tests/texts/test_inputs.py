@@ -167,7 +167,7 @@ def test_errors_can_be_returned_in_place_of_results():
         {"prompt": "a", "response": "b"},
         {"input_ids": [1, 2], "attention_mask": [1, 1]},
         {"a text", "another"},
-        pd.DataFrame({"prompt": ["a"], "response": ["b"]}),
+        pd.DataFrame({"prompt": ["a"], "response": ["b"]}),  # its iteration gives columns
         3,
     ],
 )
