@@ -212,6 +212,11 @@ def choose(op: str, device: str) -> Callable:
     return run
 
 
+def runs(op: str, device: str) -> str:
+    """The backend that `choose` takes, whether or not it can run."""
+    return requested() or _default(op, device)
+
+
 @functools.cache
 def _default(op: str, device: str) -> str:
     names = _PREFERENCE.get(device, ("eager",))

@@ -34,6 +34,9 @@ class RewardModel(Scorer):
         tokenizer: its tokenizer; None where all inputs are token ids.
         pooling: the token at which `score` reads: "auto" (the rightmost id other than the configuration's
             pad_token_id, as transformers reads a text alone), "last", or a token id (its rightmost occurrence).
+        invariant: True for rewards that have the same bits in any batch (docs/reliability.md), and an error of any run
+            that can't promise them; False for runs that don't pad their rows for it. None, the default, pads on CPUs,
+            where it costs 1% of a batch, and promises what `explain` says.
 
     Attributes:
         num_labels: K, the rewards of one token.
@@ -420,6 +423,7 @@ def load(
     device: Any = None,
     trust_remote_code: bool = False,
     pooling: str | int = "auto",
+    invariant: bool | None = None,
     **kw: Any,
 ) -> RewardModel:
     """Load a reward model and its tokenizer with transformers.
@@ -430,7 +434,7 @@ def load(
         dtype: a torch dtype or its name; default the checkpoint's own.
         device: where the weights go; default a CUDA GPU where there is one, else the CPU. Not with device_map.
         trust_remote_code: run the checkpoint's own Python code.
-        pooling: as for `RewardModel`.
+        pooling, invariant: as for `RewardModel`.
         **kw: passed to from_pretrained: device_map, quantization_config, revision, subfolder, num_labels, ...
 
     Raises:
@@ -441,4 +445,4 @@ def load(
     model, tokenizer = load_checkpoint(
         path_or_id, dtype=dtype, device=device, trust_remote_code=trust_remote_code, **kw
     )
-    return RewardModel(model, tokenizer, pooling=pooling)
+    return RewardModel(model, tokenizer, pooling=pooling, invariant=invariant)

@@ -3,8 +3,10 @@
 // A panel is as many lanes (query rows of the heads of one group) as three vectors hold, and every step is vertical:
 // with Q transposed, Sᵀ = K Qᵀ and Oᵀ += Vᵀ P have keys and dimensions as rows and lanes as columns. So K and V are read
 // as they lie, maxima and sums of the softmax need no shuffles, and a lane's arithmetic is the same wherever it
-// stands: masked keys add exact zeros, and the steps of its keys start at fixed distances from the starts of its prefix and
-// of its suffix. Lanes of any suffixes may therefore share a panel, and all that share a prefix read it together.
+// stands: masked keys add exact zeros, and a step holds the keys of kKeys positions of the text from a multiple of kKeys
+// on, be they rows of a prefix, of the suffix, or (in the one step that the suffix starts in) some of both. So a lane's bits
+// are those of its text alone, however it is cut into prefix and suffix. Lanes of any suffixes may share a panel, and all
+// that share a prefix read it together.
 
 #include "rmfast/suffix_attention.h"
 #include "rmfast/vmath.h"
@@ -68,17 +70,27 @@ int64_t panel_size(const SuffixAttention& a) {
   return (2 * a.head_dim + 2) * kLanes<A>;
 }
 
+// Keys that are held at once: the own rows of several suffixes' first steps behind the end of the prefix that they share.
+constexpr int64_t kHeld = 2 * kKeys;
+
 // Keys of one step, converted: a suffix's or prefix's rows [base, base + count) as keys [offset, offset + count).
 template <class A>
 struct Step {
-  A *k, *v, *raw;  // (kKeys, D), k with a tile's rows more; raw keeps the rows of v, keys `odd`, that are not finite
-  int64_t odd[kKeys], n_odd;
+  A *k, *v, *raw;  // (kHeld, D), k with a tile's rows more; raw keeps the rows of v, keys `odd`, that are not finite
+  int64_t odd[kHeld], n_odd;
   int64_t keys;
+};
+
+// Which of the step's keys a lane sees, or a panel reads: those of a prefix's end, and those behind it.
+struct Seen {
+  int64_t low[2], high[2];
+  bool sees(int part) const { return low[part] < high[part]; }
+  bool any() const { return sees(0) || sees(1); }
 };
 
 template <class A>
 struct Scratch {
-  A *scores, *low, *high, *alpha, *panels;
+  A *scores, *low[2], *high[2], *alpha, *ones, *panels;
   Step<A> step;
   Lane* lanes;
   char* end;
@@ -91,13 +103,16 @@ struct Scratch {
       return out;
     };
     auto floats = [&](int64_t n) { return reinterpret_cast<A*>(take(n * int64_t(sizeof(A)))); };
-    scores = floats((kKeys + kTile) * kLanes<A>);
-    low = floats(kLanes<A>);
-    high = floats(kLanes<A>);
+    scores = floats((kHeld + kTile) * kLanes<A>);
+    for (int part = 0; part < 2; ++part) {
+      low[part] = floats(kLanes<A>);
+      high[part] = floats(kLanes<A>);
+    }
     alpha = floats(kLanes<A>);
-    step.k = floats((kKeys + kTile) * a.head_dim);
-    step.v = floats(kKeys * a.head_dim);
-    step.raw = floats(kKeys * a.head_dim);
+    ones = floats(kLanes<A>);
+    step.k = floats((kHeld + kTile) * a.head_dim);
+    step.v = floats(kHeld * a.head_dim);
+    step.raw = floats(kHeld * a.head_dim);
     panels = floats(panels_n * panel_size<A>(a));
     lanes = reinterpret_cast<Lane*>(take(panels_n * kLanes<A> * int64_t(sizeof(Lane))));
     end = at;
@@ -155,33 +170,37 @@ void add_keys(Step<A>& step, const HeadRows& k, const HeadRows& v, int64_t head,
   }
 }
 
-// Logits to probabilities, for keys [k0, k1): updates max and sum, leaves the factor of what came before in alpha.
+// Logits to probabilities: updates max and sum, leaves the factor of what came before in alpha. v0: the panel's first vector.
 template <class A, int N, bool Masked, bool Capped>
-inline void softmax(Scratch<A>& s, const Panel<A>& panel, const A* lows, const A* highs, int64_t k0, int64_t k1, A cap) {
+inline void softmax(Scratch<A>& s, const Panel<A>& panel, int64_t v0, const Seen& read, A cap) {
 #pragma GCC unroll 3
   for (int v = 0; v < N; ++v) {
     A* scores = s.scores + v * W<A>;
-    const V<A> low = load(lows + v * W<A>), high = load(highs + v * W<A>), old = load(panel.max + v * W<A>);
+    const V<A> old = load(panel.max + v * W<A>);
     V<A> max = old;
-    for (int64_t k = k0; k < k1; ++k) {
-      V<A> x = load(scores + k * kLanes<A>);
-      if (Capped) x = tanh(x) * cap;
-      if (Masked) {
-        const V<A> key = splat(A(k));
-        x = low <= key ? x : splat(-kInf<A>);
-        x = key < high ? x : splat(-kInf<A>);
+    for (int part = 0; part < 2; ++part) {
+      const V<A> low = load(s.low[part] + (v0 + v) * W<A>), high = load(s.high[part] + (v0 + v) * W<A>);
+      for (int64_t k = read.low[part]; k < read.high[part]; ++k) {
+        V<A> x = load(scores + k * kLanes<A>);
+        if (Capped) x = tanh(x) * cap;
+        if (Masked) {
+          const V<A> key = splat(A(k));
+          x = low <= key ? x : splat(-kInf<A>);
+          x = key < high ? x : splat(-kInf<A>);
+        }
+        if (Masked || Capped) store(scores + k * kLanes<A>, x);
+        max = larger<A>(x, max);
       }
-      if (Masked || Capped) store(scores + k * kLanes<A>, x);
-      max = larger<A>(x, max);
     }
     const V<A> safe = max == -kInf<A> ? V<A>{} : max;
     const V<A> alpha = exp2(old - safe);
     V<A> sum = load(panel.sum + v * W<A>) * alpha;
-    for (int64_t k = k0; k < k1; ++k) {
-      const V<A> p = exp2(load(scores + k * kLanes<A>) - safe);
-      store(scores + k * kLanes<A>, p);
-      sum += p;
-    }
+    for (int part = 0; part < 2; ++part)
+      for (int64_t k = read.low[part]; k < read.high[part]; ++k) {
+        const V<A> p = exp2(load(scores + k * kLanes<A>) - safe);
+        store(scores + k * kLanes<A>, p);
+        sum += p;
+      }
     store(panel.max + v * W<A>, max);
     store(panel.sum + v * W<A>, sum);
     store(s.alpha + v * W<A>, alpha);
@@ -189,26 +208,32 @@ inline void softmax(Scratch<A>& s, const Panel<A>& panel, const A* lows, const A
 }
 
 template <class A, int N>
-void attend(Scratch<A>& s, const Panel<A>& panel, const A* low, const A* high, int64_t k0, int64_t k1, bool masked,
-            int64_t d, A cap) {
+void attend(Scratch<A>& s, const Panel<A>& panel, int64_t v0, const Seen& read, bool masked, int64_t d, A cap) {
   const Step<A>& step = s.step;
-  for (int64_t k = k0; k < k1; k += kTile)  // the last tile may pass k1: what it leaves there is not read
-    tile<A, kTile, N, false>(step.k + k * d, d, d, panel.q, s.scores + k * kLanes<A>, nullptr);
+  // The last tile of a part may pass its end: what it leaves there the other part writes anew, or nobody reads.
+  for (int part = 0; part < 2; ++part)
+    for (int64_t k = read.low[part]; k < read.high[part]; k += kTile)
+      tile<A, kTile, N, false>(step.k + k * d, d, d, panel.q, s.scores + k * kLanes<A>, nullptr);
 
   if (cap != 0)
-    masked ? softmax<A, N, true, true>(s, panel, low, high, k0, k1, cap)
-           : softmax<A, N, false, true>(s, panel, low, high, k0, k1, cap);
+    masked ? softmax<A, N, true, true>(s, panel, v0, read, cap) : softmax<A, N, false, true>(s, panel, v0, read, cap);
   else
-    masked ? softmax<A, N, true, false>(s, panel, low, high, k0, k1, cap)
-           : softmax<A, N, false, false>(s, panel, low, high, k0, k1, cap);
+    masked ? softmax<A, N, true, false>(s, panel, v0, read, cap) : softmax<A, N, false, false>(s, panel, v0, read, cap);
 
-  for (int64_t i = 0; i < d; i += kTile)  // d is a multiple of 8
-    tile<A, kTile, N, true>(step.v + k0 * d + i, d, k1 - k0, s.scores + k0 * kLanes<A>, panel.o + i * kLanes<A>, s.alpha);
+  const A* scale = s.alpha;
+  for (int part = 0; part < 2; ++part) {
+    const int64_t k0 = read.low[part], k1 = read.high[part];
+    if (k0 >= k1) continue;
+    for (int64_t i = 0; i < d; i += kTile)  // d is a multiple of 8
+      tile<A, kTile, N, true>(step.v + k0 * d + i, d, k1 - k0, s.scores + k0 * kLanes<A>, panel.o + i * kLanes<A>, scale);
+    scale = s.ones;
+  }
   for (int64_t j = 0; j < step.n_odd; ++j) {
-    if (step.odd[j] < k0 || step.odd[j] >= k1) continue;
+    const int64_t k = step.odd[j];
+    if (!(k >= read.low[0] && k < read.high[0]) && !(k >= read.low[1] && k < read.high[1])) continue;
     for (int64_t i = 0; i < d; ++i)
       for (int v = 0; v < N; ++v) {
-        const V<A> p = load(s.scores + step.odd[j] * kLanes<A> + v * W<A>);
+        const V<A> p = load(s.scores + k * kLanes<A> + v * W<A>);
         A* o = panel.o + i * kLanes<A> + v * W<A>;
         store(o, p != 0 ? load(o) + p * step.raw[j * d + i] : load(o));
       }
@@ -271,6 +296,7 @@ struct Run {
 
   // Scores are taken in base 2, or for a softcap in units of the cap.
   void start() {
+    for (int l = 0; l < kLanes<A>; ++l) s.ones[l] = 1;
     const A factor = A(a.softcap != 0 ? a.scale / a.softcap : a.scale * kLog2e);
     for (int64_t p = 0; p < panels; ++p) {
       const Panel<A> x = panel(p);
@@ -299,51 +325,57 @@ struct Run {
     }
   }
 
-  // One panel over the step's keys, or its vectors with lanes that see any; keys_of gives each lane's own range of them.
-  template <class KeysOf>
-  void attend_panel(int64_t p, KeysOf keys_of) {
+  // One panel over the step's keys, or its vectors with lanes that see any; seen_by gives each lane's own.
+  template <class SeenBy>
+  void attend_panel(int64_t p, SeenBy seen_by) {
     const int64_t n = lanes_of(p);
     const Lane* lanes = s.lanes + p * kLanes<A>;
-    int64_t k0 = kKeys, k1 = 0, last_low = 0, first_high = kKeys, first = n, last = 0;
+    Seen read = {{kHeld, kHeld}, {0, 0}}, each[kLanes<A>];
+    int64_t first = n, last = 0;
     for (int64_t l = 0; l < n; ++l) {
-      int64_t low, high;
-      keys_of(lanes[l], low, high);
-      if (low >= high) {
-        low = high = 0;
-      } else {
-        k0 = low < k0 ? low : k0;
-        k1 = high > k1 ? high : k1;
+      Seen& seen = each[l] = seen_by(lanes[l]);
+      for (int part = 0; part < 2; ++part) {
+        if (!seen.sees(part)) {
+          seen.low[part] = seen.high[part] = 0;
+          continue;
+        }
+        read.low[part] = seen.low[part] < read.low[part] ? seen.low[part] : read.low[part];
+        read.high[part] = seen.high[part] > read.high[part] ? seen.high[part] : read.high[part];
         first = first < l ? first : l;
         last = l;
       }
-      s.low[l] = A(low);
-      s.high[l] = A(high);
     }
-    if (k0 >= k1) return;
+    if (!read.any()) return;
     // A suffix with one query has few lanes here; the other vectors need not wait for its keys.
     const int64_t v0 = first / W<A>, v1 = last / W<A> + 1, end = v1 * W<A> < n ? v1 * W<A> : n;
-    for (int64_t l = v0 * W<A>; l < end; ++l) {
-      last_low = s.low[l] > last_low ? int64_t(s.low[l]) : last_low;
-      first_high = s.high[l] < first_high ? int64_t(s.high[l]) : first_high;
-    }
-    for (int64_t l = n; l < kLanes<A>; ++l) s.low[l] = s.high[l] = 0;
-    const bool masked = last_low > k0 || first_high < k1;
+    bool masked = false;
+    for (int part = 0; part < 2; ++part)
+      for (int64_t l = v0 * W<A>; l < v1 * W<A>; ++l) {
+        s.low[part][l] = l < n ? A(each[l].low[part]) : A(0);
+        s.high[part][l] = l < n ? A(each[l].high[part]) : A(0);
+        if (l < end && read.sees(part))
+          masked |= each[l].low[part] > read.low[part] || each[l].high[part] < read.high[part];
+      }
     const Panel<A> x = panel(p);
     const Panel<A> some = {x.q + v0 * W<A>, x.o + v0 * W<A>, x.max + v0 * W<A>, x.sum + v0 * W<A>, int(v1 - v0)};
     switch (some.vectors) {
-      case 1: return attend<A, 1>(s, some, s.low + v0 * W<A>, s.high + v0 * W<A>, k0, k1, masked, d, cap);
-      case 2: return attend<A, 2>(s, some, s.low + v0 * W<A>, s.high + v0 * W<A>, k0, k1, masked, d, cap);
-      default: return attend<A, 3>(s, some, s.low, s.high, k0, k1, masked, d, cap);
+      case 1: return attend<A, 1>(s, some, v0, read, masked, d, cap);
+      case 2: return attend<A, 2>(s, some, v0, read, masked, d, cap);
+      default: return attend<A, 3>(s, some, v0, read, masked, d, cap);
     }
   }
 
   void clear_step() { s.step.keys = s.step.n_odd = 0; }
 
+  // Where the step begins in which a suffix starts: rows of its prefix from there on are read with its own first ones.
+  int64_t step_of(int64_t at) const { return a.prefix_len[suffix(at)] / kKeys * kKeys; }
+
+  // Whole steps of prefixes.
   void prefixes() {
     int64_t first = INT64_MAX, last = 0;
     for (int64_t l = 0; l < unit.lanes; ++l) {
       const Lane& x = s.lanes[l];
-      const int64_t low = x.low + x.prefix_len, high = (x.high < 0 ? x.high : 0) + x.prefix_len;
+      const int64_t low = x.low + x.prefix_len, high = step_of(x.at);
       if (low >= high) continue;
       first = low < first ? low : first;
       last = high > last ? high : last;
@@ -351,18 +383,17 @@ struct Run {
     const int64_t start = a.prefix_start[suffix(0)];
     for (int64_t b = first < last ? first / kKeys * kKeys : last; b < last; b += kKeys) {
       clear_step();
-      add_keys<A, T>(s.step, a.prefix_k, a.prefix_v, unit.kv_head, start + b, last - b < kKeys ? last - b : kKeys, d);
+      add_keys<A, T>(s.step, a.prefix_k, a.prefix_v, unit.kv_head, start + b, kKeys, d);
       for (int64_t p = 0; p < panels; ++p)
-        attend_panel(p, [&](const Lane& x, int64_t& low, int64_t& high) {
-          low = x.low + x.prefix_len - b;
-          high = (x.high < 0 ? x.high : 0) + x.prefix_len - b;
-          low = low < 0 ? 0 : low;
-          high = high > kKeys ? kKeys : high;
+        attend_panel(p, [&](const Lane& x) {
+          const int64_t low = x.low + x.prefix_len - b;
+          return Seen{{low < 0 ? 0 : low, 0}, {step_of(x.at) > b ? kKeys : 0, 0}};
         });
     }
   }
 
-  // Keys of the suffixes themselves. Short suffixes share a step: each has its keys in one step only, as alone.
+  // Keys of the suffixes themselves, and before them those of the prefix in the same step. Suffixes that end in their first
+  // step share one: each has its keys in one step only, as alone.
   void own_rows() {
     struct Piece {
       int64_t offset, count;
@@ -370,46 +401,56 @@ struct Run {
     const int64_t suffixes = s.lanes[unit.lanes - 1].at + 1;
     int64_t lane = 0, next = 0;
     for (int64_t at = 0; at < suffixes; at = next) {
-      // The lanes of suffixes [at, next), whose keys make up one step, or of one longer suffix.
-      const int64_t first_lane = lane;
+      // The lanes of suffixes [at, next), whose own keys are held at once, or of one longer suffix.
+      const int64_t first_lane = lane, base = step_of(at);
+      const auto in_step = [&](int64_t i) { return a.prefix_len[suffix(i)] - base; };  // of its prefix
       int64_t total = 0;
-      for (next = at; next < suffixes && (next == at || total + rows(next) <= kKeys); ++next) {
-        if (next - at < kKeys) pieces[next - at] = {total, rows(next)};
-        else break;
+      bool together = true;
+      for (next = at; next < suffixes && together; ++next) {
+        const bool ends = rows(next) <= kKeys - in_step(next);
+        if (next > at && (step_of(next) != base || !ends || total + rows(next) > kKeys || next - at == kKeys)) break;
+        together = ends;
+        pieces[next - at] = {total, rows(next)};
         total += rows(next);
         while (lane < unit.lanes && s.lanes[lane].at == next) ++lane;
       }
       if (first_lane == lane) continue;
       const int64_t p0 = first_lane / kLanes<A>, p1 = (lane - 1) / kLanes<A> + 1;
-      if (next - at > 1 || total <= kKeys) {
-        clear_step();
-        for (int64_t i = at; i < next; ++i)
-          add_keys<A, T>(s.step, a.k, a.v, unit.kv_head, a.first[suffix(i)], rows(i), d);
-        for (int64_t p = p0; p < p1; ++p)
-          attend_panel(p, [&](const Lane& x, int64_t& low, int64_t& high) {
-            low = high = 0;
-            if (x.at < at || x.at >= next) return;
-            const Piece& piece = pieces[x.at - at];
-            low = piece.offset + (x.low > 0 ? x.low : 0);
-            high = piece.offset + x.high;
-          });
-        continue;
-      }
-      int64_t first = INT64_MAX, last = 0;
+      int64_t low = INT64_MAX, high = 0;  // of the positions that are seen
       for (int64_t l = first_lane; l < lane; ++l) {
-        const int64_t low = s.lanes[l].low > 0 ? s.lanes[l].low : 0;
-        first = low < first ? low : first;
-        last = s.lanes[l].high > last ? s.lanes[l].high : last;
+        const Lane& x = s.lanes[l];
+        low = x.low + x.prefix_len < low ? x.low + x.prefix_len : low;
+        high = x.high + x.prefix_len > high ? x.high + x.prefix_len : high;
       }
-      for (int64_t b = first / kKeys * kKeys; b < last; b += kKeys) {
+      const int64_t pool = a.prefix_start[suffix(at)] + base;
+      // Suffixes are in the order of their prefixes' lengths: the last one's end holds those of the others.
+      const int64_t shared = low < a.prefix_len[suffix(next - 1)] ? in_step(next - 1) : 0;
+      if (low < base + kKeys) {
         clear_step();
-        add_keys<A, T>(s.step, a.k, a.v, unit.kv_head, a.first[suffix(at)] + b, last - b < kKeys ? last - b : kKeys, d);
+        if (shared) add_keys<A, T>(s.step, a.prefix_k, a.prefix_v, unit.kv_head, pool, shared, d);
+        for (int64_t i = at; i < next; ++i) {
+          const int64_t most = kKeys - in_step(i);
+          add_keys<A, T>(s.step, a.k, a.v, unit.kv_head, a.first[suffix(i)], rows(i) < most ? rows(i) : most, d);
+        }
         for (int64_t p = p0; p < p1; ++p)
-          attend_panel(p, [&](const Lane& x, int64_t& low, int64_t& high) {
-            low = high = 0;
-            if (x.at != at) return;
-            low = x.low > b ? x.low - b : 0;
-            high = x.high - b < kKeys ? x.high - b : kKeys;
+          attend_panel(p, [&](const Lane& x) {
+            if (x.at < at || x.at >= next) return Seen{{0, 0}, {0, 0}};
+            const int64_t before = in_step(x.at), most = kKeys - before, from = x.low + before;
+            const int64_t offset = shared + pieces[x.at - at].offset;
+            return Seen{{from < 0 ? 0 : from, offset + (x.low > 0 ? x.low : 0)},
+                        {shared ? before : 0, offset + (x.high < most ? x.high : most)}};
+          });
+      }
+      if (together) continue;
+      const int64_t prefix = base + in_step(at), first = low > base + kKeys ? low / kKeys * kKeys : base + kKeys;
+      for (int64_t b = first; b < high; b += kKeys) {
+        clear_step();
+        const int64_t row = b - prefix, left = high - b;
+        add_keys<A, T>(s.step, a.k, a.v, unit.kv_head, a.first[suffix(at)] + row, left < kKeys ? left : kKeys, d);
+        for (int64_t p = p0; p < p1; ++p)
+          attend_panel(p, [&](const Lane& x) {
+            if (x.at != at) return Seen{{0, 0}, {0, 0}};
+            return Seen{{0, x.low > row ? x.low - row : 0}, {0, x.high - row < kKeys ? x.high - row : kKeys}};
           });
       }
     }

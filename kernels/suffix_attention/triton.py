@@ -1,10 +1,11 @@
 """Suffix attention in Triton: `forward` with the contract of `reference.py`.
 
-A program takes BM query rows (positions × heads of one group) of one suffix, and two loops over its keys: the prefix,
-read in the pool where it lies, and its own rows, the last of which are the queries'. Blocks of keys start at multiples
-of BN from the first row of the prefix and of the suffix, and launch configurations depend only on the dtype and the
-head size, so a row's bits do not depend on what else is in the batch. The grid is a bound that needs no lengths on the
-host: suffix s has its programs at cu_queries[s] · G // BM + s and on, and each program finds its suffix by bisection.
+A program takes BM query rows (positions × heads of one group) of one suffix, and three loops over its keys: the prefix,
+read in the pool where it lies; one block that holds the prefix's end and the suffix's first rows; and the suffix's own
+rows, the last of which are the queries'. Blocks of keys start at multiples of BN in the text, and launch configurations
+depend only on the dtype and the head size, so a row's bits depend neither on what else is in the batch nor on where its
+text is cut into prefix and suffix. The grid is a bound that needs no lengths on the host: suffix s has its programs at
+cu_queries[s] · G // BM + s and on, and each program finds its suffix by bisection.
 """
 
 from __future__ import annotations
@@ -60,46 +61,56 @@ def _tanh(b_x):
 
 
 @triton.jit
-def _attend(
-    p_q, m_m, b_q, b_o, b_max, b_sum, p_k, p_v, stride_k, stride_v, o_own, o_d, i_first, i_last, offset, window,
-    scale: tl.constexpr, softcap: tl.constexpr, D: tl.constexpr, BN: tl.constexpr, DQ: tl.constexpr,
-    CAUSAL: tl.constexpr, CAPPED: tl.constexpr, WINDOWED: tl.constexpr,
-):  # fmt: skip
-    """Online softmax over keys [i_first, i_last) at p_k and p_v, which sit at positions `offset` and on.
+def _load(p_x, stride, p_own, stride_own, split, o_n, m_n, o_d, m_d, MIXED: tl.constexpr):
+    """Rows o_n of x, [BN, BD]; if MIXED those from `split` on of `own`."""
+    o_row = o_n.to(tl.int64)[:, None]
+    if not MIXED:
+        return tl.load(p_x + o_row * stride + o_d, mask=m_n[:, None] & m_d, other=0.0)
+    m_own = (o_n >= split)[:, None]
+    b_x = tl.load(p_x + o_row * stride + o_d, mask=m_n[:, None] & m_d & ~m_own, other=0.0)
+    b_own = tl.load(p_own + o_row * stride_own + o_d, mask=m_n[:, None] & m_d & m_own, other=0.0)
+    return tl.where(m_own, b_own, b_x)
 
+
+@triton.jit
+def _attend(
+    p_q, m_m, b_q, b_o, b_max, b_sum, p_k, p_v, stride_k, stride_v, p_own_k, p_own_v, stride_own_k, stride_own_v, split,
+    o_own, o_d, i_first, i_last, window, scale: tl.constexpr, softcap: tl.constexpr, D: tl.constexpr, BN: tl.constexpr,
+    DQ: tl.constexpr, CAUSAL: tl.constexpr, CAPPED: tl.constexpr, WINDOWED: tl.constexpr, MIXED: tl.constexpr,
+):  # fmt: skip
+    """Online softmax over the keys at positions [i_first, i_last), rows of p_k and p_v.
+
+    If MIXED those from `split` on are rows of p_own_k and p_own_v.
     b_q [BM, BD] at p_q [BM], b_o [BM, BD], b_max and b_sum [BM], o_own [BM] the rows' positions. `scale` and
     `softcap` give logits in base 2.
     """
     for i_n in range(i_first, i_last, BN):
         o_n = i_n + tl.arange(0, BN)
         m_n = o_n < i_last
-        o_row = o_n.to(tl.int64)
         m_d = o_d[None, :] < D
-        p_row = p_k + o_row[:, None] * stride_k
         b_s = tl.zeros([b_o.shape[0], BN], b_sum.dtype)
         if o_d.shape[0] == DQ:
-            b_k = tl.load(p_row + o_d[None, :], mask=m_n[:, None] & m_d, other=0.0)  # [BN, BD]
+            b_k = _load(p_k, stride_k, p_own_k, stride_own_k, split, o_n, m_n, o_d[None, :], m_d, MIXED)  # [BN, BD]
             b_s = dot(b_q, tl.trans(b_k), b_s)
         else:
             # Q as a whole would fill the registers: parts of it are read again, from L1. The mask keeps the reads here.
             for i_d in tl.static_range(0, D, DQ):
-                o_p = i_d + tl.arange(0, DQ)
-                m_p = o_p[None, :] < D
-                b_part = tl.load(p_q[:, None] + o_p[None, :], mask=m_m[:, None] & m_p & (i_n < i_last), other=0.0)
-                b_k = tl.load(p_row + o_p[None, :], mask=m_n[:, None] & m_p, other=0.0)  # [BN, DQ]
+                o_p = i_d + tl.arange(0, DQ)[None, :]
+                m_p = o_p < D
+                b_part = tl.load(p_q[:, None] + o_p, mask=m_m[:, None] & m_p & (i_n < i_last), other=0.0)
+                b_k = _load(p_k, stride_k, p_own_k, stride_own_k, split, o_n, m_n, o_p, m_p, MIXED)  # [BN, DQ]
                 b_s = dot(b_part, tl.trans(b_k), b_s)
         b_s *= scale  # [BM, BN]
-        b_v = tl.load(p_v + o_row[:, None] * stride_v + o_d[None, :], mask=m_n[:, None] & m_d, other=0.0)
+        b_v = _load(p_v, stride_v, p_own_v, stride_own_v, split, o_n, m_n, o_d[None, :], m_d, MIXED)
         if CAPPED:
             b_s = softcap * _tanh(b_s)
-        o_key = offset + o_n
         m_s = m_n[None, :]
         if CAUSAL:
-            m_s = m_s & (o_key[None, :] <= o_own[:, None])
+            m_s = m_s & (o_n[None, :] <= o_own[:, None])
             if WINDOWED:
-                m_s = m_s & (o_key[None, :] > o_own[:, None] - window)
+                m_s = m_s & (o_n[None, :] > o_own[:, None] - window)
         elif WINDOWED:
-            m_s = m_s & (tl.abs(o_key[None, :] - o_own[:, None]) <= window)
+            m_s = m_s & (tl.abs(o_n[None, :] - o_own[:, None]) <= window)
         b_s = tl.where(m_s, b_s, -float("inf"))
         b_new = tl.maximum(b_max, tl.max(b_s, 1))
         b_safe = tl.where(b_new == -float("inf"), 0.0, b_new)
@@ -168,33 +179,42 @@ def _forward(
     b_max = tl.full([BM], -float("inf"), acc)
     b_sum = tl.zeros([BM], acc)
 
-    i_low = rows - queries + i_m // G
-    i_high = tl.minimum(rows - queries + (i_m + BM - 1) // G + 1, rows)
-    own_first, own_last, prefix_first = rows * 0, rows, rows * 0
+    # Positions of the text: the queries' first one, behind their last one, and of the keys that they see.
+    o_own = prefix + o_i
+    i_low = prefix + rows - queries + i_m // G
+    i_high = tl.minimum(prefix + rows - queries + (i_m + BM - 1) // G + 1, prefix + rows)
+    first_key, last_key = prefix * 0, prefix + rows
     if CAUSAL:
-        own_last = i_high
+        last_key = i_high
     if WINDOWED:
         if CAUSAL:
             i_low = i_low - window + 1
         else:
             i_low = i_low - window
-            own_last = tl.minimum(i_high + window, rows)
-        own_first = tl.maximum(i_low, 0) // BN * BN
-        prefix_first = tl.maximum(i_low + prefix, 0) // BN * BN
+            last_key = tl.minimum(i_high + window, last_key)
+        first_key = tl.maximum(i_low, 0) // BN * BN
+    p_k += (first - prefix) * stride_kn + i_h * stride_kh
+    p_v += (first - prefix) * stride_vn + i_h * stride_vh
+    own_first = first_key
     if p_len is not None:
+        p_prefix_k += start * stride_pkn + i_h * stride_pkh
+        p_prefix_v += start * stride_pvn + i_h * stride_pvh
+        whole, own_first = prefix // BN * BN, (prefix + BN - 1) // BN * BN
         b_o, b_max, b_sum = _attend(
-            p_q, m_m, b_q, b_o, b_max, b_sum,
-            p_prefix_k + start * stride_pkn + i_h * stride_pkh,
-            p_prefix_v + start * stride_pvn + i_h * stride_pvh, stride_pkn, stride_pvn,
-            prefix + o_i, o_d, prefix_first, prefix, 0, window, scale, softcap, D, BN, DQ,
-            CAUSAL, CAPPED, WINDOWED,
+            p_q, m_m, b_q, b_o, b_max, b_sum, p_prefix_k, p_prefix_v, stride_pkn, stride_pvn,
+            p_k, p_v, stride_kn, stride_vn, prefix, o_own, o_d, first_key, whole, window,
+            scale, softcap, D, BN, DQ, CAUSAL, CAPPED, WINDOWED, False,
         )  # fmt: skip
+        b_o, b_max, b_sum = _attend(
+            p_q, m_m, b_q, b_o, b_max, b_sum, p_prefix_k, p_prefix_v, stride_pkn, stride_pvn,
+            p_k, p_v, stride_kn, stride_vn, prefix, o_own, o_d, tl.maximum(first_key, whole),
+            tl.minimum(own_first, last_key), window, scale, softcap, D, BN, DQ, CAUSAL, CAPPED, WINDOWED, True,
+        )  # fmt: skip
+        own_first = tl.maximum(first_key, own_first)
     b_o, b_max, b_sum = _attend(
-        p_q, m_m, b_q, b_o, b_max, b_sum,
-        p_k + first * stride_kn + i_h * stride_kh,
-        p_v + first * stride_vn + i_h * stride_vh, stride_kn, stride_vn,
-        prefix + o_i, o_d, own_first, own_last, prefix, window, scale, softcap, D, BN, DQ,
-        CAUSAL, CAPPED, WINDOWED,
+        p_q, m_m, b_q, b_o, b_max, b_sum, p_k, p_v, stride_kn, stride_vn,
+        p_k, p_v, stride_kn, stride_vn, prefix, o_own, o_d, own_first, last_key, window,
+        scale, softcap, D, BN, DQ, CAUSAL, CAPPED, WINDOWED, False,
     )  # fmt: skip
 
     b_sum = tl.where(m_m, b_sum, 1.0)

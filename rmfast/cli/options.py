@@ -52,6 +52,9 @@ class ModelOptions:
     backend: Annotated[
         Literal["cuda", "triton", "cpp", "eager"] | None, typer.Option(help="Default: see `rmfast explain`.")
     ] = None
+    invariant: Annotated[
+        bool, typer.Option("--invariant", help="The same bits in any batch, or an error where that can't be promised.")
+    ] = False
     trust_remote_code: Annotated[bool, typer.Option("--trust-remote-code")] = False
     revision: Annotated[str | None, typer.Option(help="Of a model on the hub.")] = None
     gguf_file: Annotated[str | None, typer.Option(help="The GGUF file in the model's folder.")] = None
@@ -136,6 +139,7 @@ def load_model(options: ModelOptions) -> Any:
         options.model,
         pooling=pooling,
         trust_remote_code=options.trust_remote_code,
+        invariant=options.invariant or None,
         **{name: value for name, value in given.items() if value is not None},
     )
 

@@ -21,6 +21,7 @@ from rmfast.binding.session import read_rows, reading, replaced_forward
 from rmfast.debias.apply import clamp_key, intervened, projections
 from rmfast.debias.interventions import Intervention
 from rmfast.engine.attention import Run
+from rmfast.engine.invariance import padded
 from rmfast.engine.memory import free_memory
 from rmfast.engine.packed import Engine, planning_windows
 from rmfast.engine.padded import batches, run_batch
@@ -156,7 +157,7 @@ class LastTokenRuns:
                 if name not in found:
                     with torch.inference_mode(False):  # an ordinary tensor, for callers who compute with it
                         found[name] = torch.empty(len(self), flat.size(1), dtype=flat.dtype, device=flat.device)
-                found[name][texts[0].to(flat.device)] = flat[rows]
+                found[name][texts[0].to(flat.device)] = flat[rows][: len(texts[0])]  # behind them is padding
             return out
 
         return forward
@@ -297,13 +298,14 @@ class _Batch:
     def run(self, engine: Engine, binding: Binding) -> Tensor:
         """Rewards (m, K), inside `binding.session()`."""
         device, m = binding.device, len(self.ids)
-        tokens, positions = (torch.from_numpy(x.astype(np.int64)).to(device) for x in (self.ids, self.positions))
+        rows = padded(np.arange(m), engine.tile)
+        tokens, positions = (torch.from_numpy(x[rows].astype(np.int64)).to(device) for x in (self.ids, self.positions))
         none = torch.empty(0, dtype=torch.int32, device=device)
         run = _CachedRun(none, none, none, lambda key, k, v: (k[:0], v[:0]), store=self.store, groups=self.groups)
         forwards = [fused for _, fused in engine.layers]
-        with reading(m, None):
+        with reading(len(rows), None):
             hidden = engine.body(tokens, positions, run, forwards, self.longest)
-        return binding.rewards(hidden[None], torch.arange(m, device=hidden.device))
+        return binding.rewards(hidden[None], torch.arange(len(rows), device=hidden.device))[:m]
 
 
 @dataclass
@@ -325,4 +327,6 @@ class _CachedRun(Run):
                     **options,
                 )[0]
             )  # fmt: skip
-        return out[0] if len(out) == 1 else torch.cat(out)
+        # Rows behind those of the groups are padding.
+        out.append(q.new_zeros(len(q) - self.groups[-1].stop, *q.shape[1:]))
+        return torch.cat(out)

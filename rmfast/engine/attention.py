@@ -72,14 +72,14 @@ class ChainedPool:
         device: torch.device,
         seen: Callable[[nn.Module, Tensor, Tensor], None] | None,
     ):
-        self.seen = seen
+        self.seen, self.rows = seen, chunk.rows
         self.pool_rows, self.keep_rows = _rows(chunk.pool_rows, device), _rows(chunk.keep_rows, device)
         self.kept = kept if chunk.kept else {}
         self.keep: dict[nn.Module, tuple[Tensor, Tensor]] = {}
 
     def __call__(self, key: nn.Module, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         if self.seen is not None:
-            self.seen(key, k, v)
+            self.seen(key, k[: self.rows], v[: self.rows])  # what lies behind is padding
         if key in self.kept:
             k, v = (torch.cat(pair) for pair in zip(self.kept[key], (k, v)))
         if not isinstance(self.keep_rows, Tensor) or self.keep_rows.numel():

@@ -25,6 +25,7 @@ from rmfast.binding.modules import has_hooks, hidden_state_of
 from rmfast.binding.rope import fresh_rope
 from rmfast.binding.session import passing_through, reading, replaced_forward
 from rmfast.engine.attention import ChainedPool, Run, Unsupported, attention_configs, attention_of, current_run
+from rmfast.engine.invariance import padding, tile_of
 from rmfast.engine.layers import Layer, structure
 from rmfast.engine.memory import free_memory, out_of_memory, reuse_freed_memory
 from rmfast.engine.planner import Chunk, plan, windows
@@ -37,6 +38,9 @@ _LEAST_BATCH_TOKENS = 64
 class Engine:
     """Packed runs of one bound model.
 
+    Args:
+        invariant: whether runs pad their rows so that a text has the same bits in any batch, where that can be.
+
     Attributes:
         mode: "fused" (layers by structure) or "modules" (the model's own layers around suffix_attention).
         why: why the mode is not "fused", or None.
@@ -45,7 +49,7 @@ class Engine:
         Unsupported: the model can't run packed.
     """
 
-    def __init__(self, binding: Binding):
+    def __init__(self, binding: Binding, invariant: bool = True):
         if not binding.causal:
             raise Unsupported("its attention sees later tokens too")
         if not binding.head:
@@ -55,10 +59,12 @@ class Engine:
             raise Unsupported(f"hooks (on {hooked[0]}) expect padded batches")
         if not attention_configs(binding.body):
             raise Unsupported("its attention does not use transformers' AttentionInterface")
-        self.binding = binding
+        self.binding, self.invariant = binding, invariant
         self.why: str | None = None
         self.layers: list[tuple[nn.Module, Layer]] = []
         self._options: dict[nn.Module, dict[str, Any]] = {}
+        self._tiles: dict[int, int | str] = {}  # by the number of threads
+        self._moves: dict[tuple, str | None] = {}
         with binding.session(clamped=False):
             precise = next(binding.body.parameters()).dtype in (torch.float32, torch.float64)
             # fp32 differs by 1e-6, a wrong formula by a percent or more. bf16 itself is off by up to 2%.
@@ -70,16 +76,57 @@ class Engine:
             layers = structure(binding.body)
             if isinstance(layers, str):
                 self.why = layers
-                return
-            for _, fused in layers:
-                fused.options = self._options[fused.attn]
-            self.layers = layers
-            limit = 2 * error + (1e-5 if precise else 0.01)
-            fused_error = self._probe(limit)
-            if not isinstance(fused_error, str) and not (far := self._far_error()) <= limit:
-                fused_error = f"they differ from the model's own by {far:.1e} at its last positions"
-            if isinstance(fused_error, str):
-                self.layers, self.why = [], f"fused layers: {fused_error}"
+            else:
+                self._fuse(layers, 2 * error + (1e-5 if precise else 0.01))
+
+    def _fuse(self, layers: list[tuple[nn.Module, Layer]], limit: float) -> None:
+        for _, fused in layers:
+            fused.options = self._options[fused.attn]
+        self.layers = layers
+        error = self._probe(limit)
+        if not isinstance(error, str) and not (far := self._far_error()) <= limit:
+            error = f"they differ from the model's own by {far:.1e} at its last positions"
+        if isinstance(error, str):
+            self.layers, self.why = [], f"fused layers: {error}"
+
+    @property
+    def tile(self) -> int:
+        """Rows that all runs are a multiple of, for the same bits in any batch; 1 where there is no such number."""
+        found = self._tile() if self.invariant else 1
+        return 1 if isinstance(found, str) else found
+
+    def _tile(self) -> int | str:
+        threads = torch.get_num_threads()
+        if threads not in self._tiles:
+            self._tiles[threads] = tile_of(self.binding.body)
+        return self._tiles[threads]
+
+    def moves(self) -> str | None:
+        """Why a text's bits may depend on the texts beside it, or None where they do not.
+
+        A self-test of the matmuls, and of the probe's texts alone and together; not inside of a session.
+        """
+        if not self.invariant:
+            return "it was not asked for (invariant=True)"
+        attention = _backends.runs("suffix_attention", self.binding.device.type)
+        if attention == "eager":
+            return "eager attention goes through the BLAS"
+        key = attention, torch.get_num_threads(), self.binding
+        if key not in self._moves:
+            with self.binding.session():
+                self._moves[key] = self._moved_bits()
+        return self._moves[key]
+
+    def _moved_bits(self) -> str | None:
+        if isinstance(reason := self._tile(), str):
+            return reason
+        texts = self._probe_texts()
+        for read in ("all", "last"):
+            together = self._ran(texts, read)
+            alone = torch.cat([self._ran([text], read) for text in texts])
+            if not torch.equal(together, alone):
+                return "the probe's texts have other bits alone than together"
+        return None
 
     @property
     def mode(self) -> str:
@@ -164,24 +211,29 @@ class Engine:
             return error
         return f"packed and padded hidden states differ by {error:.1e}"
 
-    def _probe_error(self) -> float:
-        """Relative error on three texts that share a beginning, cut so that one chunk leaves K/V to the next."""
-        binding = self.binding
-        ids = probe_ids(binding.root, binding.vocab_size, None, ())[0].numpy()
-        texts = [ids, np.concatenate([ids[:4], ids[::-1]]), ids[2:5]]
+    def _probe_texts(self) -> list[np.ndarray]:
+        """Three texts that share a beginning."""
+        ids = probe_ids(self.binding.root, self.binding.vocab_size, None, ())[0].numpy()
+        return [ids, np.concatenate([ids[:4], ids[::-1]]), ids[2:5]]
+
+    def _ran(self, texts: list[np.ndarray], read: str) -> Tensor:
+        """Hidden states at all tokens of the texts, or the last of each; one chunk leaves K/V to the next."""
         flat, cu = np.concatenate(texts), np.cumsum([0, *map(len, texts)])
-        got = []
-        for read in ("all", np.array([len(t) - 1 for t in texts])):
-            planned = plan(flat, cu, batch_tokens=8, min_shared=2, read=read)  # type: ignore[arg-type]
-            out = torch.cat([rows for _, rows in self.run(flat, planned, 0)])
-            got.append(out[torch.from_numpy(planned.read_index).to(out.device)])
+        planned = plan(flat, cu, batch_tokens=8, min_shared=2, read=read)  # type: ignore[arg-type]
+        out = torch.cat([hidden[: len(chunk.read_rows)] for chunk, hidden in self.run(flat, planned, 0)])
+        return out[torch.from_numpy(planned.read_index).to(out.device)]
+
+    def _probe_error(self) -> float:
+        """Relative error on the probe's texts."""
+        binding, texts = self.binding, self._probe_texts()
         want = []
         for text in texts:
             one = torch.from_numpy(text)[None].to(binding.device)
             want.append(binding.hidden(one, torch.ones_like(one))[0])
-        got.append(torch.cat(want))
-        every, last, wanted = (t.double() for t in got)
-        wanted_last = wanted[torch.from_numpy(cu[1:] - 1).to(wanted.device)]
+        wanted = torch.cat(want).double()
+        ends = torch.from_numpy(np.cumsum([len(text) for text in texts]) - 1)
+        wanted_last = wanted[ends.to(wanted.device)]
+        every, last = self._ran(texts, "all").double(), self._ran(texts, "last").double()
         return max(
             float((every - wanted).norm() / wanted.norm()), float((last - wanted_last).norm() / wanted_last.norm())
         )
@@ -203,8 +255,8 @@ class Engine:
                 padded to a multiple of 8.
 
         Yields:
-            Each chunk and its hidden states (M, d) at chunk.read_rows, before the final norm where
-            `binding.leaves_norm_out`.
+            Each chunk and its hidden states (m, d), those at its M read_rows and behind them padding, before the final
+            norm where `binding.leaves_norm_out`.
         """
         kept: dict[nn.Module, tuple[Tensor, Tensor]] = {}
         for chunk in planned:
@@ -224,14 +276,23 @@ class Engine:
         def move(array: np.ndarray) -> Tensor:
             return torch.from_numpy(np.ascontiguousarray(array)).to(device)
 
+        # A suffix of its own pads the rows, and the rows that are read, to multiples of the tile.
+        part = len(chunk.read_rows) < chunk.rows
+        more, more_reads = padding(chunk.rows, len(chunk.read_rows) if part else None, self.tile)
+        rows = chunk.rows + more
+        cu_seqlens, start, length = (np.append(x, end).astype(np.int32) for x, end in (
+            (chunk.cu_seqlens, rows), (chunk.prefix_start, 0), (chunk.prefix_len, 0)
+        ))  # fmt: skip
         pool = ChainedPool(chunk, kept, device, seen)
-        run = Run(move(chunk.cu_seqlens), move(chunk.prefix_start), move(chunk.prefix_len), pool)
-        if len(chunk.read_rows) < chunk.rows:
-            cu_reads = np.searchsorted(chunk.read_rows, chunk.cu_seqlens)
-            run.read_rows, run.cu_reads = move(chunk.read_rows), move(cu_reads.astype(np.int32))
-        tokens = move(ids[chunk.tokens].astype(np.int64))
-        with reading(chunk.rows, run.read_rows):
-            hidden = self.body(tokens, move(chunk.positions), run, [fused for _, fused in self.layers], longest)
+        run = Run(move(cu_seqlens), move(start), move(length), pool)
+        if part:
+            reads = np.append(chunk.read_rows, np.arange(rows - more_reads, rows))
+            cu_reads = np.searchsorted(reads, cu_seqlens)
+            run.read_rows, run.cu_reads = move(reads), move(cu_reads.astype(np.int32))
+        tokens = move(np.append(ids[chunk.tokens].astype(np.int64), np.zeros(more, np.int64)))
+        positions = move(np.append(chunk.positions, np.arange(more)))
+        with reading(rows, run.read_rows):
+            hidden = self.body(tokens, positions, run, [fused for _, fused in self.layers], longest)
         if run.read_rows is not None and not self.layers:
             hidden = hidden[run.read_rows]
         return hidden, pool.keep
@@ -308,7 +369,7 @@ def run_packed(
             try:
                 for chunk, hidden in engine.run(ids, planned, longest):
                     rows = torch.arange(hidden.size(0), device=hidden.device)
-                    values.append(head(hidden[None], rows))
+                    values.append(head(hidden[None], rows)[: len(chunk.read_rows)])
                     bar.update(len(chunk.inputs))
             except RuntimeError as error:
                 if batch_tokens <= _LEAST_BATCH_TOKENS or not out_of_memory(error):

@@ -47,10 +47,13 @@ class Scorer:
         binding: the parts found in the model.
         interventions: what the model is under (`rmfast.debias.apply.intervened`), or None.
         base: the scorer without them; None where this is it.
+        invariant: whether texts must have the same bits in any batch (None: where it costs little, on CPUs).
         warned: what has been said: "end", that a text ends in padding; "ids", that token ids come with theirs.
     """
 
-    def __init__(self, model: nn.Module, tokenizer: Any = None, *, pooling: str | int = "auto"):
+    def __init__(
+        self, model: nn.Module, tokenizer: Any = None, *, pooling: str | int = "auto", invariant: bool | None = None
+    ):
         if isinstance(pooling, bool) or not (pooling in ("auto", "last") or isinstance(pooling, int)):
             raise ValueError(f'Expected pooling to be "auto", "last" or a token id, got {pooling!r}')
         read_id = pooling if isinstance(pooling, int) else None
@@ -64,6 +67,7 @@ class Scorer:
         if not self.binding.head and pooling != "auto":
             name = type(self.binding.root).__name__
             raise ValueError(f'{name} pools by itself: expected pooling to be "auto", got {pooling!r}')
+        self.invariant = invariant
         self.interventions: Any = None
         self.base: Scorer | None = None
         self.warned: set[str] = set()
@@ -259,6 +263,8 @@ class Scorer:
         ):
             raise ValueError(f"Expected batch_tokens to be a positive int, got {batch_tokens!r}")
         packed = self.packed_engine() if engine != "padded" and encoded else None
+        if self.invariant and encoded and (moves := "padded runs" if packed is None else self.moves()):
+            raise ValueError(f"Expected invariant=False: rewards may move with their batch here, {moves}")
         if isinstance(packed, str):
             if engine == "packed":
                 raise ValueError(f'Expected engine to be "padded": this model cannot run packed, since {packed}')
@@ -301,10 +307,19 @@ class Scorer:
             parts = self._parts()
             if self._engine is None or self._engine[0] != parts:  # new, or changed since (modules replaced, hooks)
                 try:
-                    self._engine = parts, Engine(self.binding)
+                    self._engine = parts, Engine(self.binding, self._pads)
                 except Unsupported as reason:
                     self._engine = parts, str(reason)
             return self._engine[1]
+
+    @property
+    def _pads(self) -> bool:
+        return self.binding.device.type == "cpu" if self.invariant is None else self.invariant
+
+    def moves(self) -> str | None:
+        """Why a text's reward may have other bits beside other texts; None where a self-test says that it has not."""
+        packed = self.packed_engine()
+        return f"padded runs: {packed}" if isinstance(packed, str) else packed.moves()
 
     def _parts(self) -> tuple:
         """The body's modules, and what would make them run otherwise than they are: a key for its engine."""
@@ -342,7 +357,9 @@ class Scorer:
             engine = f"padded (not packed: {packed})"
         else:
             engine = f"packed, {packed.mode} layers" + (f" ({packed.why})" if packed.why else "")
-        return f"engine: {engine}\n{_backends.explain(device=self.binding.device.type)}"
+        moves = self.moves()
+        bits = "the same in any batch" if moves is None else f"may move with the batch ({moves})"
+        return f"engine: {engine}\nbits: {bits}\n{_backends.explain(device=self.binding.device.type)}"
 
 
 def _normalize(normalize: tuple[Any, Any], labels: int) -> tuple[Tensor, Tensor]:

@@ -83,8 +83,8 @@ def suffix_attention(
         lse: q.shape[:2], the log-sum-exp of the row's logits in float32 (float64 for float64 q).
 
         Sums are in float32 (float64 for float64 q). In the C++ and Triton kernels a row's bits depend only on its
-        suffix and its prefix, not on what else is in the batch, where it lies in memory or how many threads run. The
-        same row computed with some of its keys as prefix or all as own rows is equal to rounding, not to the bit.
+        text: not on where that is cut into prefix and suffix, on what else is in the batch, where it lies in memory or
+        how many threads run.
         Non-finite values stay within the suffixes that have them among their keys.
 
     Raises:

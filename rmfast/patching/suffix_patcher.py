@@ -22,6 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from rmfast.engine.attention import Run
+from rmfast.engine.invariance import padded, padding
 from rmfast.engine.layers import Layer
 from rmfast.engine.memory import out_of_memory
 from rmfast.engine.packed import Engine
@@ -202,44 +203,44 @@ class _Chunk:
         self.patcher, self.base, self.edits, self.entry, self.values = patcher, base, edits, entry, values
         self.tokens, self.device = len(base.ids), patcher.binding.device
         self.first = edits.groups.argmax(1)[edits.group]
+        self.tile = patcher.engine.tile
 
     def run(self) -> Tensor:
         """Rewards (n, K)."""
         layers, base = self.patcher.layers, self.base
         x = base.stream[layers][:0]
         delta: Tensor | None = None
-        live = 0
+        live = _Rows(self.tokens)
         for m in range(layers):
             layer = self.patcher.engine.layers[m][1]
-            entering = int((self.entry == m).sum())
-            if not live + entering:
+            entering = np.flatnonzero(self.entry == m)
+            if not len(live.at) + len(entering):
                 continue
             parts = []
-            if live:
+            if len(live.at):
                 y, x = layer.enter(x, delta)
-                at = _move(_positions(self.first[:live], self.tokens), self.device)
-                reads = self._reads(np.arange(live)) if layer.last else None
+                at = _move(live.at, self.device)
+                reads = _move(live.reads, self.device) if layer.last else None
                 heads = layer.heads(y, base.cos[m][at], base.sin[m][at], reads)
                 parts.append((*heads, x if reads is None else x[reads]))
-            if entering:
-                parts.append(self._enter(m, np.arange(live, live + entering), layer))
-                live += entering
+            if len(entering):
+                rows = _Rows(self.tokens).and_edits(self.first[entering], self.tile)
+                parts.append(self._enter(m, entering, rows, layer))
+                live = live.and_rows(rows)
             q, k, v, x = parts[0] if len(parts) == 1 else (torch.cat(pair) for pair in zip(*parts))
-            cu = np.concatenate([[0], np.cumsum(self.tokens - self.first[:live])])
-            run = Run(*_suffixes(cu, self.first[:live], self.device), pool=self._pool(m))
+            cu = np.concatenate([[0], np.cumsum(live.rows)])
+            run = Run(*_suffixes(cu, live.prefix, self.device), pool=self._pool(m))
             if layer.last:
-                run.cu_reads = torch.arange(live + 1, dtype=torch.int32, device=self.device)
+                run.cu_reads = _move(np.concatenate([[0], np.cumsum(live.read)]).astype(np.int32), self.device)
             x, delta = layer.after_heads(run, q, k, v, x)
         out = x if delta is None else x + delta
-        if live < len(self.edits):  # those of the last layer, whose read row alone counts
-            some = np.arange(live, len(self.edits))
+        out = out[_move(np.flatnonzero(live.of_edits), self.device)]
+        if len(out) < len(self.edits):  # those of the last layer, whose read row alone counts
+            some = np.arange(len(out), len(self.edits))
             made, _, value_rows = self._replacements(layers, some, np.full(len(some), self.tokens - 1))
             out = torch.cat([out, made[_move(value_rows, self.device)]])
-        return self.patcher.binding.rewards(out[None], torch.arange(out.size(0), device=out.device))
-
-    def _reads(self, some: np.ndarray) -> Tensor:
-        """The last row of each edit among the rows of all."""
-        return _move(np.cumsum(self.tokens - self.first[some]) - 1, self.device)
+        rows_read = _move(padded(np.arange(out.size(0)), self.tile), self.device)
+        return self.patcher.binding.rewards(out[None], rows_read)[: out.size(0)]
 
     def _pool(self, m: int) -> Callable[[nn.Module, Tensor, Tensor], tuple[Tensor, Tensor]]:
         _, k, v = self.base.rotated[m]
@@ -247,20 +248,23 @@ class _Chunk:
         pool = (nn.functional.pad(k, (0, pad)), nn.functional.pad(v, (0, pad))) if pad else (k, v)
         return lambda *_: pool
 
-    def _enter(self, m: int, some: np.ndarray, layer: Layer) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    def _enter(self, m: int, some: np.ndarray, rows: _Rows, layer: Layer) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Queries, keys, values and the stream with which edits `some` enter layer m; in the last one queries and the
         stream at their read rows. Rows that no value stands in for have the base run's queries, keys and values."""
-        base, first = self.base, self.first[some]
-        made, positions, value_rows = self._replacements(m, some, first)
-        at, value_at = _move(positions, self.device), _move(value_rows, self.device)
+        base = self.base
+        made, _, value_rows = self._replacements(m, some, self.first[some])
+        value_rows = np.append(value_rows, np.full(len(rows.at) - len(value_rows), -1))  # padding
+        at, value_at = _move(rows.at, self.device), _move(value_rows, self.device)
         x, y = patch_rows(base.stream[m], made, at, value_at, **layer.norms[0].arguments)
-        reads = self._reads(some) if layer.last else None
+        reads = _move(rows.reads, self.device) if layer.last else None
         fresh = np.flatnonzero(value_rows >= 0)
-        new = _move(fresh, self.device)
-        q, k, v = layer.heads(y[new], base.cos[m][at[new]], base.sin[m][at[new]])
-        if len(fresh) < len(positions):
-            # Layer reuse, one step further: 3.9% of the arithmetic of a residual sweep over 8 layers.
-            q, k, v = (old[at].index_copy_(0, new, rows) for old, rows in zip(base.rotated[m], (q, k, v)))
+        new = _move(padded(fresh, self.tile), self.device)
+        made_heads = layer.heads(y[new], base.cos[m][at[new]], base.sin[m][at[new]])
+        # Layer reuse, one step further: 3.9% of the arithmetic of a residual sweep over 8 layers.
+        q, k, v = (
+            heads if len(fresh) == len(at) else old[at].index_copy_(0, new[: len(fresh)], heads[: len(fresh)])
+            for old, heads in zip(base.rotated[m], made_heads)
+        )
         return (q, k, v, x) if reads is None else (q[reads], k, v, x[reads])
 
     def _replacements(self, m: int, some: np.ndarray, first: np.ndarray) -> tuple[Tensor, np.ndarray, np.ndarray]:
@@ -301,25 +305,26 @@ class _Chunk:
             rows[n, unit] = self.values(kind, m)[at, unit].to(rows.dtype)
             return rows
 
-        if kind == "resid_mid":
-            return self._after_attention(layer, self.values(kind, m)[at, 0])
-        if kind == "attn_out":
-            return self._after_attention(layer, x + self.values(kind, m)[at, 0])
         if kind == "mlp_out":
             return base.parts["resid_mid"][m][at, 0] + self.values(kind, m)[at, 0]
+        # Matmuls run on a whole number of tiles; what is behind the edits' rows is left off again.
+        whole = _move(padded(np.arange(len(edit)), self.tile), self.device)
         if kind == "mlp_neuron":
             neurons = replaced(base.parts[kind][m][at])[..., 0]
-            return base.parts["resid_mid"][m][at, 0] + layer.mlp_from(neurons)
-        if kind == "head_out":
-            heads = replaced(base.parts[kind][m][at])
-        elif kind == "q":
-            heads = self._edited_query(layer, m, replaced(base.parts["q"][m][at]), position)
+            return base.parts["resid_mid"][m][at, 0] + layer.mlp_from(neurons[whole])[: len(edit)]
+        if kind == "resid_mid":
+            middle = self.values(kind, m)[at, 0]
+        elif kind == "attn_out":
+            middle = x + self.values(kind, m)[at, 0]
         else:
-            heads = self._edited_keys(layer, m, kind, edit, position)
-        return self._after_attention(layer, x + layer.added_by(heads))
-
-    def _after_attention(self, layer: Layer, middle: Tensor) -> Tensor:
-        return middle + layer.mlp_of(layer.middle_norm(middle))
+            if kind == "head_out":
+                heads = replaced(base.parts[kind][m][at])
+            elif kind == "q":
+                heads = self._edited_query(layer, m, replaced(base.parts["q"][m][at]), position)
+            else:
+                heads = self._edited_keys(layer, m, kind, edit, position)
+            middle = x + layer.added_by(heads[whole])[: len(edit)]
+        return middle + layer.mlp_of(layer.middle_norm(middle[whole]))[: len(edit)]
 
     def _edited_query(self, layer: Layer, m: int, q: Tensor, position: np.ndarray) -> Tensor:
         """Attention of single rows, each over the base run's keys up to its own."""
@@ -351,6 +356,52 @@ class _Chunk:
         run = Run(*_suffixes(cu, first, self.device), pool=self._pool(m))
         run.cu_reads = _move(np.concatenate([[0], np.cumsum(np.bincount(index))]).astype(np.int32), self.device)
         return run.attend(layer.attn, q[_move(position, self.device)], own["k"], own["v"], **layer.options)
+
+
+@dataclass
+class _Rows:
+    """Flat rows of suffixes, those of edits and after some of them one that pads them to whole tiles.
+
+    Attributes:
+        tokens: of the base run; an edit's suffix ends with the last of them.
+        rows, prefix, read: (S,) of each suffix its rows, those before it and how many of its last ones are read.
+        at: (n,) the base run's position of each row.
+        reads: (m,) which rows are read.
+        of_edits: (m,) bool, which of those are an edit's.
+    """
+
+    tokens: int
+    rows: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int64))
+    prefix: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int64))
+    read: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int64))
+    at: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int64))
+    reads: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int64))
+    of_edits: np.ndarray = field(default_factory=lambda: np.zeros(0, bool))
+
+    def and_edits(self, first: np.ndarray, tile: int) -> _Rows:
+        """With edits whose suffixes start at `first`, and padding; the one row read of an edit is its last."""
+        rows, n = self.tokens - first, len(first)
+        more, more_reads = padding(int(rows.sum()), n, tile)
+        ends = np.append(rows.cumsum() - 1, rows.sum() + more - more_reads + np.arange(more_reads))
+        made = _Rows(
+            self.tokens,
+            np.append(rows, more),
+            np.append(first, 0),
+            np.append(np.ones(n, np.int64), more_reads),
+            np.append(_positions(first, self.tokens), np.zeros(more, np.int64)),
+            ends,
+            np.arange(n + more_reads) < n,
+        )
+        return self.and_rows(made)
+
+    def and_rows(self, other: _Rows) -> _Rows:
+        def joined(name: str) -> np.ndarray:
+            return np.concatenate([getattr(self, name), getattr(other, name)])
+
+        reads = np.concatenate([self.reads, other.reads + len(self.at)])
+        return _Rows(
+            self.tokens, joined("rows"), joined("prefix"), joined("read"), joined("at"), reads, joined("of_edits")
+        )
 
 
 def _no_pool(key: nn.Module, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:

@@ -7,6 +7,7 @@ import itertools
 import re
 from dataclasses import dataclass, field, replace
 
+import numpy as np
 import pytest
 import torch
 from conftest import backends_of
@@ -56,7 +57,7 @@ class Case:
 
 def dense(q, k, v, cu_seqlens, prefix_k=None, prefix_v=None, prefix_start=None, prefix_len=None, *,
           scale=None, causal=True, softcap=None, window=None) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """One suffix and one head at a time, in the inputs' dtype."""
+    """One suffix and one head at a time, in the inputs' dtype; for fp64 in extended precision, rounded at the end."""
     out, lse = torch.empty_like(q), torch.empty(q.shape[:2], dtype=q.dtype)
     group, ends = q.size(1) // k.size(1), cu_seqlens.tolist()
     for s, (first, last) in enumerate(itertools.pairwise(ends)):
@@ -73,13 +74,33 @@ def dense(q, k, v, cu_seqlens, prefix_k=None, prefix_v=None, prefix_start=None, 
                 rows = slice(int(prefix_start[s]), int(prefix_start[s]) + before)
                 keys = torch.cat([prefix_k[rows, h // group], keys])
                 values = torch.cat([prefix_v[rows, h // group], values])
-            logits = q[first:last, h] @ keys.T * (q.size(2) ** -0.5 if scale is None else scale)
+            factor = q.size(2) ** -0.5 if scale is None else scale
+            if q.dtype == torch.float64:
+                results = extended(q[first:last, h], keys, values, factor, softcap, seen)
+                out[first:last, h], lse[first:last, h] = results
+                continue
+            logits = q[first:last, h] @ keys.T * factor
             if softcap is not None:
                 logits = softcap * (logits / softcap).tanh()
             logits = logits.masked_fill(~seen, -torch.inf)
             out[first:last, h] = logits.softmax(1) @ values
             lse[first:last, h] = logits.logsumexp(1)
     return out, lse
+
+
+def extended(q, keys, values, scale, softcap, seen) -> tuple[Tensor, Tensor]:
+    """Out (n, D) and lse (n,) of one head, in NumPy's long double, whose own error is below what fp64 shows."""
+    q, keys, values = (x.numpy().astype(np.longdouble) for x in (q, keys, values))
+    logits = q @ keys.T * scale
+    if softcap is not None:
+        logits = softcap * np.tanh(logits / softcap)
+    logits = np.where(seen.numpy(), logits, -np.inf)
+    most = logits.max(1, keepdims=True)
+    weights = np.exp(logits - most)
+    total = weights.sum(1, keepdims=True)
+    return tuple(
+        torch.from_numpy(x.astype(np.float64)) for x in (weights @ values / total, (most + np.log(total))[:, 0])
+    )
 
 
 def bounds(args: list, options: dict) -> list[tuple[Tensor, float]]:
@@ -89,7 +110,7 @@ def bounds(args: list, options: dict) -> list[tuple[Tensor, float]]:
     dtype = args[0].dtype
     acc = torch.float64 if dtype == torch.float64 else torch.float32
     truth = dense(*cast(args, torch.float64), **options)
-    eager = dense(*args, **options)[0], dense(*cast(args, acc), **options)[1]
+    eager = truth if dtype == torch.float64 else (dense(*args, **options)[0], dense(*cast(args, acc), **options)[1])
     limits = []
     for want, got, precision in zip(truth, eager, (dtype, acc)):
         size = float(want.abs().max().clamp(min=1)) if want.numel() else 0.0
@@ -228,6 +249,30 @@ def test_a_suffix_has_the_same_bits_alone_and_in_any_batch(backend, options, dty
     device = use_backend(backend)
     for name in ("no prefix", "prefixes", "nested prefixes", "short", "multi-query"):
         check_alone(name, options, dtype, device)
+
+
+def check_cuts(options: str, dtype: torch.dtype, device: str) -> None:
+    """Rows of a text as suffixes over prefixes of all lengths, all in one batch, have the bits that they have uncut."""
+    text = Case([150], heads=6, kv_heads=2, d=40)
+    q, k, v, whole, *_ = text.inputs(dtype, device=device)
+    want = suffix_attention(q, k, v, whole, **OPTIONS[options])
+    pool = [torch.cat([torch.full_like(x[:3], torch.nan), x]) for x in (k, v)]
+    for lens in ([1] * 149, [150 - at for at in range(0, 150, 7)], [150 - 70] * 3 + [9] * 5, [20, 90, 149]):
+        if OPTIONS[options].get("causal", True):
+            starts = [min(3 * s % 149, 150 - n) for s, n in enumerate(lens)]
+        else:  # all keys are seen: suffixes that end where the text does
+            starts = [150 - n for n in lens]
+        rows = torch.cat([torch.arange(at, at + n) for at, n in zip(starts, lens)]).to(device)
+        ends, at = (torch.tensor(x, device=device) for x in ([0, *itertools.accumulate(lens)], starts))
+        got = suffix_attention(q[rows], k[rows], v[rows], ends, *pool, torch.full_like(at, 3), at, **OPTIONS[options])
+        assert torch.equal(got[0], want[0][rows]) and torch.equal(got[1], want[1][rows])
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("options", OPTIONS)
+@pytest.mark.parametrize("backend", KERNELS)
+def test_a_row_has_the_same_bits_however_its_text_is_cut(backend, options, dtype, use_backend):
+    check_cuts(options, dtype, use_backend(backend))
 
 
 def last_rows(case: Case, device="cpu") -> tuple[Tensor, Tensor]:

@@ -49,6 +49,12 @@ def test_a_suffix_has_the_same_bits_alone_and_in_any_batch(options, on_triton):
 
 @interpreted
 @pytest.mark.parametrize("options", contract.OPTIONS)
+def test_a_row_has_the_same_bits_however_its_text_is_cut(options, on_triton):
+    contract.check_cuts(options, torch.float32, "cpu")
+
+
+@interpreted
+@pytest.mark.parametrize("options", contract.OPTIONS)
 def test_queries_of_a_suffix_s_last_rows_get_what_they_get_among_all(options, on_triton, poisoned):
     contract.check_last_rows("prefixes", options, "cpu", 0)
 

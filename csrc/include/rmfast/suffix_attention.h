@@ -34,7 +34,7 @@ struct AttentionUnit {
   int64_t kv_head, at, lane, lanes;
 };
 
-// Keys of one step; a suffix's steps start at multiples of it from its prefix's first row and from its own first row.
+// Positions of one step; steps start at multiples of it in the text, that is from the prefix's first row.
 constexpr int64_t kKeys = 64;
 
 // One table for each instruction set that the library was built for.

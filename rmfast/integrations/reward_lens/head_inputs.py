@@ -52,7 +52,9 @@ def _head_inputs(runtime: Any, texts: list[np.ndarray], every: bool) -> Tensor:
                 cu = np.cumsum([0, *(lengths[i] for i in some)])
                 read: Any = "all" if every else np.array([lengths[i] - 1 for i in some])
                 planned = plan(ids, cu, batch_tokens=rm.default_batch_tokens(engine), read=read)
-                rows = torch.cat([norm(hidden[None])[0] for _, hidden in engine.run(ids, planned, 0)])
+                rows = torch.cat(
+                    [norm(hidden[None, : len(chunk.read_rows)])[0] for chunk, hidden in engine.run(ids, planned, 0)]
+                )
                 found.append(rows[torch.from_numpy(planned.read_index).to(rows.device)])
             flat = torch.cat(found)
     except RuntimeError as error:

@@ -1,0 +1,86 @@
+"""The same bits in any batch: row counts at which a matmul gives each row what it gives it in any other company.
+
+A BLAS takes the last few rows of a matrix, or all of a small one, by other kernels, which add in another order. At
+multiples of some small number of rows, a *tile*, all of them go one way. `tile_of` finds the smallest such number for
+the matmuls of a model on this machine, with this number of threads, by trying; runs pad their rows to its multiples
+(`padding`). All else that a packed run does to a row is the same wherever the row stands: attention steps at absolute
+positions, and norms, rotations and activations row by row.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from rmfast.binding.modules import is_readable
+
+# Rows that are tried, the fewest first. MKL's fp32 wants 4 for each thread; a GPU's kernels have tiles of 64 to 256.
+_TILES = {"cpu": (8, 16, 32, 64, 128)}
+_TILES_ACCELERATOR = (128, 256, 512)
+
+# Of a kind and shape of module, with a number of threads: its tile, or None. The same in all of a process.
+_found: dict[tuple, int | None] = {}
+
+
+def padding(rows: int, reads: int | None, tile: int) -> tuple[int, int]:
+    """Rows to add to `rows`, and how many of them to read beside `reads` (None: all), for multiples of `tile`."""
+    more = -rows % tile
+    if reads is None:
+        return more, more
+    read = -reads % tile
+    return more + (tile if read > more else 0), read
+
+
+def padded(index: np.ndarray, tile: int) -> np.ndarray:
+    """Rows to gather, (n,), with the first of them again at the end up to a multiple of `tile`."""
+    more = -len(index) % tile
+    return np.concatenate([index, np.repeat(index[:1], more)]) if more else index
+
+
+def tile_of(body: nn.Module) -> int | str:
+    """The fewest rows of whose multiples every linear module of a body computes each alike, or why there is none.
+
+    One module of each kind, shape and dtype is run on random rows, a few milliseconds for a small model.
+    """
+    most = 1
+    for module, key in _matmuls(body):
+        if key not in _found:
+            _found[key] = _smallest(module)
+        tile = _found[key]
+        if tile is None:
+            _, shape, dtype, *_ = key
+            return f"a row of a matmul with {shape[0]} × {shape[1]} in {str(dtype)[6:]} depends on the others"
+        most = max(most, tile)
+    return most
+
+
+def _matmuls(body: nn.Module) -> list[tuple[nn.Module, tuple]]:
+    found: dict[tuple, nn.Module] = {}
+    for module in body.modules():
+        if isinstance(module, nn.Linear | Conv1D) and is_readable(module):
+            weight = module.weight
+            key = (type(module), tuple(weight.shape), weight.dtype, weight.device, torch.get_num_threads())
+            found.setdefault(key, module)
+    return [(module, key) for key, module in found.items()]
+
+
+def _smallest(module: nn.Module) -> int | None:
+    weight: Tensor = module.weight  # type: ignore[assignment]
+    columns = weight.size(0) if isinstance(module, Conv1D) else weight.size(1)
+    generator = torch.Generator().manual_seed(0)
+    for tile in _TILES.get(weight.device.type, _TILES_ACCELERATOR):
+        x = torch.randn(5 * tile, columns, generator=generator).to(weight)
+        if _alike(module, x, tile):
+            return tile
+    return None
+
+
+def _alike(module: nn.Module, x: Tensor, tile: int) -> bool:
+    """Whether rows have the same bits in one, three and five tiles, and at other places in them."""
+    whole = module(x)
+    some = [slice(0, tile), slice(tile + 1, 2 * tile + 1), slice(2 * tile - 1, 5 * tile - 1)]
+    return all(torch.equal(module(x[rows]), whole[rows]) for rows in some) and torch.equal(
+        module(x.flip(0)).flip(0), whole
+    )
