@@ -1,10 +1,11 @@
 """Suffix attention in Triton: `forward` with the contract of `reference.py`.
 
-A program takes BM query rows (positions × heads of one group) of one suffix, and three loops over its keys: the prefix,
-read in the pool where it lies; one block that holds the prefix's end and the suffix's first rows; and the suffix's own
-rows, the last of which are the queries'. Blocks of keys start at multiples of BN in the text, and launch configurations
-depend only on the dtype and the head size, so a row's bits depend neither on what else is in the batch nor on where its
-text is cut into prefix and suffix. The grid is a bound that needs no lengths on the host: suffix s has its programs at
+A program takes BM query rows (positions × heads of one group) of one suffix, and one loop over the positions of its
+text: keys before the suffix are rows of the pool, read where they lie, later ones the suffix's own, the last of which
+are the queries'. Both are found by offsets from the suffixes' rows, of which those into the pool hold the distance
+between the two tensors, so that a block may hold rows of either. Blocks start at multiples of BN in the text, and launch
+configurations depend only on the dtype and the head size, so a row's bits depend neither on what else is in the batch
+nor on where its text is cut into prefix and suffix. The grid is a bound that needs no lengths on the host: suffix s has its programs at
 cu_queries[s] · G // BM + s and on, and each program finds its suffix by bisection.
 """
 
@@ -61,26 +62,25 @@ def _tanh(b_x):
 
 
 @triton.jit
-def _load(p_x, stride, p_own, stride_own, split, o_n, m_n, o_d, m_d, MIXED: tl.constexpr):
-    """Rows o_n of x, [BN, BD]; if MIXED those from `split` on of `own`."""
-    o_row = o_n.to(tl.int64)[:, None]
-    if not MIXED:
-        return tl.load(p_x + o_row * stride + o_d, mask=m_n[:, None] & m_d, other=0.0)
-    m_own = (o_n >= split)[:, None]
-    b_x = tl.load(p_x + o_row * stride + o_d, mask=m_n[:, None] & m_d & ~m_own, other=0.0)
-    b_own = tl.load(p_own + o_row * stride_own + o_d, mask=m_n[:, None] & m_d & m_own, other=0.0)
-    return tl.where(m_own, b_own, b_x)
+def _rows(o_n, split, from_pool, stride_pool, from_own, stride_own, VEC: tl.constexpr, POOL: tl.constexpr):
+    """Offsets of the rows at positions o_n, [BN]."""
+    o_row = from_own + o_n.to(tl.int64) * stride_own
+    if POOL:
+        o_row = tl.where(o_n < split, from_pool + o_n.to(tl.int64) * stride_pool, o_row)
+        # Each is a sum of multiples of VEC, which the compiler does not see through the choice.
+        o_row = tl.multiple_of(o_row, VEC)
+    return o_row
 
 
 @triton.jit
 def _attend(
-    p_q, m_m, b_q, b_o, b_max, b_sum, p_k, p_v, stride_k, stride_v, p_own_k, p_own_v, stride_own_k, stride_own_v, split,
-    o_own, o_d, i_first, i_last, window, scale: tl.constexpr, softcap: tl.constexpr, D: tl.constexpr, BN: tl.constexpr,
-    DQ: tl.constexpr, CAUSAL: tl.constexpr, CAPPED: tl.constexpr, WINDOWED: tl.constexpr, MIXED: tl.constexpr,
+    p_q, m_m, b_q, b_o, b_max, b_sum, p_k, p_v, from_pk, stride_pk, from_k, stride_k, from_pv, stride_pv, from_v,
+    stride_v, split, o_own, o_d, i_first, i_last, window, scale: tl.constexpr, softcap: tl.constexpr, D: tl.constexpr,
+    BN: tl.constexpr, DQ: tl.constexpr, VEC: tl.constexpr, CAUSAL: tl.constexpr, CAPPED: tl.constexpr,
+    WINDOWED: tl.constexpr, POOL: tl.constexpr,
 ):  # fmt: skip
-    """Online softmax over the keys at positions [i_first, i_last), rows of p_k and p_v.
+    """Online softmax over the keys at positions [i_first, i_last), of which those before `split` lie in the pool.
 
-    If MIXED those from `split` on are rows of p_own_k and p_own_v.
     b_q [BM, BD] at p_q [BM], b_o [BM, BD], b_max and b_sum [BM], o_own [BM] the rows' positions. `scale` and
     `softcap` give logits in base 2.
     """
@@ -88,20 +88,22 @@ def _attend(
         o_n = i_n + tl.arange(0, BN)
         m_n = o_n < i_last
         m_d = o_d[None, :] < D
+        p_row = p_k + _rows(o_n, split, from_pk, stride_pk, from_k, stride_k, VEC, POOL)[:, None]
         b_s = tl.zeros([b_o.shape[0], BN], b_sum.dtype)
         if o_d.shape[0] == DQ:
-            b_k = _load(p_k, stride_k, p_own_k, stride_own_k, split, o_n, m_n, o_d[None, :], m_d, MIXED)  # [BN, BD]
+            b_k = tl.load(p_row + o_d[None, :], mask=m_n[:, None] & m_d, other=0.0)  # [BN, BD]
             b_s = dot(b_q, tl.trans(b_k), b_s)
         else:
             # Q as a whole would fill the registers: parts of it are read again, from L1. The mask keeps the reads here.
             for i_d in tl.static_range(0, D, DQ):
-                o_p = i_d + tl.arange(0, DQ)[None, :]
-                m_p = o_p < D
-                b_part = tl.load(p_q[:, None] + o_p, mask=m_m[:, None] & m_p & (i_n < i_last), other=0.0)
-                b_k = _load(p_k, stride_k, p_own_k, stride_own_k, split, o_n, m_n, o_p, m_p, MIXED)  # [BN, DQ]
+                o_p = i_d + tl.arange(0, DQ)
+                m_p = o_p[None, :] < D
+                b_part = tl.load(p_q[:, None] + o_p[None, :], mask=m_m[:, None] & m_p & (i_n < i_last), other=0.0)
+                b_k = tl.load(p_row + o_p[None, :], mask=m_n[:, None] & m_p, other=0.0)  # [BN, DQ]
                 b_s = dot(b_part, tl.trans(b_k), b_s)
         b_s *= scale  # [BM, BN]
-        b_v = _load(p_v, stride_v, p_own_v, stride_own_v, split, o_n, m_n, o_d[None, :], m_d, MIXED)
+        o_row = _rows(o_n, split, from_pv, stride_pv, from_v, stride_v, VEC, POOL)
+        b_v = tl.load(p_v + o_row[:, None] + o_d[None, :], mask=m_n[:, None] & m_d, other=0.0)
         if CAPPED:
             b_s = softcap * _tanh(b_s)
         m_s = m_n[None, :]
@@ -130,15 +132,16 @@ def _stride(stride, VEC: tl.constexpr):
 _STRIDES = [f"stride_{tensor}{dim}" for tensor in ("q", "k", "v", "pk", "pv") for dim in ("n", "h")]
 
 
-@triton.jit(do_not_specialize=["S", "window", *_STRIDES])
+@triton.jit(do_not_specialize=["S", "window", "gap_k", "gap_v", *_STRIDES])
 def _forward(
-    p_q, p_k, p_v, p_prefix_k, p_prefix_v, p_ends, p_asks, p_start, p_len, p_out, p_lse,
+    p_q, p_k, p_v, p_ends, p_asks, p_start, p_len, p_out, p_lse,
     stride_qn, stride_qh, stride_kn, stride_kh, stride_vn, stride_vh, stride_pkn, stride_pkh, stride_pvn, stride_pvh,
-    S, window, scale: tl.constexpr, softcap: tl.constexpr,
+    gap_k, gap_v, S, window, scale: tl.constexpr, softcap: tl.constexpr,
     G: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, DQ: tl.constexpr,
     VEC: tl.constexpr, CAUSAL: tl.constexpr, CAPPED: tl.constexpr, WINDOWED: tl.constexpr,
 ):  # fmt: skip
-    """VEC is a number of elements that divides all strides: without it a compiler must load one at a time."""
+    """gap_k and gap_v: elements from the suffixes' rows to the pool's. VEC is a number of elements that divides them
+    and all strides: without it a compiler must load one at a time."""
     acc = p_lse.dtype.element_ty
     stride_qn, stride_qh = _stride(stride_qn, VEC), _stride(stride_qh, VEC)
     stride_kn, stride_kh = _stride(stride_kn, VEC), _stride(stride_kh, VEC)
@@ -193,28 +196,14 @@ def _forward(
             i_low = i_low - window
             last_key = tl.minimum(i_high + window, last_key)
         first_key = tl.maximum(i_low, 0) // BN * BN
-    p_k += (first - prefix) * stride_kn + i_h * stride_kh
-    p_v += (first - prefix) * stride_vn + i_h * stride_vh
-    own_first = first_key
-    if p_len is not None:
-        p_prefix_k += start * stride_pkn + i_h * stride_pkh
-        p_prefix_v += start * stride_pvn + i_h * stride_pvh
-        whole, own_first = prefix // BN * BN, (prefix + BN - 1) // BN * BN
-        b_o, b_max, b_sum = _attend(
-            p_q, m_m, b_q, b_o, b_max, b_sum, p_prefix_k, p_prefix_v, stride_pkn, stride_pvn,
-            p_k, p_v, stride_kn, stride_vn, prefix, o_own, o_d, first_key, whole, window,
-            scale, softcap, D, BN, DQ, CAUSAL, CAPPED, WINDOWED, False,
-        )  # fmt: skip
-        b_o, b_max, b_sum = _attend(
-            p_q, m_m, b_q, b_o, b_max, b_sum, p_prefix_k, p_prefix_v, stride_pkn, stride_pvn,
-            p_k, p_v, stride_kn, stride_vn, prefix, o_own, o_d, tl.maximum(first_key, whole),
-            tl.minimum(own_first, last_key), window, scale, softcap, D, BN, DQ, CAUSAL, CAPPED, WINDOWED, True,
-        )  # fmt: skip
-        own_first = tl.maximum(first_key, own_first)
     b_o, b_max, b_sum = _attend(
-        p_q, m_m, b_q, b_o, b_max, b_sum, p_k, p_v, stride_kn, stride_vn,
-        p_k, p_v, stride_kn, stride_vn, prefix, o_own, o_d, own_first, last_key, window,
-        scale, softcap, D, BN, DQ, CAUSAL, CAPPED, WINDOWED, False,
+        p_q, m_m, b_q, b_o, b_max, b_sum, p_k, p_v,
+        _stride(gap_k, VEC) + start * stride_pkn + i_h * stride_pkh, stride_pkn,
+        (first - prefix) * stride_kn + i_h * stride_kh, stride_kn,
+        _stride(gap_v, VEC) + start * stride_pvn + i_h * stride_pvh, stride_pvn,
+        (first - prefix) * stride_vn + i_h * stride_vh, stride_vn,
+        prefix, o_own, o_d, first_key, last_key, window, scale, softcap, D, BN, DQ, VEC,
+        CAUSAL, CAPPED, WINDOWED, p_len is not None,
     )  # fmt: skip
 
     b_sum = tl.where(m_m, b_sum, 1.0)
@@ -262,11 +251,12 @@ def forward(
     grid = (rows * group // config["BM"] + suffixes, kv_heads)
     pool_k, pool_v = (k, v) if prefix_k is None or prefix_v is None else (prefix_k, prefix_v)
     strides = [stride for tensor in (q, k, v, pool_k, pool_v) for stride in tensor.stride()[:2]]
-    vec = math.gcd(16 // q.element_size(), *strides)
+    gaps = [(pool.data_ptr() - own.data_ptr()) // q.element_size() for pool, own in ((pool_k, k), (pool_v, v))]
+    vec = math.gcd(16 // q.element_size(), *strides, *gaps)
     with on_device(q):
         _forward[grid](
-            q, k, v, prefix_k, prefix_v, cu_seqlens, cu_seqlens if cu_queries is None else cu_queries, prefix_start,
-            prefix_len, out, lse, *strides, suffixes, window,
+            q, k, v, cu_seqlens, cu_seqlens if cu_queries is None else cu_queries, prefix_start,
+            prefix_len, out, lse, *strides, *gaps, suffixes, window,
             # For logits in base 2; with a softcap, its tanh takes them in units of the cap.
             scale=scale / softcap if softcap else scale * LOG2E.value, softcap=softcap * LOG2E.value,
             G=group, D=d, VEC=vec, CAUSAL=causal, CAPPED=softcap != 0, WINDOWED=window != 0, **config,

@@ -79,8 +79,14 @@ def _smallest(module: nn.Module) -> int | None:
 
 def _alike(module: nn.Module, x: Tensor, tile: int) -> bool:
     """Whether rows have the same bits in one, three and five tiles, and at other places in them."""
-    whole = module(x)
+    whole = _product(module, x)
     some = [slice(0, tile), slice(tile + 1, 2 * tile + 1), slice(2 * tile - 1, 5 * tile - 1)]
-    return all(torch.equal(module(x[rows]), whole[rows]) for rows in some) and torch.equal(
-        module(x.flip(0)).flip(0), whole
+    return all(torch.equal(_product(module, x[rows]), whole[rows]) for rows in some) and torch.equal(
+        _product(module, x.flip(0)).flip(0), whole
     )
+
+
+def _product(module: nn.Module, x: Tensor) -> Tensor:
+    """As the module multiplies, whatever else its forward does (a router's gives a tuple)."""
+    weight, bias = module.weight, module.bias
+    return torch.addmm(bias, x, weight) if isinstance(module, Conv1D) else nn.functional.linear(x, weight, bias)  # type: ignore[arg-type]

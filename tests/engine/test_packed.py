@@ -272,8 +272,9 @@ def test_a_model_whose_layers_look_right_but_are_not_is_found_out():
     M.assert_rewards(rm.score(inputs), truths(model, inputs)[:, 0], M.reward_scale(model))
 
 
-def test_the_last_layer_runs_its_mlp_for_the_read_rows_alone(monkeypatch):
-    rm = RewardModel(decoder("llama"))
+@pytest.mark.parametrize("invariant, wanted", [(False, [60, 3]), (True, [72, 8])])  # whole tiles of 8 rows
+def test_the_last_layer_runs_its_mlp_for_the_read_rows_alone(invariant, wanted, monkeypatch):
+    rm = RewardModel(decoder("llama"), invariant=invariant)
     rm.explain()
     rows = []
     original = layers.gated_activation
@@ -281,7 +282,7 @@ def test_the_last_layer_runs_its_mlp_for_the_read_rows_alone(monkeypatch):
         layers, "gated_activation", lambda gate, up, **kw: rows.append(len(gate)) or original(gate, up, **kw)
     )
     rm.score(M.token_ids([10, 20, 30]), engine="packed")
-    assert rows == [60, 3]
+    assert rows == wanted
 
 
 @pytest.mark.parametrize("backend", ["eager", "cpp"])
