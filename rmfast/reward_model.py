@@ -29,11 +29,12 @@ class RewardModel(Scorer):
     Args:
         model: a transformers model with a reward head, in memory: sequence or token classification, with a linear or
             MLP head, or an encoder that pools by itself; may carry peft adapters, be quantised, or be spread by
-            device_map. Its weights are used where they are, and read at each call: further training, or a switch of
-            adapters, is seen.
+            device_map. Its weights are used where they are, and read at each call: what is changed in it later is
+            seen or refused (docs/reward_model.md). While it is scored it is in eval mode, for all threads.
         tokenizer: its tokenizer; None where all inputs are token ids.
-        pooling: the token at which `score` reads: "auto" (the rightmost id other than the configuration's
-            pad_token_id, as transformers reads a text alone), "last", or a token id (its rightmost occurrence).
+        pooling: the token at which `score` reads: "auto" (where the model's own code reads a text alone, for
+            transformers' classes the rightmost id other than the configuration's pad_token_id), "last", or a token id
+            (its rightmost occurrence, or its first where the model reads that).
         invariant: True for rewards that have the same bits in any batch (docs/reliability.md), and an error of any run
             that can't promise them; False for runs that don't pad their rows for it. None, the default, pads on CPUs,
             where it costs 1% of a batch, and promises what `explain` says.
@@ -47,7 +48,8 @@ class RewardModel(Scorer):
     What it has beside these and the methods below is `Scorer`'s, which workloads stand on, and may change.
 
     Raises:
-        ValueError: no body and head are found in the model, or they do not reproduce its own logits on a few tokens.
+        ValueError: no body and head are found in the model, or they do not reproduce its own logits on a few tokens; it
+            reads a text by no known rule; all its logits overflow.
     """
 
     @takes(ScoreOptions)
@@ -328,7 +330,8 @@ class RewardModel(Scorer):
 
         Any number of such models live side by side with this one, which stays as it is, and share its weights. Clamps
         at all positions are folded into copies of the matrices that they touch; such a model does not see a later
-        switch of adapters. What else is changed in this model's weights in place is seen. (docs/interventions.md)
+        switch of adapters, and is refused once modules, hooks or forwards have changed. What else is changed in this
+        model's weights in place is seen. (docs/interventions.md)
 
         Raises:
             ValueError: an intervention was made with another model, names modules or neurons that this one lacks, does

@@ -13,14 +13,18 @@ from torch import Tensor, nn
 from rmfast.binding.modules import (
     active,
     call_arguments,
-    has_hooks,
+    calls_of,
     hidden_state_of,
+    input_embedding,
     is_readable,
+    is_untouched,
     logits_of,
     plain_linear,
+    structure_of,
     text_config,
+    unwrap,
 )
-from rmfast.binding.norms import eps_of, gain_of
+from rmfast.binding.norms import eps_of, gain_of, known_kind
 from rmfast.binding.rope import fresh_rope, kept_rope, length_group
 from rmfast.binding.session import Clamp, eval_mode, lock_of, passing_through, with_clamps
 from rmfast.ops import reward_head
@@ -54,7 +58,11 @@ class Binding:
             itself (BERT's pooler), whose own forward is then run.
         num_labels: K.
         causal: whether a token sees only those before it.
-        vocab_size: rows of the embedding.
+        width: d, of the hidden states that the head is given.
+        outermost: the model in its wrappers.
+        pooling, avoid: as they were given to `rmfast.binding.find.bind`.
+        reading: the rule by which the model reads a text's token: a name in `rmfast.binding.proof.READINGS`, or for a
+            token id as pooling which of its occurrences, "first" or "last".
         rope: modules of the body whose rotary frequencies go by the longest text seen.
         clamps: outputs of modules that are set to values in every session.
         before, after: what rows lose before the final norm, and between it and the head.
@@ -63,15 +71,21 @@ class Binding:
     root: nn.Module
     body_name: str
     norm_name: str | None
-    norm_kind: str | None
     head_names: list[str]
     num_labels: int
     causal: bool
-    vocab_size: int
+    width: int
+    outermost: nn.Module
+    pooling: str | int = "auto"
+    avoid: tuple[int, ...] = ()
+    reading: str = "last"
     rope: list[nn.Module] = field(default_factory=list)
     clamps: tuple[Clamp, ...] = ()
     before: Removal | None = None
     after: Removal | None = None
+    copied_from: tuple[nn.Module, tuple] | None = None  # the model that `root` is a copy of, and its structure then
+    tried_norm: tuple[tuple, str | None] | None = None  # which norm was last held against the formulas; its kind
+    tried_forward: tuple | None = None  # what the model's own forward was when it was last tried
 
     # Looked up by name each time, so that modules replaced since (a new head, adapters put in) are the ones used.
     @property
@@ -83,8 +97,26 @@ class Binding:
         return None if self.norm_name is None else self.root.get_submodule(self.norm_name)
 
     @property
+    def norm_kind(self) -> str | None:
+        if self.norm is None:
+            return None
+        norm = active(self.norm)
+        which = (norm, *calls_of(norm))
+        if self.tried_norm is None or self.tried_norm[0] != which:  # another adapter's, or put in since
+            with torch.inference_mode():
+                dtype = next((p.dtype for p in norm.parameters() if p.is_floating_point()), torch.float32)
+                self.tried_norm = which, known_kind(norm, self.width, dtype)
+        return self.tried_norm[1]
+
+    @property
     def head(self) -> list[nn.Module]:
         return [self.root.get_submodule(name) for name in self.head_names]
+
+    @property
+    def vocab_size(self) -> int:
+        """Rows of the embedding."""
+        embedding = input_embedding(self.root)
+        return int(getattr(embedding, "num_embeddings", 0) or embedding.weight.shape[0])
 
     @property
     def config(self) -> Any:
@@ -94,7 +126,7 @@ class Binding:
     @property
     def device(self) -> torch.device:
         """Where token ids go: the embedding's device (accelerate moves them where its weights are offloaded)."""
-        weight = self.body.get_input_embeddings().weight  # type: ignore[operator]
+        weight = input_embedding(self.body).weight
         return torch.device("cpu") if weight.device.type == "meta" else weight.device
 
     @property
@@ -106,16 +138,58 @@ class Binding:
     @contextmanager
     def session(self, grad: bool = False, clamped: bool = True) -> Iterator[None]:
         """Scoring state: no dropout, autograd on with `grad` alone, `clamps` in force unless not `clamped`; everything
-        is put back at the end. One thread at a time."""
-        # inference_mode(False) turns autograd on, also inside of no_grad.
-        with (
-            lock_of(self.root),
-            torch.inference_mode(not grad),
-            eval_mode(self.root),
-            kept_rope(self.rope),
-            with_clamps(self.root, self.clamps if clamped else ()),
-        ):
-            yield
+        is put back at the end. One thread at a time.
+
+        Raises:
+            ValueError: the model's own forward has changed, and its parts do not give its logits any more.
+        """
+        with lock_of(self.root):
+            self.renew()
+            # inference_mode(False) turns autograd on, also inside of no_grad.
+            with (
+                torch.inference_mode(not grad),
+                eval_mode(self.root),
+                kept_rope(self.rope),
+                with_clamps(self.root, self.clamps if clamped else ()),
+            ):
+                yield
+
+    def own_forward(self) -> tuple:
+        """What the model's own forward runs around its parts, as a key."""
+        return tuple(calls_of(module) for module in dict.fromkeys((self.outermost, unwrap(self.outermost), self.root)))
+
+    @property
+    def entry(self) -> nn.Module:
+        """What is called to run the model's own forward: its wrappers only where something is put on them."""
+        return self.root if is_untouched(self.outermost) else self.outermost
+
+    def renew(self) -> None:
+        """Tries the model's own forward again where that has changed since: hooks on the model, torch's global ones, a
+        forward set on the instance. What is put on the body, its final norm or the head takes part without, but not in
+        a copy made before."""
+        if self.copied_from is not None and structure_of(self.copied_from[0]) != self.copied_from[1]:
+            raise ValueError(
+                f"Expected {type(self.root).__name__} to have the modules, hooks and forwards that it had when "
+                "interventions were put on a copy of it: call with_interventions again"
+            )
+        if not self.head_names or self.own_forward() == self.tried_forward:
+            return
+        from rmfast.binding.find import bind  # which makes bindings
+
+        changed = f"What the forward of {type(self.root).__name__} runs has changed since the model was bound"
+        try:
+            found = bind(self.outermost, self.pooling, self.avoid)
+        except ValueError as error:
+            raise ValueError(f"{changed} (hooks, or a forward set on it). {error}") from error
+        was, now = (
+            (each.body_name, each.head_names, each.num_labels, each.causal, each.width) for each in (self, found)
+        )
+        if now != was:
+            raise ValueError(
+                f"{changed}: expected body, head, labels, causal and width {was}, got {now}. Make a new RewardModel of "
+                "the model"
+            )
+        self.reading, self.tried_forward = found.reading, found.tried_forward
 
     @property
     def clamps_last(self) -> bool:
@@ -138,13 +212,14 @@ class Binding:
 
     @property
     def leaves_norm_out(self) -> bool:
-        """Whether `hidden` gives rows before the norm. A user's hooks on the norm or body keep the norm in place."""
-        return self.norm is not None and not any(map(has_hooks, (self.norm, active(self.norm), self.body)))
+        """Whether `hidden` gives rows before the norm. Hooks, or a forward set on the instance, of the norm or the body
+        keep the norm in place."""
+        return self.norm is not None and all(map(is_untouched, (self.norm, active(self.norm), self.body)))
 
     def rewards(self, hidden: Tensor, rows: Tensor) -> Tensor:
         """Rewards (M, K) of the flat rows (M,) int64 of hidden (B, T, d); fp32, or fp64 for fp64 hidden states."""
         if self.before is not None and not self.leaves_norm_out:
-            raise ValueError("Expected a final norm without hooks, for directions to be removed before it")
+            raise ValueError("Expected a final norm that nothing is put on, for directions to be removed before it")
         linear = plain_linear(self.head)
         if linear is not None and (not self.leaves_norm_out or (self.norm_kind and is_readable(active(self.norm)))):
             on = hidden.device
@@ -164,8 +239,17 @@ class Binding:
                 **self.norm_arguments(on),
                 **removed,
             )
-            return out if self.before is None else out[:, 0]
-        out = self.apply_head(self.normed(hidden, rows)).reshape(rows.numel(), self.num_labels)
+            return self._labelled(out if self.before is None else out[:, 0], rows.numel())
+        return self._labelled(self.apply_head(self.normed(hidden, rows)), rows.numel())
+
+    def _labelled(self, out: Tensor, count: int) -> Tensor:
+        """(count, K), in fp32 at least; ValueError where the head gives another number of labels than it did."""
+        if out.numel() != count * self.num_labels:
+            raise ValueError(
+                f"Expected the head of {type(self.root).__name__} to give {self.num_labels} for each of {count} rows, "
+                f"as when the model was bound, got {tuple(out.shape)}: make a new RewardModel of the model"
+            )
+        out = out.reshape(count, self.num_labels)
         return out if out.dtype == torch.float64 else out.float()
 
     def normed(self, hidden: Tensor, rows: Tensor) -> Tensor:
@@ -196,8 +280,7 @@ class Binding:
         fresh_rope(self.rope)
         out = logits_of(self.root(**call_arguments(self.root, input_ids, attention_mask, token_type_ids)))
         assert out is not None
-        out = out.reshape(input_ids.size(0), self.num_labels)
-        return out if out.dtype == torch.float64 else out.float()
+        return self._labelled(out, input_ids.size(0))
 
     def length_group(self, length: int) -> tuple[int, ...]:
         """Texts may share a batch when this is equal: rotary frequencies that depend on the longest text then agree."""

@@ -6,14 +6,12 @@ No class names are listed. The model is run once on a few tokens with hooks that
 - the *final norm* is the module whose output is that hidden state, and its kind is whichever formula reproduces it;
 - the *head* is the chain of modules after the body that turns the hidden state into the logits.
 
-What was found is then run in place of the model's own forward and must give its logits, so a model with rules of its
-own (gates, logit scaling, another pooling) is refused when it is bound rather than scored wrongly.
+What was found is then run in place of the model's own forward and must give its logits, also of texts with special
+tokens inside and of large hidden states (`rmfast.binding.proof`), so a model with rules of its own (gates, logit
+scaling, another pooling) is refused when it is bound rather than scored wrongly.
 """
 
 from __future__ import annotations
-
-from contextlib import ExitStack
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -22,53 +20,70 @@ from rmfast.binding.binding import Binding
 from rmfast.binding.modules import (
     PASSIVE,
     active,
-    call_arguments,
+    calls_of,
     hidden_state_of,
+    input_embedding,
+    is_untouched,
     logits_of,
-    plain_linear,
-    text_config,
+    uncompiled,
     unwrap,
 )
-from rmfast.binding.norms import Call, gain_of, norm_kind
+from rmfast.binding.norms import Call, norm_kind
+from rmfast.binding.proof import agree, check_bounds, find_reading, precision, record, special_ids
 from rmfast.binding.refusals import rule_of
 from rmfast.binding.rope import kept_rope, rope_modules
 from rmfast.binding.session import eval_mode, lock_of
 
 _PROBE_TOKENS = 7
+_PROBES = 3  # tries at tokens whose logits are finite
 
 
-def bind(model: nn.Module, read_id: int | None = None, avoid: tuple[int, ...] = ()) -> Binding:
+def bind(model: nn.Module, pooling: str | int = "auto", avoid: tuple[int, ...] = ()) -> Binding:
     """Find a reward model's parts.
 
     Args:
         model: a transformers model with a reward head; may be wrapped by peft or torch.compile.
-        read_id: a token id that the model's own pooling looks for, put last in the probe.
-        avoid: special token ids kept out of the probe.
+        pooling: as for `rmfast.RewardModel`; a token id is put last in the probe.
+        avoid: special token ids kept out of the probe for parts, and put into that for the reading rule.
 
     Raises:
         ValueError: no body or head was found, or they do not reproduce the model's own logits.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"Expected model to be a torch.nn.Module, got {type(model).__name__}")
-    root = unwrap(model)
+    root, outermost = unwrap(model), uncompiled(model)
     with lock_of(root), torch.inference_mode(), eval_mode(root), kept_rope(rope_modules(root)):
-        return _bind(root, read_id, avoid)
+        return _bind(root, outermost, pooling, avoid)
 
 
-def _bind(root: nn.Module, read_id: int | None, avoid: tuple[int, ...]) -> Binding:
+def _bind(root: nn.Module, outermost: nn.Module, pooling: str | int, avoid: tuple[int, ...]) -> Binding:
     if not callable(getattr(root, "get_input_embeddings", None)):
         raise ValueError(
             f"{type(root).__name__} is not a transformers model: rmfast looks for get_input_embeddings(), a body that "
             "returns last_hidden_state, and a head"
         )
-    embedding: Any = root.get_input_embeddings()  # type: ignore[operator]
+    where = f"{type(root).__name__} (top-level modules: {', '.join(name for name, _ in root.named_children())})"
+    embedding = input_embedding(root)
+    if embedding is None:
+        raise ValueError(f"No input embedding found in {where}: neither it nor a part of it names one")
     vocab_size = int(getattr(embedding, "num_embeddings", 0) or embedding.weight.shape[0])
+    read_id = pooling if isinstance(pooling, int) else None
     if read_id is not None and not 0 <= read_id < vocab_size:
         raise ValueError(f"Expected pooling to be a token id in [0, {vocab_size}), got {read_id}")
     device = torch.device("cpu") if embedding.weight.device.type == "meta" else embedding.weight.device
-    ids = probe_ids(root, vocab_size, read_id, avoid).to(device)
-    calls, own = _record(root, ids)
-    where = f"{type(root).__name__} (top-level modules: {', '.join(name for name, _ in root.named_children())})"
+    for shift in range(_PROBES):
+        ids = probe_ids(root, vocab_size, read_id, avoid, shift).to(device)
+        calls, own = record(root if is_untouched(outermost) else outermost, root, ids)
+        if (seen := logits_of(own)) is None or seen.isfinite().all():
+            break
+    else:
+        if all(p.isfinite().all() for p in root.parameters() if p.is_floating_point() and not p.is_meta):
+            dtype = str(next(p.dtype for p in root.parameters() if p.is_floating_point())).removeprefix("torch.")
+            raise ValueError(
+                f"The logits of {type(root).__name__} are not finite on ordinary tokens, although its weights are, so "
+                f"that its parts can't be told: its activations overflow in {dtype}. Give it another dtype, bfloat16 "
+                "or float32"
+            )
 
     body = _find_body(calls)
     if body is None and getattr(own, "last_hidden_state", None) is not None:
@@ -99,13 +114,20 @@ def _bind(root: nn.Module, read_id: int | None, avoid: tuple[int, ...]) -> Bindi
         root=root,
         body_name=body.name,
         norm_name=None if norm is None else norm.name,
-        norm_kind=None if norm is None else norm_kind(norm),
         head_names=[],
         num_labels=0,
         causal=True,
-        vocab_size=vocab_size,
+        width=states.size(-1),
+        outermost=outermost,
+        pooling=pooling,
+        avoid=avoid,
+        reading="last but pad" if pooling == "auto" else "last",
         rope=rope_modules(body.module),
     )
+    bound.tried_forward = bound.own_forward()
+    if norm is not None:
+        used = active(norm.module)
+        bound.tried_norm = (used, *calls_of(used)), norm_kind(norm)
     # One more tiny run, of the body as it will be run: the probe, and the probe with another last token, whose first
     # hidden state tells a decoder from an encoder.
     other = ids.clone()
@@ -115,16 +137,19 @@ def _bind(root: nn.Module, read_id: int | None, avoid: tuple[int, ...]) -> Bindi
     rows = norm.given if norm is not None and bound.leaves_norm_out else states
     if norm is not None and not _near(hidden[:1], rows):
         # Leaving it out changes more than the last step, as where one norm serves several places.
-        bound.norm_name, bound.norm_kind, rows = None, None, states
+        bound.norm_name, rows = None, states
     # A decoder's is the same but for rounding: at other rows of the batch, with other tokens beside it at its experts,
     # a BLAS may add up in another order (12 layers of Mixtral in fp32: 3 eps). An encoder's is another.
-    first = hidden[:, 0].float()
+    finite = hidden[:, :-1].isfinite().all(-1).all(0).nonzero()  # the first token's may overflow where others' do not
+    first = hidden[:, int(finite[0]) if len(finite) else 0].float()
     rounding = max(torch.finfo(hidden.dtype).eps, 1e-5)
     bound.causal = bool((first[0] - first[1]).abs().max() <= rounding * first.abs().max())
 
-    if chain is not None and _try_head(bound, [call.name for call in chain], logits, rows):
+    if chain is not None and _try_head(bound, chain, logits, rows):
+        if logits.isfinite().all():
+            _try_rules(bound, ids, logits)
         return bound
-    bound.norm_name = bound.norm_kind = None
+    bound.norm_name = None
     bound.head_names = []
     # Without rows to score, K is the model's own, and its own pooling must not depend on what shares the batch.
     bound.num_labels = logits.numel()
@@ -142,16 +167,23 @@ def _bind(root: nn.Module, read_id: int | None, avoid: tuple[int, ...]) -> Bindi
     )
 
 
-def probe_ids(root: nn.Module, vocab_size: int, read_id: int | None, avoid: tuple[int, ...]) -> Tensor:
-    """(1, T) distinct ordinary token ids."""
-    config = text_config(root)
-    special: set[int | None] = set(avoid)
-    for name in ("pad", "bos", "eos", "sep", "cls", "decoder_start"):
-        value = getattr(config, f"{name}_token_id", None)
-        special.update(value if isinstance(value, list | tuple) else [value])
+def _try_rules(bound: Binding, ids: Tensor, logits: Tensor) -> None:
+    """ValueError for a rule of the model's own that the first probe can't show."""
+    if not check_bounds(bound, ids):
+        raise ValueError(
+            f"{type(bound.root).__name__} has a rule of its own behind its head ({', '.join(bound.head_names)}): on "
+            "large hidden states it gives other logits, as where they are clamped"
+        )
+    if logits.numel() == bound.num_labels:  # of one token
+        find_reading(bound, ids)
+
+
+def probe_ids(root: nn.Module, vocab_size: int, read_id: int | None, avoid: tuple[int, ...], shift: int = 0) -> Tensor:
+    """(1, T) distinct ordinary token ids; others for another shift."""
+    special = {*avoid, *special_ids(root)}
     step = max(1, vocab_size // (_PROBE_TOKENS + 2))
     chosen: list[int] = []
-    for i in (j % vocab_size for j in range(step, step + 8 * vocab_size, step + 1)):
+    for i in (j % vocab_size for j in range(step + shift, step + shift + 8 * vocab_size, step + 1)):
         if i not in special and i not in chosen:
             chosen.append(i)
         if len(chosen) == _PROBE_TOKENS:
@@ -161,28 +193,6 @@ def probe_ids(root: nn.Module, vocab_size: int, read_id: int | None, avoid: tupl
     if read_id is not None:
         chosen[-1] = read_id
     return torch.tensor([chosen])
-
-
-def _record(root: nn.Module, ids: Tensor) -> tuple[list[Call], Any]:
-    """Run the model on the probe; every module's call, in the order in which they returned, and the output."""
-    calls: list[Call] = []
-    with ExitStack() as stack:
-        for name, module in root.named_modules():
-
-            def hook(module: nn.Module, args: tuple, kwargs: dict, out: Any, name: str = name) -> None:
-                given = args[0] if args else next(iter(kwargs.values()), None)
-                calls.append(Call(name, module, given, out))
-
-            handle = module.register_forward_hook(hook, with_kwargs=True)
-            stack.callback(handle.remove)
-        try:
-            out = root(**call_arguments(root, ids, torch.ones_like(ids), None))
-        except Exception as error:
-            raise ValueError(
-                f"{type(root).__name__} could not be run on {ids.numel()} tokens to find its parts: "
-                f"{type(error).__name__}: {error}"
-            ) from error
-    return calls, out
 
 
 def _find_body(calls: list[Call]) -> Call | None:
@@ -199,7 +209,8 @@ def _find_body(calls: list[Call]) -> Call | None:
 
 
 def _find_norm(calls: list[Call], body: Call, states: Tensor) -> Call | None:
-    """The call whose output is the body's, if its module is a norm: (1, T, d) -> (1, T, d)."""
+    """The call whose output is the body's, if its module is a norm: (1, T, d) -> (1, T, d). Outermost first, so that a
+    wrapper that switches between norms (peft) is it."""
     inside = [call for call in calls if call.name.startswith(body.name + ".")]
     for call in reversed(inside):
         module = active(call.module)
@@ -246,10 +257,10 @@ def _is_row(x: Tensor, states: Tensor) -> bool:
     return x.numel() == states.size(-1) and any(_same(x, row) for row in states[0])
 
 
-def _try_head(bound: Binding, names: list[str], logits: Tensor, hidden: Tensor) -> bool:
+def _try_head(bound: Binding, chain: list[Call], logits: Tensor, hidden: Tensor) -> bool:
     """Whether norm and head, applied to each row, give the model's logits (at the last token); if so they are bound."""
     rows = torch.arange(_PROBE_TOKENS, device=hidden.device)
-    bound.head_names = names
+    bound.head_names = [call.name for call in chain]
     try:
         x = hidden
         if bound.leaves_norm_out and bound.norm is not None:
@@ -269,31 +280,15 @@ def _try_head(bound: Binding, names: list[str], logits: Tensor, hidden: Tensor) 
         expected = expected.reshape(1, -1)
     else:
         return False
-    # The same rows went into both, so only rounding differs: at most a few of the logits' last bits, or of TF32's.
-    tolerance = max(2e-3, 2 * torch.finfo(logits.dtype).eps) * reward_scale(bound, values)
-    atol = tolerance if tolerance < torch.inf else 0.0  # weights that are not finite: rewards are NaN, as the logits
-    return torch.allclose(values, expected, rtol=0.0, atol=atol, equal_nan=True)
-
-
-def reward_scale(bound: Binding, values: Tensor) -> float:
-    """How large rewards of this head can get: the reward scale ‖γ⊙w‖ of a linear head, else the largest value seen."""
-    linear = plain_linear(bound.head)
-    largest = float(values.detach().abs().max())
-    if linear is None or bound.norm_kind is None:
-        return largest
-    weight = gain_of(active(bound.norm)) if bound.norm is not None else None
-    w = linear.weight.float()
-    if weight is not None:
-        gain = weight.to(w)
-        w = w * (1 + gain if bound.norm_kind == "gemma_rms" else gain)
-    return max(largest, float(w.norm(dim=-1).max()))
+    return agree(bound, values, expected, precision(chain, logits))
 
 
 def _near(a: Tensor, b: Tensor) -> bool:
     """Whether two runs of the model agree. A wrong run is off by the whole; low precision, and quantised activations
-    whose scales depend on what shares the batch, by a few percent."""
-    a, b = a.double(), b.double().to(a.device)
-    return bool((a - b).norm() <= 0.1 * b.norm()) or not bool(b.isfinite().all())
+    whose scales depend on what shares the batch, by a few percent. Rows that are not finite tell nothing."""
+    a, b = (x.double().to(a.device).reshape(-1, x.size(-1)) for x in (a, b))
+    finite = b.isfinite().all(-1)
+    return bool((a[finite] - b[finite]).norm() <= 0.1 * b[finite].norm())
 
 
 def _pools_safely(bound: Binding, ids: Tensor) -> bool:

@@ -18,7 +18,7 @@ def layered(binding: Binding) -> tuple[Binding, list[nn.Module]]:
     name, layers = layer_list(binding)
     if binding.norm_name is not None and binding.norm_name.startswith(f"{binding.body_name}.{name}."):
         # The last layer ends in the final norm (BERT): its output is what the norm gives, so the norm stays.
-        binding = dataclasses.replace(binding, norm_name=None, norm_kind=None)
+        binding = dataclasses.replace(binding, norm_name=None)
     return binding, layers
 
 

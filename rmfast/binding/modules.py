@@ -8,13 +8,14 @@ from typing import Any
 
 import numpy as np
 from torch import Tensor, nn
+from torch.nn.modules import module as _torch_module
 
 PASSIVE = (nn.Dropout, nn.Identity, nn.Flatten)  # modules that change no value in eval mode
 
 
 def unwrap(model: nn.Module) -> nn.Module:
     """The transformers model inside torch.compile and peft wrappers. Adapters live in its layers and stay active."""
-    model = getattr(model, "_orig_mod", model)
+    model = uncompiled(model)
     peft: Any = model
     if hasattr(peft, "peft_config") and callable(getattr(peft, "get_base_model", None)):
         for config in peft.peft_config.values():
@@ -27,20 +28,43 @@ def unwrap(model: nn.Module) -> nn.Module:
     return model
 
 
+def uncompiled(model: nn.Module) -> nn.Module:
+    """The module inside a torch.compile wrapper."""
+    return getattr(model, "_orig_mod", model)
+
+
 def text_config(model: nn.Module) -> Any:
     """The configuration of the model, or of its text part."""
     config: Any = model.config
     return config.get_text_config() if hasattr(config, "get_text_config") else config
 
 
+def input_embedding(model: nn.Module) -> Any:
+    """The table of a transformers model's tokens; where it can't say, its first part's that can. None: it has none."""
+    for module in model.modules():
+        get = getattr(module, "get_input_embeddings", None)
+        try:
+            found = get() if callable(get) else None
+        except NotImplementedError:  # transformers knows it by names, which a class of one's own may not have
+            continue
+        if isinstance(getattr(found, "weight", None), Tensor):
+            return found
+    return None
+
+
 def active(module: Any) -> nn.Module:
-    """The module in use: what peft's ModulesToSaveWrapper has switched to, else the module itself."""
-    if not (hasattr(module, "modules_to_save") and hasattr(module, "original_module")):
-        return module
-    adapters = module.active_adapters
-    if module.disable_adapters or not adapters or adapters[0] not in module.modules_to_save:
-        return module.original_module
-    return module.modules_to_save[adapters[0]]
+    """The module in use: what peft's wrapper of saved modules or of norms has switched to, else the module itself."""
+    if hasattr(module, "modules_to_save") and hasattr(module, "original_module"):
+        adapters = module.active_adapters
+        if module.disable_adapters or not adapters or adapters[0] not in module.modules_to_save:
+            return module.original_module
+        return module.modules_to_save[adapters[0]]
+    if hasattr(module, "ln_tuning_layers") and not (module.disable_adapters and module.merged):
+        adapters = module.active_adapters
+        if module.disable_adapters or module.merged or not adapters:
+            return module.base_layer
+        return module.ln_tuning_layers[adapters[0]] if len(adapters) == 1 else module
+    return module
 
 
 def plain_linear(head: list[nn.Module]) -> nn.Linear | None:
@@ -49,10 +73,10 @@ def plain_linear(head: list[nn.Module]) -> nn.Linear | None:
     Looked up at every call, since peft switches the modules it saved between adapters.
     """
     modules = [module for module in head if not isinstance(module, PASSIVE)]
-    if len(modules) != 1 or any(has_hooks(module) for module in head):
+    if len(modules) != 1 or not all(map(is_untouched, head)):
         return None
     module = active(modules[0])
-    if type(module) is not nn.Linear or has_hooks(module):
+    if type(module) is not nn.Linear or not is_untouched(module):
         return None
     return module if is_readable(module) else None
 
@@ -67,14 +91,52 @@ def is_plain(module: nn.Module) -> bool:
     return not has_hooks(module) and "forward" not in module.__dict__
 
 
+def is_untouched(module: nn.Module) -> bool:
+    """Whether a call of it gives what its class' forward gives: no hooks, and no other forward but accelerate's."""
+    return not has_hooks(module) and own_forward(module) is None
+
+
+def own_forward(module: nn.Module) -> Any:
+    """The forward that somebody set on the instance (kernel libraries do), or None.
+
+    A session's own is not there (`rmfast.binding.session.replaced_forward`), nor accelerate's, which moves weights and
+    inputs and changes no value.
+    """
+    forward: Any = module.__dict__.get("forward")
+    forward = getattr(forward, "instead_of", forward)
+    if getattr(getattr(forward, "func", None), "__module__", None) != "accelerate.hooks":
+        return forward
+    hook: Any = module._hf_hook
+    if any(type(each).__module__ != "accelerate.hooks" for each in (hook, *getattr(hook, "hooks", ()))):
+        return forward
+    old: Any = module._old_forward
+    return None if getattr(old, "__func__", None) is type(module).forward else old
+
+
 def has_hooks(module: nn.Module) -> bool:
-    """Whether it has forward hooks that do something.
+    """Whether it has forward hooks that do something, or all modules have (torch's global ones).
 
     The first call with output_hidden_states or output_attentions leaves transformers' own on all layers for good; they
     do nothing in a run that did not ask for these outputs.
     """
+    if _torch_module._global_forward_hooks or _torch_module._global_forward_pre_hooks:
+        return True
+    if not module._forward_hooks and not module._forward_pre_hooks:
+        return False
     hooks = [*module._forward_hooks.values(), *module._forward_pre_hooks.values()]
     return any(getattr(hook, "__module__", None) != "transformers.utils.output_capturing" for hook in hooks)
+
+
+def structure_of(root: nn.Module) -> tuple:
+    """A model's modules and what is put on them, as a key."""
+    return tuple((module, own_forward(module), has_hooks(module)) for module in root.modules())
+
+
+def calls_of(module: nn.Module) -> tuple:
+    """What a call of it runs around its parts, as a key: its class' forward, one set on the instance, hooks."""
+    hooks = (_torch_module._global_forward_pre_hooks, _torch_module._global_forward_hooks, module._forward_pre_hooks,
+             module._forward_hooks)  # fmt: skip
+    return type(module).forward, own_forward(module), *(tuple(each.values()) for each in hooks)
 
 
 def call_arguments(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 import weakref
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import Any
@@ -17,9 +17,18 @@ _locks_guard = threading.Lock()
 
 
 def lock_of(module: nn.Module) -> Any:
-    """One re-entrant lock per model, kept outside of it so that the model can still be copied and pickled."""
+    """One re-entrant lock per model, kept outside of it so that the model can still be copied and pickled.
+
+    Models that share modules (two heads on one body) share it: a session changes those.
+    """
     with _locks_guard:
-        return _locks.setdefault(module, threading.RLock())
+        lock = _locks.get(module)
+        if lock is None:
+            parts = list(module.modules())
+            lock = next((_locks[part] for part in parts if part in _locks), None) or threading.RLock()
+            for part in parts:
+                _locks.setdefault(part, lock)
+        return lock
 
 
 def share_lock(module: nn.Module, copied: nn.Module) -> None:
@@ -38,6 +47,7 @@ def replaced_forward(module: nn.Module, forward: Callable) -> Iterator[None]:
     def call(*args: Any, **kwargs: Any) -> Any:
         return (forward if threading.get_ident() == thread else original)(*args, **kwargs)
 
+    call.instead_of = getattr(own, "instead_of", own)  # type: ignore[attr-defined]
     module.forward = call  # type: ignore[method-assign]
     try:
         yield
@@ -48,19 +58,41 @@ def replaced_forward(module: nn.Module, forward: Callable) -> Iterator[None]:
             module.forward = own  # type: ignore[method-assign]
 
 
-def passing_through(norm: nn.Module | None) -> AbstractContextManager[None]:
-    """Makes the norm give back what it is given: no normalised copy of all the tokens is written."""
+@contextmanager
+def passing_through(norm: nn.Module | None) -> Iterator[None]:
+    """Makes the norm give back what it is given while the body runs once: no normalised copy of all the tokens is
+    written.
+
+    Raises:
+        ValueError: the body ran without it, so that its states are not those before the norm.
+    """
     assert norm is not None
-    return replaced_forward(norm, lambda x, *args, **kwargs: x)
+    called = False
+
+    def forward(x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        nonlocal called
+        called = True
+        return x
+
+    with replaced_forward(norm, forward):
+        yield
+    if not called:
+        raise ValueError(
+            f"Expected the final norm ({type(norm).__name__}) to be what the body's run ends in, as when the model was "
+            "bound; it is not run any more: make a new RewardModel of the model"
+        )
 
 
 @contextmanager
 def eval_mode(root: nn.Module) -> Iterator[None]:
-    """No dropout; every module's own mode is put back at the end."""
+    """No dropout; every module's own mode is put back at the end, also after an error.
+
+    The mode is the modules' and not a thread's: until then a forward in another thread has no dropout either.
+    """
     training = [module for module in root.modules() if module.training]
-    for module in training:
-        module.training = False
     try:
+        for module in training:
+            module.training = False
         yield
     finally:
         for module in training:

@@ -15,7 +15,7 @@ from transformers.pytorch_utils import Conv1D
 from rmfast.binding.binding import Binding, Removal
 from rmfast.binding.find import probe_ids
 from rmfast.binding.layer_list import layer_list
-from rmfast.binding.modules import is_plain, is_readable
+from rmfast.binding.modules import is_plain, is_readable, structure_of
 from rmfast.binding.session import Clamp, lock_of, share_lock
 from rmfast.debias.interventions import LWR, DirectionRemoval, Intervention, NeuronClamp, combined
 from rmfast.engine.scorer import Scorer
@@ -90,6 +90,7 @@ def _under(rm: S, total: Intervention) -> S:
         clamps=(*everywhere, *last),
         before=before,
         after=after,
+        copied_from=(source.binding.root, structure_of(source.binding.root)) if new else source.binding.copied_from,
         rope=[new[module] if new else module for module in source.binding.rope],
     )
     made = source.moved(binding, new)
@@ -131,7 +132,7 @@ def _check(rm: Scorer, total: Intervention) -> None:
                 raise ValueError(f"{name} pools by itself, so that no stream of a token makes its reward")
             if part.norm == "before" and binding.norm is None:
                 raise ValueError(f'Expected norm="after" for {name}, in which rmfast finds no final norm')
-            d = int(binding.config.hidden_size)
+            d = binding.width
             if part.directions.size(1) != d:
                 raise ValueError(f"Expected directions of {name} to be (J, {d}), got {tuple(part.directions.shape)}")
         elif isinstance(part, LWR) and rm.num_labels > 1:

@@ -177,18 +177,35 @@ def _norm(module: Any, size: int) -> Norm | None:
     return Norm(module, kind) if kind in ("rms", "gemma_rms") else None
 
 
+def _function(mlp: Any) -> Any:
+    return getattr(mlp, "act_fn", None) or getattr(mlp, "activation_fn", None)
+
+
 def _activation(mlp: Any) -> str | None:
     parts = {name for name, _ in mlp.named_children()}
-    act = getattr(mlp, "act_fn", None) or getattr(mlp, "activation_fn", None)
+    act = _function(mlp)
     if not callable(act) or not is_plain(mlp):
         return None
     if not ({"gate_proj", "up_proj", "down_proj"} <= parts or {"gate_up_proj", "down_proj"} <= parts):
         return None
     if parts - {"gate_proj", "up_proj", "gate_up_proj", "down_proj", "act_fn", "activation_fn"}:
         return None
-    x = torch.linspace(-4, 4, 33)
+    if isinstance(act, nn.Module) and any(True for _ in act.parameters()):
+        return None  # what it learns may take it away from the formula
+    near, far = torch.linspace(-4, 4, 33), torch.logspace(0.6, 6, 28)  # bounds (gelu_10) show where neurons are large
+    x = torch.cat([near, far, -far])
     matches = [kind for kind, formula in _ACTIVATIONS.items() if torch.allclose(act(x), formula(x), atol=1e-6)]
     return matches[0] if matches else None
+
+
+def settings(layers: list[tuple[nn.Module, Layer]]) -> list[Any]:
+    """What the modules that these stand for hold beside parts and weights, which are looked up at each run: scales,
+    windows, functions. Compared one by one with `is`: a number that is set anew is another object."""
+    held: list[Any] = []
+    for module, layer in layers:
+        for part in (module, layer.attn, layer.mlp, _function(layer.mlp), *(norm.module for norm in layer.norms)):
+            held += [value for name, value in getattr(part, "__dict__", {}).items() if name != "training"]
+    return held
 
 
 def structure(body: nn.Module) -> list[tuple[nn.Module, Layer]] | str:

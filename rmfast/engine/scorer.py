@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import operator
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
@@ -17,8 +18,10 @@ from rmfast import backends as _backends
 from rmfast.binding.binding import Binding
 from rmfast.binding.find import bind
 from rmfast.binding.modules import fingerprint, has_hooks
-from rmfast.binding.session import lock_of
+from rmfast.binding.proof import read_at
+from rmfast.binding.session import lock_of, share_lock
 from rmfast.engine.attention import Unsupported
+from rmfast.engine.layers import settings
 from rmfast.engine.packed import Engine, run_packed
 from rmfast.engine.padded import run_padded
 from rmfast.texts.inputs import Encoded, Format, InputError, Truncation, encode
@@ -56,8 +59,7 @@ class Scorer:
     ):
         if isinstance(pooling, bool) or not (pooling in ("auto", "last") or isinstance(pooling, int)):
             raise ValueError(f'Expected pooling to be "auto", "last" or a token id, got {pooling!r}')
-        read_id = pooling if isinstance(pooling, int) else None
-        self.binding = bind(model, read_id, tuple(getattr(tokenizer, "all_special_ids", None) or ()))
+        self.binding = bind(model, pooling, tuple(getattr(tokenizer, "all_special_ids", None) or ()))
         self.model = model
         self.tokenizer = tokenizer
         self.pooling = pooling
@@ -71,7 +73,7 @@ class Scorer:
         self.interventions: Any = None
         self.base: Scorer | None = None
         self.warned: set[str] = set()
-        self._engine: tuple[tuple, Engine | str] | None = None
+        self._engine: tuple[tuple, list[Any], Engine | str] | None = None
 
     @property
     def fingerprint(self) -> str:
@@ -124,16 +126,13 @@ class Scorer:
             return len(ids) - 1
         if self.pooling == "auto":
             pad = getattr(self.binding.config, "pad_token_id", None)
-            if pad is None:
-                return len(ids) - 1
-            if ids[-1] == pad:
+            if pad is not None and ids[-1] == pad and self.binding.reading == "last but pad":
                 self._warn_pad(pad)
-            other = np.flatnonzero(ids != pad)
-            return int(other[-1]) if len(other) else 0  # only pads: transformers reads the first token
+            return read_at(self.binding, ids)
         found = np.flatnonzero(ids == self.pooling)
         if not len(found):
             raise InputError(index, f"token id {self.pooling}, at which pooling={self.pooling} reads, is not in it")
-        return int(found[-1])
+        return int(found[0 if self.binding.reading == "first" else -1])
 
     def positions(self, encoded: Sequence[Encoded]) -> list[int]:
         """`position` of each."""
@@ -305,12 +304,14 @@ class Scorer:
             return "autocast is on, whose choice of dtypes is the modules' own"
         with lock_of(self.binding.root):  # a run in another thread has the modules' forwards replaced
             parts = self._parts()
-            if self._engine is None or self._engine[0] != parts:  # new, or changed since (modules replaced, hooks)
+            if self._engine is None or not self._is_as_tried(parts):  # new, or changed since (modules replaced, hooks)
+                engine: Engine | str
                 try:
-                    self._engine = parts, Engine(self.binding, self._pads)
+                    engine = Engine(self.binding, self._pads)
                 except Unsupported as reason:
-                    self._engine = parts, str(reason)
-            return self._engine[1]
+                    engine = str(reason)
+                self._engine = parts, self._settings(engine), engine
+            return self._engine[2]
 
     @property
     def _pads(self) -> bool:
@@ -324,16 +325,38 @@ class Scorer:
     def _parts(self) -> tuple:
         """The body's modules, and what would make them run otherwise than they are: a key for its engine."""
         return tuple(
-            (module, has_hooks(module), module.__dict__.get("forward")) for module in self.binding.body.modules()
+            (module, has_hooks(module), module.__dict__.get("forward"), type(module).forward)
+            for module in self.binding.body.modules()
         )
+
+    def _settings(self, engine: Engine | str) -> list[Any]:
+        """What the engine has taken from the model's configuration and its layers: scales, windows."""
+        return [*vars(self.binding.config).values(), *([] if isinstance(engine, str) else settings(engine.layers))]
+
+    def _is_as_tried(self, parts: tuple) -> bool:
+        """Whether the model is as the engine was made for; `parts` are its own now."""
+        assert self._engine is not None
+        tried, held, engine = self._engine
+        now = self._settings(engine)
+        return tried == parts and len(held) == len(now) and all(map(operator.is_, held, now))
 
     def moved(self, binding: Binding, copies: Mapping[nn.Module, nn.Module] | None = None) -> Self:
         """The scorer of the same model under another binding, or of `copies` of its modules with other weights."""
         made = copy.copy(self)
         made.binding, made._engine = binding, None
-        if self._engine is not None and self._engine[0] == self._parts():
-            engine = self._engine[1]
-            made._engine = made._parts(), engine if isinstance(engine, str) else engine.moved(binding, copies)
+        if self._engine is not None and self._is_as_tried(self._parts()):
+            engine = self._engine[2]
+            engine = engine if isinstance(engine, str) else engine.moved(binding, copies)
+            made._engine = made._parts(), made._settings(engine), engine
+        return made
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Self:
+        """A scorer of a copy of the model, made while no other thread scores with it, which would leave its traces."""
+        with lock_of(self.binding.root):
+            made = memo[id(self)] = copy.copy(self)
+            made.__dict__.update(copy.deepcopy(self.__dict__, memo))
+        if made.base is not None:  # parts of theirs are the same (`intervened`)
+            share_lock(made.base.binding.root, made.binding.root)
         return made
 
     def expect_clamps_alone(self, positions: tuple[str, ...] = ("last", "all")) -> None:

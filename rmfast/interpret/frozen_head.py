@@ -110,6 +110,11 @@ def linear_head(binding: Binding) -> nn.Linear:
             f"Expected the head of {name} to be a single nn.Linear with a readable weight and no hooks, so that the "
             f"reward is linear in the stream but for its norm, got {found}"
         )
+    if linear.weight.size(0) != binding.num_labels:
+        raise ValueError(
+            f"Expected the head of {name} to have {binding.num_labels} labels, as when the model was bound, got "
+            f"{linear.weight.size(0)}: make a new RewardModel of the model"
+        )
     return linear
 
 
@@ -119,7 +124,9 @@ def check_norm(binding: Binding, norm: str) -> None:
         return
     kind = type(active(binding.norm)).__name__
     if not binding.leaves_norm_out:
-        raise ValueError(f"Expected the body and its final norm ({kind}) to be without hooks")
+        raise ValueError(
+            f"Expected the body and its final norm ({kind}) to be without hooks, and without a forward set on them"
+        )
     if norm == "frozen" and (binding.norm_kind is None or not is_readable(active(binding.norm))):
         raise ValueError(
             f'Expected the final norm to be an RMS or layer norm with a readable weight, or norm="raw", got {kind}'

@@ -320,3 +320,27 @@ def test_no_inputs_and_no_variants():
     assert rm.score([], interventions=[None, clamp(rm, "last")]).shape == (2, 0)
     assert rm.score(TEXTS, interventions=[]).shape == (0, len(TEXTS))
     assert rm.with_interventions() is rm
+
+
+@pytest.mark.parametrize("how", ["forward", "hook", "module"])
+def test_clamps_on_a_copy_are_refused_once_the_model_has_changed(how):
+    model = M.decoder("llama")
+    put = I.NeuronClamp({"model.layers.0.mlp.up_proj": ([1], [0.5])}, positions="all")
+    clamped = RewardModel(model).with_interventions(put)
+    want = clamped.score([[1, 2, 3]])
+    forward, head = model.score.forward, model.score
+    if how == "forward":
+        model.score.forward = lambda x: 2 * forward(x)
+    elif how == "hook":
+        handle = model.score.register_forward_hook(lambda module, args, out: 2 * out)
+    else:
+        model.score = torch.nn.Linear(48, 1)
+    with pytest.raises(ValueError, match="call with_interventions again"):
+        clamped.score([[1, 2, 3]])
+    if how == "forward":
+        del model.score.forward
+    elif how == "hook":
+        handle.remove()
+    else:
+        model.score = head
+    assert torch.equal(clamped.score([[1, 2, 3]]), want)

@@ -9,7 +9,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from rmfast.binding.find import probe_ids, reward_scale
+from rmfast.binding.find import probe_ids
+from rmfast.binding.proof import reward_scale
 from rmfast.engine.scorer import Scorer
 from rmfast.integrations.reward_lens.bound import bound_model
 from rmfast.integrations.reward_lens.theirs import Outside

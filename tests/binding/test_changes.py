@@ -1,0 +1,246 @@
+"""What is changed in a model after it was bound takes part in its rewards, or is refused by name."""
+
+from __future__ import annotations
+
+import models as M
+import pytest
+import torch
+from torch import nn
+from torch.nn.modules.module import register_module_forward_hook
+
+from rmfast import RewardModel
+
+IDS = M.token_ids([5, 33, 2, 17])
+ENGINES = ["packed", "padded"]
+
+
+def own_scores(model):
+    return torch.stack([M.alone(model, ids) for ids in IDS]).squeeze(-1)
+
+
+def scored(family="llama", **kw):
+    """A model, and its RewardModel, which has scored."""
+    model = M.decoder(family, **kw)
+    reward_model = RewardModel(model)
+    reward_model.score(IDS)
+    return model, reward_model
+
+
+def assert_followed(reward_model, model, before, engine=None):
+    want = own_scores(model)
+    assert (want - before).abs().max() > 1e-3
+    M.assert_rewards(reward_model.score(IDS, engine=engine), want, max(1.0, float(want.abs().max())))
+
+
+def doubled(module):
+    forward = module.forward
+
+    def call(*args, **kwargs):
+        out = forward(*args, **kwargs)
+        if isinstance(out, torch.Tensor):
+            return 2 * out
+        name = "logits" if hasattr(out, "logits") else "last_hidden_state"
+        setattr(out, name, 2 * getattr(out, name))
+        return out
+
+    module.forward = call
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize("part", ["score", "model.norm", "model"])
+def test_a_forward_set_on_an_instance_takes_part_until_it_is_taken_off(part, engine):
+    model, reward_model = scored()
+    before = own_scores(model)
+    module = model.get_submodule(part)
+    doubled(module)
+    assert_followed(reward_model, model, before, engine)
+    del module.forward
+    M.assert_rewards(reward_model.score(IDS), before, 1.0)
+
+
+@pytest.mark.parametrize("part", ["score", "model.norm", "model"])
+def test_a_forward_that_is_set_before_binding_takes_part(part):
+    model = M.decoder("llama")
+    before = own_scores(model)
+    doubled(model.get_submodule(part))
+    assert_followed(RewardModel(model), model, before)
+
+
+@pytest.mark.parametrize("how", ["forward", "hook", "global hook"])
+def test_what_changes_the_models_own_logits_is_refused_while_it_is_there(how):
+    model, reward_model = scored()
+    want = reward_model.score(IDS)
+
+    def hook(module, args, out):
+        if hasattr(out, "logits"):
+            out.logits = 2 * out.logits
+
+    if how == "forward":
+        doubled(model)
+    handle = model.register_forward_hook(hook) if how == "hook" else None
+    handle = register_module_forward_hook(hook) if how == "global hook" else handle
+    try:
+        for _ in range(2):
+            with pytest.raises(ValueError, match=r"What the forward of LlamaForSeq.* has changed since the model was"):
+                reward_model.score(IDS)
+    finally:
+        if handle is not None:
+            handle.remove()
+    if how == "forward":
+        del model.forward
+    assert torch.equal(reward_model.score(IDS), want)
+
+
+def test_a_hook_on_the_model_that_only_looks_on_is_no_obstacle():
+    model, reward_model = scored()
+    want = reward_model.score(IDS)
+    model.register_forward_hook(lambda module, args, out: None)
+    assert torch.equal(reward_model.score(IDS), want)
+
+
+def test_a_hook_on_pefts_wrapper_is_refused():
+    peft = pytest.importorskip("peft")
+    wrapped = peft.get_peft_model(M.decoder("llama"), peft.LoraConfig(r=2, target_modules=["q_proj"])).eval()
+    reward_model = RewardModel(wrapped)
+    wrapped.register_forward_hook(lambda module, args, out: setattr(out, "logits", 2 * out.logits))
+    with pytest.raises(ValueError, match="has changed since the model was bound"):
+        reward_model.score(IDS)
+    with pytest.raises(ValueError, match="did not give the model's own logits"):
+        RewardModel(wrapped)
+
+
+@pytest.mark.parametrize("kind", ["Linear", "LlamaRMSNorm"])
+def test_torchs_global_hooks_take_part_until_they_are_removed(kind):
+    model, reward_model = scored()
+    before = own_scores(model)
+    handle = register_module_forward_hook(lambda module, args, out: 2 * out if type(module).__name__ == kind else None)
+    try:
+        assert_followed(reward_model, model, before)
+    finally:
+        handle.remove()
+    M.assert_rewards(reward_model.score(IDS), before, 1.0)
+
+
+@pytest.mark.parametrize("how", ["head", "weight", "mlp"])
+def test_a_head_of_other_labels_is_refused(how):
+    model, reward_model = scored()
+    if how == "head":
+        model.score = nn.Linear(48, 3)
+    elif how == "weight":
+        model.score.weight = nn.Parameter(torch.randn(3, 48))
+    else:
+        M.mlp_head(model, 3)
+    for use in (reward_model.score, reward_model.token_values, reward_model.lens):
+        with pytest.raises(ValueError, match=r"Expected the head of LlamaForSeq.* to give 1 for each of .* got \("):
+            use(IDS)
+    if how != "mlp":
+        with pytest.raises(ValueError, match="to have 1 labels, as when the model was bound, got 3"):
+            reward_model.attribute(IDS)
+
+
+def test_a_model_that_pools_by_itself_and_gives_other_labels_is_refused():
+    model = M.encoder("Bert")
+    reward_model = RewardModel(model)
+    model.classifier = nn.Linear(48, 3)
+    with pytest.raises(ValueError, match="to give 1 for each of"):
+        reward_model.score(IDS)
+
+
+def test_a_final_norm_of_another_kind_is_followed():
+    model, reward_model = scored()
+    before = own_scores(model)
+    model.model.norm = nn.LayerNorm(48)
+    nn.init.normal_(model.model.norm.weight)
+    assert reward_model.binding.norm_kind == "layer"
+    assert_followed(reward_model, model, before)
+
+
+def test_a_final_norm_that_is_not_run_any_more_is_refused():
+    model, reward_model = scored()
+    model.model.norm = nn.Sequential(model.model.norm, nn.Identity())
+    reward_model.binding.norm_name = "model.norm.1"  # as where a part is bound that another takes the place of
+    model.model.norm.forward = model.model.norm[0].forward
+    with pytest.raises(ValueError, match=r"Expected the final norm \(Identity\) to be what the body's run ends in"):
+        reward_model.score(IDS)
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize(
+    "family, name, value",
+    [
+        ("llama", "scaling", 1.0),
+        ("qwen3", "scaling", 1.0),
+        ("gemma2", "attn_logit_softcapping", 1.0),
+        ("mistral", "sliding_window", 4),
+    ],
+)
+def test_settings_of_attention_that_are_changed_in_place_are_followed(family, name, value, engine):
+    model, reward_model = scored(family)
+    before = own_scores(model)
+    for holder in [model.config] if name == "sliding_window" else [layer.self_attn for layer in model.model.layers]:
+        assert getattr(holder, name) != value
+        setattr(holder, name, value)
+    assert_followed(reward_model, model, before, engine)
+
+
+def test_an_activation_that_is_replaced_in_place_is_followed():
+    model, reward_model = scored()
+    before = own_scores(model)
+    for layer in model.model.layers:
+        layer.mlp.act_fn = nn.Tanh()
+    assert_followed(reward_model, model, before)
+
+
+def test_nothing_is_tried_again_while_nothing_changes(monkeypatch):
+    model, reward_model = scored()
+    engine, bound = reward_model.packed_engine(), []
+    monkeypatch.setattr("rmfast.binding.find.bind", lambda *args: bound.append(args))
+    model.train()
+    reward_model.score(IDS)
+    model.eval()
+    reward_model.score(IDS)
+    assert reward_model.packed_engine() is engine and not bound
+
+
+def test_a_vocabulary_that_grows_is_seen():
+    model, reward_model = scored()
+    model.resize_token_embeddings(M.VOCAB + 8)
+    text = [1, 2, M.VOCAB + 3, 4]
+    M.assert_rewards(reward_model.score([text]), M.alone(model, text), 1.0)
+
+
+# peft's tuned norms ---------------------------------------------------------------------------------------------------
+
+
+def tuned(model, *names):
+    peft = pytest.importorskip("peft")
+    wrapped = peft.get_peft_model(model, peft.LNTuningConfig(target_modules=list(names))).eval()
+    return wrapped
+
+
+def train(wrapped):
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for name, p in wrapped.named_parameters():
+            if "ln_tuning" in name:
+                p.add_(torch.randn(p.shape, generator=generator))
+
+
+@pytest.mark.parametrize("when", ["before", "after"])
+@pytest.mark.parametrize("name", ["norm", "input_layernorm"])
+def test_tuned_norms_are_followed_on_off_and_merged(name, when):
+    model = M.decoder("llama")
+    before = own_scores(model)
+    reward_model = RewardModel(model) if when == "after" else None
+    wrapped = tuned(model, name)
+    reward_model = reward_model or RewardModel(wrapped)
+    M.assert_rewards(reward_model.score(IDS), before, 1.0)
+    train(wrapped)
+    assert reward_model.binding.norm_kind == "rms"
+    assert_followed(reward_model, model, before)
+    with wrapped.disable_adapter():
+        M.assert_rewards(reward_model.score(IDS), before, 1.0)
+    wrapped.merge_adapter()
+    assert_followed(reward_model, model, before)
+    with wrapped.disable_adapter():
+        M.assert_rewards(reward_model.score(IDS), before, 1.0)
