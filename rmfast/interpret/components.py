@@ -76,6 +76,11 @@ class Components:
         self.head = FrozenHead.of(binding, norm)
         for kind in {"attn_out", "mlp_out", *(name for name in names if name in WHOLE)}:
             self.patcher.units(kind)
+        if (width := self.patcher.units("resid_post")[1]) != binding.width:
+            raise ValueError(
+                f"Expected layers of {type(binding.root).__name__} whose stream is what its head reads, "
+                f"{binding.width} wide, got {width}: what they add to it goes through a projection first"
+            )
         self._stored = next(p.dtype for p in binding.root.parameters() if p.is_floating_point())
         self.direction, self.constant, self.dtype = self.head.direction, self.head.constant, self.head.dtype
         engine = rm.packed_engine() if packed and binding is rm.binding else "padded"

@@ -281,14 +281,25 @@ class _Streams:
     """What the head makes of each layer's stream in a run, at the rows that are read."""
 
     def __init__(self, bound: Binding, layers: list[nn.Module], linear: FrozenHead | None, frozen: bool) -> None:
-        self.bound, self.linear, self.frozen = bound, linear, frozen
+        self.bound, self.layers, self.linear, self.frozen = bound, layers, linear, frozen
         self.seen: dict[int, Tensor] = {}
         self.taps = [(Point(layer, "in"), partial(self._see, index)) for index, layer in enumerate(layers)]
         # While the body runs, the norm gives back what it is given.
         self.own_norm = None if bound.norm is None else bound.norm.forward
 
     def _see(self, index: int, x: Tensor) -> None:
+        if not isinstance(x, Tensor) or x.size(-1) != self.bound.width:
+            got = tuple(x.shape) if isinstance(x, Tensor) else type(x).__name__
+            raise ValueError(
+                self._expected(index, f"to be given (B, T, {self.bound.width}), as the head is, got {got}")
+            )
         self.seen[index] = self._rewards(entering(x))
+
+    def _expected(self, index: int, what: str) -> str:
+        return (
+            f"Expected layer {index} of {type(self.bound.body).__name__} ({type(self.layers[index]).__name__}) {what}: "
+            "the head reads no stream of its"
+        )
 
     def _rewards(self, stream: Tensor) -> Tensor:
         """(m, d) -> (m, K); for "frozen" and "raw" without scale and constant."""
@@ -303,6 +314,8 @@ class _Streams:
         """(M, L + 2, K): the reward at every layer, and the model's own; what `Scorer.run` takes as head."""
         scores = self.bound.rewards(hidden, rows)
         last = scores
+        if absent := set(range(len(self.taps))) - set(self.seen):
+            raise ValueError(self._expected(min(absent), "to be called as a module, which hooks see, got no call"))
         seen = [self.seen[index].to(scores.device) for index in range(len(self.taps))]
         self.seen = {}
         if self.linear is not None:

@@ -40,7 +40,7 @@ class LayerRecord:
     types: np.ndarray | None
     read: int
     reward: Tensor
-    tails: list[tuple | None]
+    tails: list[tuple | list | None]
     _kept: dict[tuple[str, int], Tensor]
 
     def activations(self, kind: str, layer: int) -> Tensor:
@@ -189,7 +189,7 @@ class LayersPatcher:
         for kind in kinds:
             self.units(kind)
         kept: dict[tuple[str, int], Tensor] = {}
-        tails: list[tuple | None] = [None] * self.layers
+        tails: list[tuple | list | None] = [None] * self.layers
 
         def keep(kind: str, layer: int, x: Tensor) -> None:
             if captured is not None and kind in kinds:
@@ -201,8 +201,8 @@ class LayersPatcher:
             kept[kind, layer] = before if before is not None and same else value
 
         def tail(layer: int, out: Any) -> None:
-            if isinstance(out, tuple):
-                tails[layer] = tuple(x.detach() if isinstance(x, Tensor) else x for x in out[1:])
+            if isinstance(out, tuple | list):
+                tails[layer] = type(out)(x.detach() if isinstance(x, Tensor) else x for x in out[1:])
 
         with ExitStack() as stack:
             for layer, module in enumerate(self.modules):
@@ -264,7 +264,7 @@ class LayersPatcher:
     def _try(self) -> None:
         """Runs a few tokens, leaves the points that they contradict out and notes the sizes of the others."""
         ids = probe_ids(self.binding.root, self.binding.vocab_size, None, ())
-        seen: list[dict[str, Tensor]] = [{} for _ in self.modules]
+        seen: list[dict[str, Any]] = [{} for _ in self.modules]
 
         with ExitStack() as stack:
             for at, tensors in zip(self.points, seen):
@@ -299,27 +299,34 @@ class LayersPatcher:
             raise ValueError(f"rmfast looks for {names}; its parts: {parts}")
         if x is None:
             raise ValueError(f"its {type(point.module).__name__}, which would show it, is not called")
+        if not isinstance(x, Tensor):
+            raise ValueError(
+                f"its {type(point.module).__name__}, which would show it, has {type(x).__name__}, no tensor"
+            )
+        if not x.isfinite().all():
+            raise ValueError("it is not finite on ordinary tokens, so that its parts can't be told")
         if x.shape[:-1] != (1, tokens):
             raise ValueError(f"got {tuple(x.shape)} for a text of {tokens} tokens")
         units, width = point.view(x).shape[2:]
         return units, width
 
 
-def _note(tensors: dict[str, Tensor], kind: str, x: Tensor) -> None:
-    tensors[kind] = x.clone()
+def _note(tensors: dict[str, Any], kind: str, x: Any) -> None:
+    tensors[kind] = x.clone() if isinstance(x, Tensor) else x
 
 
-def _not_added(at: dict[str, Point], seen: dict[str, Tensor]) -> dict[str, str]:
+def _not_added(at: dict[str, Point], seen: dict[str, Any]) -> dict[str, str]:
     """Those of attn_out, mlp_out and resid_mid that are not what their names say, and why."""
     kinds = ("resid_pre", "resid_mid", "resid_post", "attn_out", "mlp_out")
+    seen = {kind: x for kind, x in seen.items() if isinstance(x, Tensor) and x.is_floating_point()}
     pre, mid, post, attn, mlp = (None if x is None else x.double().cpu() for x in map(seen.get, kinds))
 
     def adds(total: Tensor | None, *parts: Tensor | None) -> bool:
         if total is None or any(part is None or part.shape != total.shape for part in parts):
             return False
         error, least = (total - sum(parts)).norm(), min(part.norm() for part in parts[1:])  # type: ignore
-        # A wrong part, or one that is scaled, is off by its own size; rounding by that of the sum. NaN tells nothing.
-        return not error > 0.02 * least + torch.finfo(seen["resid_post"].dtype).eps * total.norm()
+        # A wrong part, or one that is scaled, is off by its own size; rounding by that of the sum.
+        return bool(error <= 0.02 * least + torch.finfo(seen["resid_post"].dtype).eps * total.norm())
 
     wrong: tuple[str, ...] = ("resid_mid", "attn_out", "mlp_out")
     if "sum" in seen:  # the norm behind the MLP has no kind of its own by which mlp_out could be tried as well
@@ -338,12 +345,12 @@ def _scalar(value: Any) -> Tensor:
     return value.reshape(())
 
 
-def _passing(tail: tuple | None) -> Callable[..., Any]:
+def _passing(tail: tuple | list | None) -> Callable[..., Any]:
     """A layer's forward that hands on what it is given, in the form in which the layer returns it."""
 
     def forward(*args: Any, **kwargs: Any) -> Any:
         x = given(args, kwargs)
-        return x if tail is None else (x, *tail)
+        return x if tail is None else type(tail)((x, *tail))
 
     return forward
 

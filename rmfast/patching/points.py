@@ -21,7 +21,7 @@ class Point:
 
     Attributes:
         module: the module; at its first call in a forward, where it has several.
-        side: "in" for its first argument, "out" for its result (the first item, where that is a tuple).
+        side: "in" for its first argument, "out" for its result (the first item, where that is a tuple or list).
         width: values of a unit; None for all columns, as one unit.
         units: None for as many as n columns hold.
         start, step: of the units' columns; step None is width.
@@ -78,7 +78,7 @@ class Point:
 
         def after(module: nn.Module, args: tuple, out: Any) -> Any:
             new = applied(_first(out))
-            return (new, *out[1:]) if new is not None and isinstance(out, tuple) else new
+            return type(out)((new, *out[1:])) if new is not None and isinstance(out, tuple | list) else new
 
         if self.side == "in":
             handle = self.module.register_forward_pre_hook(before, with_kwargs=True, prepend=self.stream)
@@ -91,7 +91,7 @@ class Point:
 
 
 def _first(out: Any) -> Any:
-    return out[0] if isinstance(out, tuple) else out
+    return out[0] if isinstance(out, tuple | list) and out else out
 
 
 def _first_name(kwargs: dict[str, Any]) -> str:
