@@ -74,7 +74,7 @@ class Components:
         self.patcher = LayersPatcher(rm.binding)
         self.binding = binding = self.patcher.binding
         self.head = FrozenHead.of(binding, norm)
-        for kind in {"attn_out", "mlp_out", *(name for name in names if name in WHOLE)}:
+        for kind in ("attn_out", "mlp_out", *(name for name in names if name in WHOLE)):
             self.patcher.units(kind)
         if (width := self.patcher.units("resid_post")[1]) != binding.width:
             raise ValueError(

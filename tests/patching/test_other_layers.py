@@ -61,8 +61,8 @@ def test_layers_that_give_lists_are_swept_as_hooks_would():
 
 def test_parts_that_do_not_add_up_to_the_stream_are_refused_by_name():
     rm = RewardModel(openai_gpt())
-    for run in (lambda: rm.attribute(CLEAN), lambda: rm.patch_sweep(CLEAN, CORRUPTED, sites="mlp_out")):
-        with pytest.raises(ValueError, match=r"Expected layer 0 \(Block\) to have mlp_out: rmfast finds no parts"):
+    for run in (lambda: rm.attribute(CLEAN), lambda: rm.patch_sweep(CLEAN, CORRUPTED, sites="attn_out")):
+        with pytest.raises(ValueError, match=r"Expected layer 0 \(Block\) to have attn_out: rmfast finds no parts"):
             run()
 
 
@@ -83,7 +83,7 @@ def test_a_stream_that_the_head_does_not_read_has_no_lens():
     rm = RewardModel(opt_350m())
     with pytest.raises(ValueError, match=r"layer 0 of OPTModel .* to be given \(B, T, 32\), as the head is, got .*48"):
         rm.lens([CLEAN])
-    with pytest.raises(ValueError, match=r"Expected layer 0 \(OPTDecoderLayer\) to have mlp_out"):
+    with pytest.raises(ValueError, match=r"Expected layer 0 \(OPTDecoderLayer\) to have attn_out"):
         rm.attribute(CLEAN)
     M.assert_rewards(rm.score([CLEAN, CORRUPTED]), M.own(rm.model, [CLEAN, CORRUPTED]), 1.0)
 
