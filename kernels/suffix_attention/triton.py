@@ -3,10 +3,10 @@
 A program takes BM query rows (positions × heads of one group) of one suffix, and one loop over the positions of its
 text: keys before the suffix are rows of the pool, read where they lie, later ones the suffix's own, the last of which
 are the queries'. Both are found by offsets from the suffixes' rows, of which those into the pool hold the distance
-between the two tensors, so that a block may hold rows of either. Blocks start at multiples of BN in the text, and launch
-configurations depend only on the dtype and the head size, so a row's bits depend neither on what else is in the batch
-nor on where its text is cut into prefix and suffix. The grid is a bound that needs no lengths on the host: suffix s has its programs at
-cu_queries[s] · G // BM + s and on, and each program finds its suffix by bisection.
+between the two tensors, so that a block may hold rows of either. Blocks start at multiples of BN in the text, and
+launch configurations depend only on the dtype and the head size, so a row's bits depend neither on what else is in the
+batch nor on where its text is cut into prefix and suffix. The grid is a bound that needs no lengths on the host: suffix
+s has its programs at cu_queries[s] · G // BM + s and on, and each program finds its suffix by bisection.
 """
 
 from __future__ import annotations
