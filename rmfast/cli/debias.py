@@ -7,9 +7,11 @@ from typing import Annotated, Any, Literal
 import typer
 
 from rmfast.cli.options import ModelOptions, chosen_backend, encoding_of, load_model, with_options
-from rmfast.cli.results import save_plot, write_csv
+from rmfast.cli.results import claimed, save_plot, write_csv
 from rmfast.cli.rows import cell_of, located, template_columns
 from rmfast.texts.tables import Row, read_rows
+
+_FILES = ("intervention.safetensors", "intervention.json", "report.csv", "report.png")
 
 
 @with_options
@@ -45,7 +47,8 @@ def debias(
     encoding = encoding_of(options)
     from rmfast import debias as method
 
-    with chosen_backend(options):
+    reads = [pairs] if test is None else [pairs, test]
+    with claimed(output, _FILES, reads), chosen_backend(options):
         model = load_model(options)
         progress = sys.stderr.isatty()
         clamp = method.fit(
@@ -56,10 +59,10 @@ def debias(
             name: method.report(rm, tested, attributes=names, batch_tokens=options.batch_tokens, **encoding)
             for name, rm in (("before", model), ("after", model.with_interventions(clamp)))
         }
-    clamp.save(output)
-    rows = [(name, *row) for name, report in reports.items() for row in report.rows]
-    write_csv(output / "report.csv", rows, ("model", *reports["before"].rows[0]._fields))
-    save_plot(lambda: method.plot(reports), output / "report.png")
+        clamp.save(output)
+        rows = [(name, *row) for name, report in reports.items() for row in report.rows]
+        write_csv(output / "report.csv", rows, ("model", *reports["before"].rows[0]._fields))
+        save_plot(lambda: method.plot(reports), output / "report.png")
     chosen = "  ".join(f"{name} {each}" for name, each in clamp.metadata["k"].items())
     typer.echo(f"{len(clamp)} neurons clamped, k: {chosen}")
     typer.echo("reports on the pairs it was fitted on, which flatter it" if test is None else f"reports on {test.name}")

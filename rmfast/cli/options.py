@@ -65,8 +65,20 @@ class ModelOptions:
 class Options(ModelOptions):
     """What `score` and `values` share besides."""
 
-    input: Annotated[Path, typer.Option(help="A .jsonl, .csv or .parquet file.", exists=True, dir_okay=False)]
-    output: Annotated[Path, typer.Option(help="The JSONL file to write, or to go on with.", dir_okay=False)]
+    input: Annotated[
+        Path,
+        typer.Option(
+            help="A .jsonl, .csv or .parquet file, or a pipe; - is standard input.",
+            exists=True, dir_okay=False, allow_dash=True,
+        ),
+    ]  # fmt: skip
+    output: Annotated[
+        Path,
+        typer.Option(
+            help="The .jsonl, .csv or .parquet file to write, or to go on with; - is standard output, as JSONL.",
+            dir_okay=False, allow_dash=True,
+        ),
+    ]  # fmt: skip
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Start anew where the output exists.")] = False
     on_error: Annotated[
         Literal["stop", "skip", "null"], typer.Option(help="At a bad row: stop, leave it out, or write it with null.")
@@ -112,8 +124,10 @@ def with_options(command: Callable[..., None]) -> Callable[..., None]:
             with warnings.catch_warnings():
                 warnings.showwarning = lambda message, *_: typer.echo(f"rmfast: {message}", err=True)  # one line
                 command(options, **given)
-        except KeyboardInterrupt:
-            fail("interrupted; the same command goes on where it stopped", code=130)
+        except KeyboardInterrupt as error:
+            fail(" ".join(["interrupted", *map(str, error.args)]), code=130)
+        except BrokenPipeError:
+            fail("standard output was closed before the last row")
         except Exception as error:
             if options.traceback:
                 raise

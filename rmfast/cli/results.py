@@ -2,13 +2,30 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
+import os
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 import typer
+
+from rmfast.texts.files import apart, locked, target
+
+
+@contextlib.contextmanager
+def claimed(folder: Path, names: Iterable[str], reads: Iterable[Path]) -> Iterator[None]:
+    """Have a folder of results for this run alone; a file that is read, or is no regular file, is never written."""
+    files = [folder / name for name in names]
+    for file in files:
+        target(file, f"{file.name} in --output")
+    apart(reads, files)
+    real = Path(os.path.realpath(folder))
+    real.parent.mkdir(parents=True, exist_ok=True)
+    with locked(real):
+        yield
 
 
 def write_csv(path: Path, rows: list[Any], names: tuple[str, ...]) -> None:

@@ -9,6 +9,7 @@ from typing import Any
 
 from rmfast.cli.options import Columns, Options
 from rmfast.texts.chat import is_messages, messages_in
+from rmfast.texts.files import Source
 from rmfast.texts.tables import Row, read_rows
 
 
@@ -62,12 +63,12 @@ def located(row: Row, path: Path) -> Iterator[None]:
 class Layout:
     """What the rows of an input hold, and the columns that they gain."""
 
-    def __init__(self, options: Options, kind: str, column: str, tokens: bool) -> None:
+    def __init__(self, options: Options, source: Source, kind: str, column: str, tokens: bool) -> None:
         """Choose the mode by the columns of the first readable row, and see that the new columns are free."""
         self.options, self.column, self.tokens = options, column, tokens
         self.cuts = options.truncation != "error"
         self.mode: Columns | None = options.columns
-        data = next((row.data for row in read_rows(options.input, kind) if not row.error), None)
+        data = next((row.data for row in read_rows(source, kind) if not row.error), None)
         if data is None:
             return
         if self.mode is None:

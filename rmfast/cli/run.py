@@ -18,7 +18,9 @@ import typer
 import rmfast
 from rmfast.cli.options import Options, chosen_backend, encoding_of, load_model
 from rmfast.cli.rows import BadRow, Layout
-from rmfast.texts.tables import Output, Row, count_and_digest, dump_line, kind_of, read_rows
+from rmfast.texts.files import LOCK, STANDARD, Source
+from rmfast.texts.output import Lines, check_output, opened
+from rmfast.texts.tables import SUFFIXES, Row, count_and_digest, dump_line, kind_of, read_rows
 
 Score = Callable[[list[Any]], Any]  # encoded inputs to a reward, or token rewards, for each
 
@@ -26,17 +28,21 @@ Score = Callable[[list[Any]], Any]  # encoded inputs to a reward, or token rewar
 class Run:
     """One run of `score` or `values`: windows of rows in, lines out, in the input's order."""
 
+    output: Lines
+
     def __init__(
         self, command: str, options: Options, column: str, tokens: bool = False, interventions: list[Path] | None = None
     ) -> None:
         self.options, self.column, self.interventions = options, column, interventions or []
         self.kind = options.input_format or kind_of(options.input)
-        self.count, digest = count_and_digest(options.input, self.kind)
+        check_output(options.output)
+        self.source = Source.of(options.input)
+        self.count, digest = count_and_digest(self.source, self.kind)
         local = Path(options.model)
         self.encoding = encoding_of(options)
         fixed = ("columns", "pooling", "num_labels", "dtype", "revision", "gguf_file")
         names = [field.name for field in dataclasses.fields(Options) if field.name.endswith("_column")]
-        run = {
+        self.run = {
             "rmfast": rmfast.__version__,
             "command": command,
             "model": str(local.resolve()) if local.exists() else options.model,
@@ -47,17 +53,23 @@ class Run:
             **self.encoding,
             **{name: getattr(options, name) for name in [*fixed, *names]},
         }
-        if options.output.resolve() == options.input.resolve():
-            raise ValueError("Expected --output to be another file than --input")
         self.bad = self.texts = self.n_tokens = self.cut = 0
-        self.layout = Layout(options, self.kind, column, tokens)
-        options.output.parent.mkdir(parents=True, exist_ok=True)
-        self.output = Output(options.output, run, overwrite=options.overwrite)
+        self.layout = Layout(options, self.source, self.kind, column, tokens)
 
     def go(self, method: str) -> None:
         """Score all rows that are not done, by the model's `score` or `token_values`."""
-        if self.output.finished:
-            return typer.echo(f"rmfast: {self.output.path} is complete; --overwrite starts anew", err=True)
+        o = self.options
+        with opened(o.output, self.run, reads=self._reads(), overwrite=o.overwrite) as self.output:
+            if self.output.finished:
+                return typer.echo(f"rmfast: {o.output} is complete; --overwrite starts anew", err=True)
+            try:
+                self._go(method)
+            except KeyboardInterrupt as error:
+                if o.output != STANDARD:
+                    error.args = ("(the same command goes on where it stopped)",)
+                raise
+
+    def _go(self, method: str) -> None:
         model = load_model(self.options)
         if self.interventions:
             from rmfast.interventions import load
@@ -90,6 +102,12 @@ class Run:
             err=True,
         )
 
+    def _reads(self) -> Iterator[Path]:
+        """The files that this run must not write."""
+        yield Path("/dev/stdin") if self.options.input == STANDARD else self.options.input
+        for folder in (Path(self.options.model), *self.interventions):
+            yield from _files_of(folder)
+
     def _rates(self, seconds: float) -> str:
         return f"{self.texts / seconds:.1f} texts/s, {self.n_tokens / seconds:.0f} tokens/s"
 
@@ -98,7 +116,7 @@ class Run:
 
         They are cut at multiples of --window of the whole file, so that a resumed run batches as if never interrupted.
         """
-        rows = itertools.islice(read_rows(self.options.input, self.kind), first, None)
+        rows = itertools.islice(read_rows(self.source, self.kind), first, None)
         number, size = first, self.options.window
         while window := list(itertools.islice(rows, size - number % size)):
             yield number, window
@@ -136,7 +154,7 @@ class Run:
         self.output.append(lines, skipped)
         if end < len(rows):
             hint = "--on-error skip or null goes on past bad rows"
-            return BadRow(f"{o.input.name}, line {rows[end].line}: {errors[end]} ({hint})")
+            return BadRow(f"{self.source.name}, line {rows[end].line}: {errors[end]} ({hint})")
         return None
 
     def _end(self, errors: dict[int, str], size: int) -> int:
@@ -169,12 +187,23 @@ class Run:
     def _report(self, line: int, reason: str) -> None:
         from tqdm import tqdm
 
-        tqdm.write(f"{self.options.input.name}, line {line}: {reason}", file=sys.stderr)
+        tqdm.write(f"{self.source.name}, line {line}: {reason}", file=sys.stderr)
+
+
+def _files_of(path: Path) -> list[Path]:
+    """The files of a local model or intervention; none of one on the hub."""
+    if path.is_dir():
+        return sorted(file for file in path.iterdir() if file.is_file())
+    return [path] if path.exists() else []
 
 
 def _files_digest(folder: Path) -> str:
-    """Of the names, sizes and times of a model's files: reading 16 GB of weights at every start would take 16 s."""
-    files = sorted(path for path in folder.iterdir() if path.is_file()) if folder.is_dir() else [folder]
+    """Of the names, sizes and times of a model's files: reading 16 GB of weights at every start would take 16 s.
+
+    Tables are none of the model's: they are what somebody keeps there, as the output of this or another run.
+    """
+    tables = (*SUFFIXES, *(suffix + ".gz" for suffix in SUFFIXES), LOCK)
+    files = [path for path in _files_of(folder) if not path.name.lower().endswith(tables)]
     seen = [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in files]
     return hashlib.sha256(repr(seen).encode()).hexdigest()
 

@@ -9,6 +9,8 @@ import typer
 from rmfast.cli.options import Options, with_options
 from rmfast.cli.results import show
 from rmfast.cli.run import Run
+from rmfast.texts.files import STANDARD
+from rmfast.texts.tables import read_rows
 
 
 @with_options
@@ -23,6 +25,8 @@ def score(
     ] = None,
 ) -> None:
     """Write every input row with the reward of its text (of both texts, for chosen/rejected pairs)."""
+    if stats and options.output == STANDARD:
+        raise ValueError("Expected --output to be a file with --stats, which are computed from it, got -")
     run = Run("score", options, options.output_column or "reward", interventions=intervention or [])
     run.go("score")
     if stats:
@@ -38,19 +42,18 @@ def _statistics(path: Path, column: str) -> str:
     wins: Any = 0.0
     pairs = empty = 0
     ties: Any = 0
-    with path.open("rb") as file:
-        for line in file:
-            row = json.loads(line)
-            found = {name: np.asarray(row[name], dtype=np.float64) for name in names if row.get(name) is not None}
-            empty += not found
-            for name, reward in found.items():
-                n, mean, square = sums.get(name, (0, 0.0, 0.0))  # Welford's running mean and sum of squares
-                step = reward - mean
-                mean = mean + step / (n + 1)
-                sums[name] = n + 1, mean, square + step * (reward - mean)
-            if len(found) == 2:
-                margin = found[names[1]] - found[names[2]]
-                wins, ties, pairs = wins + (margin > 0) + 0.5 * (margin == 0), ties + (margin == 0), pairs + 1
+    for row in read_rows(path):
+        cells = {name: row.data[name] for name in names if row.data.get(name) not in (None, "")}
+        found = {name: np.asarray(_number(cell), dtype=np.float64) for name, cell in cells.items()}
+        empty += not found
+        for name, reward in found.items():
+            n, mean, square = sums.get(name, (0, 0.0, 0.0))  # Welford's running mean and sum of squares
+            step = reward - mean
+            mean = mean + step / (n + 1)
+            sums[name] = n + 1, mean, square + step * (reward - mean)
+        if len(found) == 2:
+            margin = found[names[1]] - found[names[2]]
+            wins, ties, pairs = wins + (margin > 0) + 0.5 * (margin == 0), ties + (margin == 0), pairs + 1
     lines = []
     if pairs:
         lines.append(f"pairs {pairs}  accuracy {show(wins / pairs)}  ties {show(ties, 0)}")
@@ -59,3 +62,8 @@ def _statistics(path: Path, column: str) -> str:
     if empty:
         lines.append(f"rows without a reward {empty}")
     return "\n".join(lines) or "no rows"
+
+
+def _number(cell: Any) -> Any:
+    """A reward, or those of several labels; in CSV they are text."""
+    return json.loads(cell) if isinstance(cell, str) else cell

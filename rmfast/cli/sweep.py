@@ -8,10 +8,12 @@ from typing import Annotated, Any, Literal
 import typer
 
 from rmfast.cli.options import ModelOptions, chosen_backend, encoding_of, load_model, text_of_option, with_options
-from rmfast.cli.results import save_plot, show, write_csv
+from rmfast.cli.results import claimed, save_plot, show, write_csv
 from rmfast.cli.rows import cell_of, located, template_columns
 from rmfast.texts.pairs import join
 from rmfast.texts.tables import Row, read_rows
+
+_FILES = ("sweep.safetensors", "sweep.json", "sweep.csv", "sweep.png")
 
 
 @with_options
@@ -63,15 +65,23 @@ def sweep(
         **encoding_of(options),
     }
     kept = checkpoint or output / "checkpoint.safetensors"
-    if overwrite:
-        kept.unlink(missing_ok=True)
-    with chosen_backend(options):
+    reads = [Path(given[1:]) for given in (clean, corrupted, prompt) if given and given.startswith("@")]
+    reads += [*([] if baseline is None else [baseline]), *([] if checkpoint is None else [checkpoint])]
+    from rmfast.patching.checkpoint import discard
+
+    with claimed(output, _FILES, reads), chosen_backend(options):
+        if overwrite:
+            discard(kept)
         model = load_model(options)
         progress = sys.stderr.isatty()
-        result = model.patch_sweep(*texts, **chosen, align=align, seed=seed, checkpoint=kept, progress=progress)
-    _write_sweep(result, output)
-    if checkpoint is None:
-        kept.unlink(missing_ok=True)
+        try:
+            result = model.patch_sweep(*texts, **chosen, align=align, seed=seed, checkpoint=kept, progress=progress)
+        except KeyboardInterrupt as error:
+            error.args = ("(the same command goes on where it stopped)",)
+            raise
+        _write_sweep(result, output)
+        if checkpoint is None:
+            discard(kept)
     typer.echo(_described(result, top))
 
 

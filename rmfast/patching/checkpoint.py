@@ -11,6 +11,8 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
+from rmfast.texts.files import target
+
 _SAVE_SECONDS = 20  # between two writes of a checkpoint
 
 
@@ -18,17 +20,17 @@ class Checkpoint:
     """Rewards of the edits that are done, in one file; a file of another sweep is refused."""
 
     def __init__(self, path: Path, fingerprint: str) -> None:
-        self.path, self.fingerprint = path, fingerprint
+        self.path, self.fingerprint = target(path, "checkpoint"), fingerprint  # a link is followed, not replaced
         self.refusal = (
             f"Expected {path.name} to be a checkpoint of this very sweep (texts, sites, mode and model), got one of "
             "another. Remove it, or give another path"
         )
         self.tensors: dict[str, Tensor] = {}
         self.written = time.monotonic()
-        if path.exists():
-            with safetensors.safe_open(path, "pt") as file:
-                if (file.metadata() or {}).get("fingerprint") != fingerprint:
-                    raise ValueError(self.refusal)
+        if self.path.exists():
+            if _fingerprint(self.path) != fingerprint:
+                raise ValueError(self.refusal)
+            with safetensors.safe_open(self.path, "pt") as file:
                 self.tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
 
     def of(self, number: int, cells: Tensor, runs: Tensor, budget: int) -> tuple[np.ndarray, Tensor, int]:
@@ -66,3 +68,20 @@ class Checkpoint:
         safetensors.torch.save_file(self.tensors, partial, {"fingerprint": self.fingerprint})
         os.replace(partial, self.path)
         self.written = time.monotonic()
+
+
+def discard(path: Path) -> None:
+    """Remove a checkpoint, where there is one. Raises ValueError, and removes nothing, where it is something else."""
+    real = target(path, "checkpoint")
+    if real.exists():
+        _fingerprint(real)
+        real.unlink()
+
+
+def _fingerprint(path: Path) -> str:
+    """Of the sweep that a checkpoint is of. Raises ValueError where the file is none."""
+    try:
+        with safetensors.safe_open(path, "pt") as file:
+            return file.metadata()["fingerprint"]
+    except (safetensors.SafetensorError, KeyError, TypeError) as error:
+        raise ValueError(f"Expected {path} to be the checkpoint of a sweep, got another file") from error

@@ -1,4 +1,4 @@
-"""Rows in, rows out: streaming readers for JSONL, CSV and Parquet, and a JSONL output that survives being killed."""
+"""Rows in, rows out: streaming readers for JSONL, CSV and Parquet, and JSONL lines as either of the other two."""
 
 from __future__ import annotations
 
@@ -6,8 +6,8 @@ import csv
 import gzip
 import hashlib
 import io
+import itertools
 import json
-import os
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -15,9 +15,12 @@ from itertools import zip_longest
 from pathlib import Path
 from typing import IO, Any
 
+from rmfast.texts.files import Source
+
 FORMATS = ("jsonl", "csv", "parquet")
-_SUFFIXES = {".jsonl": "jsonl", ".ndjson": "jsonl", ".csv": "csv", ".parquet": "parquet"}
+SUFFIXES = {".jsonl": "jsonl", ".ndjson": "jsonl", ".csv": "csv", ".parquet": "parquet"}
 _CHUNK = 1 << 20
+_BATCH = 1024
 
 
 @dataclass(frozen=True)
@@ -33,35 +36,49 @@ class Row:
     typed: bool = True
 
 
-def read_rows(path: Path, kind: str | None = None) -> Iterator[Row]:
-    """Yield the rows of a JSONL, CSV (both also as .gz) or Parquet file, in bounded memory.
+def read_rows(given: Path | Source, kind: str | None = None) -> Iterator[Row]:
+    """Yield the rows of a JSONL, CSV (both also gzipped) or Parquet file, in bounded memory; a pipe is read once.
 
     `kind` is one of FORMATS; None goes by the file's suffix. A row that can't be read is yielded with its `error`.
-    Raises ValueError for an unknown suffix or kind, ImportError for Parquet without pyarrow.
+    Raises ValueError for an unknown suffix or kind, and, once the rows before are read, where the file can't be read
+    on (it is cut short, or is of another format); ImportError for Parquet without pyarrow.
     """
-    kind = kind or kind_of(path)
-    if kind == "jsonl":
-        return _read_jsonl(path)
-    if kind == "csv":
-        return _read_csv(path)
-    if kind == "parquet":
-        return _read_parquet(path)
-    raise ValueError(f"Expected kind to be one of {', '.join(FORMATS)}, got {kind!r}")
+    source = given if isinstance(given, Source) else Source.of(given)
+    kind = kind or kind_of(source.given)
+    if kind not in _READERS:
+        raise ValueError(f"Expected kind to be one of {', '.join(FORMATS)}, got {kind!r}")
+    return _read(source, kind)
+
+
+def _read(source: Source, kind: str) -> Iterator[Row]:
+    try:
+        yield from _READERS[kind](source.path)
+    except ImportError:
+        raise
+    except Exception as error:  # of a damaged file: zlib.error, EOFError, ArrowInvalid and whatever else
+        raise ValueError(f"Expected {source.name} to be readable as {kind}: {error}") from error
 
 
 def kind_of(path: Path) -> str:
+    """The format that a file's name says it is of. Raises ValueError where it says none."""
     suffix = Path(path.stem).suffix if path.suffix == ".gz" else path.suffix
-    if suffix.lower() not in _SUFFIXES:
+    if suffix.lower() not in SUFFIXES:
         # Not .json: such a file is more often one array than an object on each line, and an array is not streamed.
         raise ValueError(
-            f"Expected a file ending in {', '.join(_SUFFIXES)}, got {path.name!r}; --input-format says what it is"
+            f"Expected a file ending in {', '.join(SUFFIXES)}, got {path.name!r}; --input-format says what it is"
             " (jsonl: one JSON object on each line; a file that is one JSON array must be rewritten so)"
         )
-    return _SUFFIXES[suffix.lower()]
+    return SUFFIXES[suffix.lower()]
 
 
 def _open(path: Path) -> IO[bytes]:
-    return gzip.open(path, "rb") if path.suffix == ".gz" else path.open("rb")  # type: ignore[return-value]
+    return gzip.open(path, "rb") if _gzipped(path) else path.open("rb")  # type: ignore[return-value]
+
+
+def _gzipped(path: Path) -> bool:
+    """By what the file begins with: a pipe has no name, and no text begins so."""
+    with path.open("rb") as file:
+        return file.read(2) == b"\x1f\x8b"
 
 
 def _read_jsonl(path: Path) -> Iterator[Row]:
@@ -91,9 +108,8 @@ def _read_csv(path: Path) -> Iterator[Row]:
         try:
             header = next(reader, [])
         except csv.Error as error:
-            raise ValueError(f"Expected {path.name} to begin with the names of its columns: {error}") from error
-        if len(set(header)) < len(header):
-            raise ValueError(f"Expected the columns of {path.name} to have different names, got {header}")
+            raise ValueError(f"its first line must hold the names of its columns: {error}") from error
+        _check_names(header)
         line = reader.line_num + 1
         while True:
             try:
@@ -120,31 +136,42 @@ def _read_parquet(path: Path) -> Iterator[Row]:
         raise ImportError(f"reading Parquet needs pyarrow (pip install pyarrow): {error}") from error
     line = 0
     with parquet.ParquetFile(path) as file:
-        for batch in file.iter_batches(batch_size=1024):
+        _check_names(file.schema_arrow.names)
+        for batch in file.iter_batches(batch_size=_BATCH):
             for data in batch.to_pylist():
                 line += 1
                 yield Row(line, data)
 
 
-def count_and_digest(path: Path, kind: str | None = None) -> tuple[int | None, str]:
+def _check_names(names: list[str]) -> None:
+    if len(set(names)) < len(names):
+        raise ValueError(f"its columns must have different names, got {names}")
+
+
+_READERS = {"jsonl": _read_jsonl, "csv": _read_csv, "parquet": _read_parquet}
+
+
+def count_and_digest(source: Source, kind: str) -> tuple[int | None, str]:
     """How many rows the file has, where that is known cheaply (else None), and the SHA-256 of its bytes.
 
     Reads the whole file at about 1 GB/s, little beside the time to score it.
     """
     digest, newlines, last = hashlib.sha256(), 0, b"\n"
-    with path.open("rb") as file:
+    with source.path.open("rb") as file:
         while chunk := file.read(_CHUNK):
             digest.update(chunk)
             newlines += chunk.count(b"\n")
             last = chunk[-1:]
     count: int | None = None
-    kind = kind or kind_of(path)
-    if kind == "jsonl" and path.suffix != ".gz":
+    if kind == "jsonl" and not _gzipped(source.path):
         count = newlines + (last != b"\n")
     elif kind == "parquet":
         import pyarrow.parquet as parquet
 
-        count = parquet.read_metadata(path).num_rows
+        try:
+            count = parquet.read_metadata(source.path).num_rows
+        except Exception as error:
+            raise ValueError(f"Expected {source.name} to be readable as parquet: {error}") from error
     return count, digest.hexdigest()
 
 
@@ -165,115 +192,59 @@ def _text_of(value: Any) -> str:
     return value.decode("utf-8", "replace") if isinstance(value, bytes) else str(value)
 
 
-class Output:
-    """A JSONL file that a killed run leaves in a state from which the same run goes on.
+def write_table(lines: Path, path: Path, kind: str) -> None:
+    """Write the rows of a JSONL file as CSV or Parquet, in bounded memory: one pass finds the columns, one writes.
 
-    The complete lines of the file are the truth: a row is done where its line is there. A torn last line is cut.
-    Beside it, `FILE.run.jsonl` holds what the run is (a header that a resumed run must match), and a line for every
-    row that was left out, written before any line that comes after that row: with these two, the count of lines says
-    which input row comes next, and no progress counter has to be kept in step with the data.
-
-    `Output(path, run)` looks at what is there and changes nothing but torn lines; `begin` starts or goes on.
-    Raises ValueError where the file is of another run or of no run.
+    Raises ValueError where the format can't hold them.
     """
-
-    def __init__(self, path: Path, run: dict[str, Any], *, overwrite: bool = False) -> None:
-        self.path, self.log_path = path, path.with_name(path.name + ".run.jsonl")
-        self.run, self.lines, self.log = run, 0, []
-        if not overwrite:
-            self.log = _read_log(self.log_path)
-            if self.log:
-                self._check(run)
-                self.lines = _cut_torn_line(self.path)
-            elif path.exists() and path.stat().st_size:
-                raise ValueError(f"{path} exists and is of no run of rmfast: give another --output, or --overwrite")
-        self.next_row = _next_row(self.lines, {entry["skipped"] for entry in self.log if "skipped" in entry})
-
-    @property
-    def finished(self) -> bool:
-        return bool(self.log) and self.log[-1].get("finished") == self.next_row
-
-    def begin(self, **late: Any) -> None:
-        """Create the files, or check that they fit `late` too: what is known only once the model is loaded."""
-        if self.log:
-            self._check(late)
-            return self._forget_lost()
-        self.path.unlink(missing_ok=True)
-        self.log_path.unlink(missing_ok=True)
-        self._record({**self.run, **late})
-        _append(self.path, b"")
-
-    def append(self, lines: list[bytes], skipped: list[tuple[int, Row]]) -> None:
-        """Write the lines of the next rows, and which of these (number from 0, row) are left out; on disk at return."""
-        self._record(*({"skipped": number, "line": row.line, "error": row.error} for number, row in skipped))
-        _append(self.path, b"".join(lines))
-        self.lines += len(lines)
-        self.next_row += len(lines) + len(skipped)
-
-    def finish(self) -> None:
-        self._record({"finished": self.next_row})
-
-    def _forget_lost(self) -> None:
-        """Take out of the log the skipped rows that come after the last line: they will be looked at again.
-
-        Left there, such a row would count twice if it now gets a line (with --on-error null), and another be lost.
-        """
-        kept = [entry for entry in self.log if entry.get("skipped", -1) < self.next_row]
-        if len(kept) < len(self.log):
-            whole = self.log_path.with_name(self.log_path.name + ".tmp")
-            whole.unlink(missing_ok=True)
-            _append(whole, b"".join(map(dump_line, kept)))
-            os.replace(whole, self.log_path)  # a kill leaves the old log or the new one
-            self.log = kept
-
-    def _record(self, *entries: dict[str, Any]) -> None:
-        _append(self.log_path, b"".join(map(dump_line, entries)))
-        self.log += entries
-
-    def _check(self, run: dict[str, Any]) -> None:
-        for key, value in run.items():
-            if key != "rmfast" and self.log[0].get(key) != value:
-                raise ValueError(
-                    f"{self.path} was begun with {key} {self.log[0].get(key)!r} and now it is {value!r}:"
-                    " use the same to go on where it stopped, or --overwrite to start anew"
-                )
+    try:
+        if kind == "csv":
+            _write_csv(lines, path)
+        else:
+            _write_parquet(lines, path)
+    except OSError:
+        raise
+    except Exception as error:  # pyarrow raises ArrowInvalid, ArrowTypeError, OverflowError, ...
+        raise ValueError(f"Expected rows that {kind} can hold, got {error}; they are whole in {lines}") from error
 
 
-def _read_log(path: Path) -> list[dict[str, Any]]:
-    _cut_torn_line(path)
-    return [json.loads(line) for line in path.read_bytes().splitlines()] if path.exists() else []
+def _write_csv(lines: Path, path: Path) -> None:
+    """A cell of text as it stands, nothing for null, JSON for all else."""
+
+    def cell(value: Any) -> str:
+        return value if isinstance(value, str) else "" if value is None else json.dumps(value, ensure_ascii=False)
+
+    names = list(dict.fromkeys(name for row in read_rows(lines, "jsonl") for name in row.data))
+    with path.open("w", encoding="utf-8", newline="") as file:
+        writer = csv.writer(file)
+        if names:
+            writer.writerow(names)
+        for row in read_rows(lines, "jsonl"):
+            writer.writerow([cell(row.data.get(name)) for name in names])
 
 
-def _next_row(lines: int, skipped: set[int]) -> int:
-    """The number of the first row that is neither among the first `lines` rows written nor skipped before those."""
-    row = 0
-    for number in sorted(skipped):
-        if number - row > lines:
-            break
-        lines -= number - row
-        row = number + 1
-    return row + lines
+def _write_parquet(lines: Path, path: Path) -> None:
+    """A column's type is the one that holds its values in all rows: whole numbers among fractions become fractions."""
+    import pyarrow as pa
+    import pyarrow.parquet as parquet
 
+    def batches() -> Iterator[list[dict[str, Any]]]:
+        rows = (row.data for row in read_rows(lines, "jsonl"))
+        while batch := list(itertools.islice(rows, _BATCH)):
+            yield batch
 
-def _cut_torn_line(path: Path) -> int:
-    """Cut what follows the last newline; return the number of lines."""
-    if not path.exists():
-        return 0
-    lines = position = end = 0
-    with path.open("r+b") as file:
-        while chunk := file.read(_CHUNK):
-            lines += chunk.count(b"\n")
-            if (newline := chunk.rfind(b"\n")) >= 0:
-                end = position + newline + 1
-            position += len(chunk)
-        if end < position:
-            file.truncate(end)
-    return lines
+    def column(name: str, batch: list[dict[str, Any]], kind: Any = None) -> Any:
+        try:
+            return pa.array([row.get(name) for row in batch], kind)
+        except Exception as error:
+            raise ValueError(f"column {name!r}: {error}") from error
 
-
-def _append(path: Path, data: bytes) -> None:
-    with path.open("ab") as file:
-        if data:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
+    schema = pa.schema([])
+    for batch in batches():
+        names = dict.fromkeys(name for row in batch for name in row)
+        found = pa.schema([(name, column(name, batch).type) for name in names])
+        schema = pa.unify_schemas([schema, found], promote_options="permissive")
+    with parquet.ParquetWriter(path, schema) as writer:
+        for batch in batches():
+            columns = [column(name, batch, kind) for name, kind in zip(schema.names, schema.types)]
+            writer.write_table(pa.table(columns, schema))
