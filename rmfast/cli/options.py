@@ -16,6 +16,7 @@ import typer
 
 import rmfast
 from rmfast.texts.chat import template_kwargs, template_tools
+from rmfast.texts.files import STANDARD
 
 Columns = Literal["pairs", "response", "messages", "text"]
 
@@ -61,6 +62,12 @@ class ModelOptions:
     traceback: Annotated[bool, typer.Option("--traceback", help="Show where an error arose.")] = False
 
 
+def _there(path: Path) -> Path:
+    if path != STANDARD and not path.exists():
+        raise typer.BadParameter(f"File {str(path)!r} does not exist.")
+    return path
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Options(ModelOptions):
     """What `score` and `values` share besides."""
@@ -69,16 +76,17 @@ class Options(ModelOptions):
         Path,
         typer.Option(
             help="A .jsonl, .csv or .parquet file, or a pipe; - is standard input.",
-            exists=True, dir_okay=False, allow_dash=True,
+            callback=_there,  # not exists=True, to which a file must be there that is called -
+            dir_okay=False,
         ),
-    ]  # fmt: skip
+    ]
     output: Annotated[
         Path,
         typer.Option(
             help="The .jsonl, .csv or .parquet file to write, or to go on with; - is standard output, as JSONL.",
-            dir_okay=False, allow_dash=True,
+            dir_okay=False,
         ),
-    ]  # fmt: skip
+    ]
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Start anew where the output exists.")] = False
     on_error: Annotated[
         Literal["stop", "skip", "null"], typer.Option(help="At a bad row: stop, leave it out, or write it with null.")

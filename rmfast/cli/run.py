@@ -106,7 +106,7 @@ class Run:
         """The files that this run must not write."""
         yield Path("/dev/stdin") if self.options.input == STANDARD else self.options.input
         for folder in (Path(self.options.model), *self.interventions):
-            yield from _files_of(folder)
+            yield from _model_files(folder)
 
     def _rates(self, seconds: float) -> str:
         return f"{self.texts / seconds:.1f} texts/s, {self.n_tokens / seconds:.0f} tokens/s"
@@ -190,21 +190,20 @@ class Run:
         tqdm.write(f"{self.source.name}, line {line}: {reason}", file=sys.stderr)
 
 
-def _files_of(path: Path) -> list[Path]:
-    """The files of a local model or intervention; none of one on the hub."""
-    if path.is_dir():
-        return sorted(file for file in path.iterdir() if file.is_file())
-    return [path] if path.exists() else []
-
-
-def _files_digest(folder: Path) -> str:
-    """Of the names, sizes and times of a model's files: reading 16 GB of weights at every start would take 16 s.
+def _model_files(path: Path) -> list[Path]:
+    """The files of a local model or intervention; none of one on the hub.
 
     Tables are none of the model's: they are what somebody keeps there, as the output of this or another run.
     """
-    tables = (*SUFFIXES, *(suffix + ".gz" for suffix in SUFFIXES), LOCK)
-    files = [path for path in _files_of(folder) if not path.name.lower().endswith(tables)]
-    seen = [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in files]
+    if not path.is_dir():
+        return [path] if path.exists() else []
+    others = (*SUFFIXES, *(suffix + ".gz" for suffix in SUFFIXES), LOCK)
+    return sorted(file for file in path.iterdir() if file.is_file() and not file.name.lower().endswith(others))
+
+
+def _files_digest(folder: Path) -> str:
+    """Of the names, sizes and times of a model's files: reading 16 GB of weights at every start would take 16 s."""
+    seen = [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in _model_files(folder)]
     return hashlib.sha256(repr(seen).encode()).hexdigest()
 
 
