@@ -2,6 +2,7 @@
 #   PYTHON=python3.12   the interpreter that .venv is made with
 #   TORCH=...           what pip installs for torch, for example TORCH="torch==2.11.0 --index-url URL"
 #   T=engine            `make test` of tests/engine alone
+#   MINUTES=30          how long `make fuzz` runs
 PYTHON ?= python3
 TORCH ?= torch==2.13.0
 TRITON ?= triton==3.7.1
@@ -9,7 +10,7 @@ VENV ?= .venv
 BIN = $(VENV)/bin
 READY = $(VENV)/.ready
 
-.PHONY: demo help test test-interpreter test-models test-reward-lens bench lint format build gpu-check clean
+.PHONY: demo help test test-interpreter test-models test-reward-lens fuzz bench lint format build gpu-check clean
 
 demo: build  ## real text, scored by a real model, beside plain transformers
 	$(BIN)/python examples/demo.py
@@ -57,6 +58,11 @@ $(REWARD_LENS)%/.ready:
 	$(BIN)/pip download -q --no-deps --no-binary reward-lens -d $(@D) reward-lens==$*
 	tar -xzf $(@D)/reward_lens-$*.tar.gz -C $(@D)/src --strip-components 1
 	touch $@
+
+# The same tests run in `make test`, with few examples that are always the same.
+MINUTES ?= 10
+fuzz: build  ## random inputs for a while: make fuzz MINUTES=30
+	OMP_NUM_THREADS=1 $(BIN)/python tests/fuzz $(MINUTES)
 
 bench: build  ## the benchmark rows: make bench ARGS='--only reward_head'
 	$(BIN)/python -m bench $(ARGS)
