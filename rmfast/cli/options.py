@@ -102,7 +102,9 @@ class Options(ModelOptions):
     input_format: Annotated[
         Literal["jsonl", "csv", "parquet"] | None, typer.Option(help="Default: by the file's suffix.")
     ] = None
-    window: Annotated[int, typer.Option(min=1, help="Rows read, scored by length and written at a time.")] = 512
+    window: Annotated[
+        int, typer.Option(min=1, max=2**31 - 1, help="Rows read, scored by length and written at a time.")
+    ] = 512
     engine: Annotated[
         Literal["packed", "padded"] | None, typer.Option(help="Default: packed where the model can run so.")
     ] = None

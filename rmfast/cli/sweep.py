@@ -13,6 +13,7 @@ from rmfast.cli.rows import cell_of, located, template_columns
 from rmfast.texts.pairs import join
 from rmfast.texts.tables import Row, read_rows
 
+_SPAN = 10**6  # longer than any text: 0-999999999999 would fill the memory
 _FILES = ("sweep.safetensors", "sweep.json", "sweep.csv", "sweep.png")
 
 
@@ -93,6 +94,8 @@ def _listed(name: str, given: str) -> list[int | list[int]]:
         if match is None:
             raise ValueError(f"Expected {name} to be numbers and spans like 3,5,7-9, got {given!r}")
         one, start, end = match.groups()
+        if not one and int(end) - int(start) > _SPAN:
+            raise ValueError(f"Expected spans of {name} to hold at most {_SPAN} numbers, got {item}")
         found.append(int(one) if one else list(range(int(start), int(end) + 1)))
     return found
 

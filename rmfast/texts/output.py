@@ -53,6 +53,8 @@ def opened(path: Path, run: dict[str, Any], *, reads: Iterable[Path] = (), overw
     beside = [_beside(real, ending) for ending in (".run.jsonl", ".run.rows.jsonl", f".run.{kind}", LOCK)]
     for file in beside:
         target(file, "what lies beside --output")
+        if file.is_symlink():
+            raise ValueError(f"Expected a regular file beside --output, but {file} is a link")
     apart(reads, [real, *beside])
     real.parent.mkdir(parents=True, exist_ok=True)
     with locked(real):

@@ -248,3 +248,4 @@ def _write_parquet(lines: Path, path: Path) -> None:
         for batch in batches():
             columns = [column(name, batch, kind) for name, kind in zip(schema.names, schema.types)]
             writer.write_table(pa.table(columns, schema))
+    parquet.read_schema(path)  # what is nested too deeply can be written, and never read

@@ -18,13 +18,21 @@ from typing import Any, NoReturn
 
 import numpy as np
 import pyarrow.parquet  # noqa: F401  what a child needs is there when it is forked
+import pytest
 import tqdm  # noqa: F401
 from fuzzing import fuzz, tried
 from hypothesis import strategies as st
+from typer.testing import CliRunner
 
 import rmfast
 from rmfast.cli import app
 from rmfast.texts.tables import read_rows
+
+
+@pytest.fixture(scope="module", autouse=True)
+def warm():
+    """What typer imports when it first parses a command is there before children are forked."""
+    CliRunner().invoke(app, ["score", "--model", "m", "--input", "nowhere.jsonl", "--output", "out.jsonl"])
 
 
 class Model:
