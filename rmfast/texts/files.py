@@ -20,6 +20,7 @@ from typing import IO
 
 STANDARD = Path("-")  # standard input, or output
 LOCK = ".run.lock"
+_OWNER = b'{"pid": '  # how a lock begins
 _KINDS = {
     stat.S_IFDIR: "a folder",
     stat.S_IFCHR: "a device",
@@ -123,7 +124,7 @@ def _acquired(lock: Path, path: Path) -> int:
         try:
             status = os.fstat(file)
             owner = os.pread(file, 4096, 0) if stat.S_ISREG(status.st_mode) else b"?"
-            if owner and not owner.startswith(b'{"pid"'):
+            if not _OWNER.startswith(owner[: len(_OWNER)]):  # a kill or a full disk may have left a part of it
                 raise ValueError(f"Expected {lock} to be a lock of rmfast, got another file")
             _lock(file, path, owner)
             with contextlib.suppress(FileNotFoundError):  # its owner ended and removed it before we had it

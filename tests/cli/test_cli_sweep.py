@@ -181,6 +181,7 @@ def test_without_matplotlib_all_but_the_heat_map_is_written(folder, tmp_path, mo
         (["--sites", "residual"], "residual"),
         (["--layers", "7"], "layers"),
         (["--positions", "3;5"], "Expected --positions to be numbers and spans like 3,5,7-9, got '3;5'"),
+        (["--positions", "0-999999999999"], "Expected spans of --positions to hold at most 1000000 numbers"),
         (["--positions", "99"], "positions"),
         (["--corrupted", "a grim old film", "--align", "strict"], "strict"),
         (["--mode", "mean"], "baseline"),

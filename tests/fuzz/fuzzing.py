@@ -43,11 +43,18 @@ def fuzz(examples: int, **strategies: Any) -> Callable[[Callable[..., None]], Ca
     )
 
     def decorate(test: Callable[..., None]) -> Callable[..., None]:
+        failed: list[Exception] = []
+
         @functools.wraps(test)
         def run(*args: Any, **kw: Any) -> None:
-            if time.time() < UNTIL:
-                tried(test.__name__.removeprefix("test_").replace("_", " "))
+            if time.time() > UNTIL and not failed:  # a failure is still made as small as it can be
+                return
+            tried(test.__name__.removeprefix("test_").replace("_", " "))
+            try:
                 test(*args, **kw)
+            except Exception as error:
+                failed.append(error)
+                raise
 
         return profile(given(**strategies)(run))
 

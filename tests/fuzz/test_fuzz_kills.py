@@ -75,10 +75,9 @@ def _run(args: list[Any], errors: int, before: Callable[[], Any]) -> NoReturn:
         rmfast.load = lambda *a, **kw: Model()
         resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
         before()
-        app(list(map(str, args)), standalone_mode=False)
-        code = 0
+        code = app(list(map(str, args)), standalone_mode=False) or 0  # it returns what an Exit holds
     except BaseException as error:
-        code = getattr(error, "exit_code", 98)
+        code = 98
         sys.stderr.write(repr(error))
     finally:
         sys.stderr.flush()

@@ -153,3 +153,12 @@ def test_threads_that_run_after_each_other_all_get_the_lock(tmp_path):
     [thread.join() for thread in threads]
     assert held == []
     assert all("being written by" in text for text in refused)
+
+
+@pytest.mark.parametrize(
+    "left", [b"", b"{", b'{"pid": 12', b'{"pid": 999999999, "since": "2026-01-01T00:00:00+00:00"}\n']
+)
+def test_what_a_dead_process_left_of_its_lock_is_taken_over(tmp_path, left):
+    (tmp_path / "out.run.lock").write_bytes(left)
+    with locked(tmp_path / "out"):
+        assert json.loads((tmp_path / "out.run.lock").read_text())["pid"] == os.getpid()
