@@ -20,6 +20,9 @@ from pathlib import Path
 
 import torch
 
+from rmfast.arguments import device as arguments_device
+from rmfast.arguments import word
+
 NAMES = ("cuda", "triton", "cpp", "eager")
 
 # Order of preference by device. On CUDA, Triton stands first until rows in bench/data/ show CUDA C++ ahead.
@@ -71,9 +74,7 @@ def requested() -> str | None:
 
 
 def _known(name: str) -> str:
-    if name not in NAMES:
-        raise ValueError(f"Expected backend to be one of {', '.join(NAMES)}, got {name!r}")
-    return name
+    return word("backend", name, NAMES)
 
 
 @contextlib.contextmanager
@@ -234,8 +235,10 @@ def explain(op: str | None = None, device: str | None = None) -> Explanation:
     """
     if not _ops:
         raise RuntimeError("No op is registered yet: import rmfast.ops first, or call rmfast.explain")
-    if op is not None and op not in _ops:
-        raise ValueError(f"Expected op to be one of {', '.join(sorted(_ops))}, got {op!r}")
+    if op is not None:
+        word("op", op, sorted(_ops))
+    if device is not None:
+        device = arguments_device("device", device).type
     devices = [device] if device else ["cpu"] + (["cuda"] if torch.cuda.is_available() else [])
     out = Explanation()
     for name in [op] if op else sorted(_ops):

@@ -7,6 +7,8 @@ from typing import Any, Literal
 
 import numpy as np
 
+from rmfast.arguments import instance
+
 _MOST_TICKS = {"x": 64, "y": 40}  # labels that can still be read on the largest figure, 14 by 9 inches
 
 
@@ -24,6 +26,18 @@ def needed(module: str, by: str) -> Any:
         return importlib.import_module(module)
     except ImportError as error:
         raise ImportError(f"{by} needs {package} (pip install {package}): {error}") from error
+
+
+def expect_axes(ax: Any) -> Any:
+    """The axes; TypeError for what is nothing to draw on."""
+    return instance("ax", ax, needed("matplotlib.axes", "plot").Axes, " of matplotlib")
+
+
+def axes(ax: Any, width: float, height: float) -> Any:
+    """What was given to draw on, or the axes of a new figure."""
+    if ax is None:
+        return needed("matplotlib.pyplot", "plot").subplots(figsize=(width, height), layout="constrained")[1]
+    return expect_axes(ax)
 
 
 def figure_size(rows: int, columns: int) -> tuple[float, float]:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from torch import Tensor
 
 from rmfast.engine.options import Encoding, RunOptions, ScoreOptions, takes
-from rmfast.engine.scorer import Scorer
+from rmfast.engine.scorer import Scorer, checked_pooling
 from rmfast.loading import load_checkpoint
 
 if TYPE_CHECKING:
@@ -445,6 +445,7 @@ def load(
             another shape, or has some that the model has no place for: the message names them.
         OSError: there is no such checkpoint (from transformers).
     """
+    checked_pooling(pooling)  # before gigabytes are loaded
     model, tokenizer = load_checkpoint(
         path_or_id, dtype=dtype, device=device, trust_remote_code=trust_remote_code, **kw
     )

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from rmfast.arguments import instance, sequence, wholes
 from rmfast.binding.binding import Binding, Removal
 from rmfast.binding.find import probe_ids
 from rmfast.binding.layer_list import layer_list
@@ -34,6 +35,7 @@ def projections(rm: Scorer) -> dict[str, int]:
     Raises:
         ValueError: the model's body has no list of its layers.
     """
+    instance("rm", rm, Scorer)
     prefix, layers = layer_list(rm.binding)
     body = rm.binding.body_name
     found: dict[str, int] = {}
@@ -224,15 +226,10 @@ def _fold(module: Any, indices: Tensor, values: Tensor) -> None:
 def variants_of(rm: Scorer, interventions: Sequence[Any], index: Sequence[int] | None) -> Callable[..., Tensor]:
     """What `score` runs for several interventions: a function of `Scorer.run`'s arguments -> (V, N, K), or with
     an index of the one that each input gets (N, K)."""
-    if isinstance(interventions, Intervention) or not isinstance(interventions, Sequence):
-        raise TypeError(f"Expected interventions to be a list of them, got {type(interventions).__name__}")
+    interventions = sequence("interventions", interventions, "a list of them")
     asked = None
     if index is not None:
-        asked, count = np.asarray(index), len(interventions)
-        if asked.ndim != 1 or (
-            asked.size and (asked.dtype.kind not in "iu" or asked.min() < -1 or asked.max() >= count)
-        ):
-            raise ValueError(f"Expected intervention_index to be ints in [-1, {count}), got {index!r}")
+        asked = np.array(wholes("intervention_index", index, least=-1, most=len(interventions) - 1), np.int64)
         interventions = [*interventions, None]  # which -1 is, from the end
     folded: dict[tuple, Scorer] = {}  # with clamps at all positions alone: variants that share them share a copy
 
@@ -245,7 +242,7 @@ def variants_of(rm: Scorer, interventions: Sequence[Any], index: Sequence[int] |
         return intervened(folded.get(key, rm), [value])
 
     models = [made(value) for value in interventions]
-    chosen = None if asked is None else asked.astype(np.int64) % len(models)
+    chosen = None if asked is None else asked % len(models)
     groups: dict[Any, list[int]] = {}
     for i, model in enumerate(models):
         groups.setdefault(clamp_key(model.interventions), []).append(i)

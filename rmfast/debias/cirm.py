@@ -12,10 +12,10 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, Literal
 
-import numpy as np
 import torch
 from tqdm.auto import tqdm
 
+from rmfast.arguments import flag, whole, wholes, word
 from rmfast.debias.apply import intervened, projections
 from rmfast.debias.interventions import NeuronClamp
 from rmfast.debias.last_token import LastTokenRuns
@@ -74,19 +74,21 @@ def fit(
             the number of neurons, no trials, a model of several rewards or without a reward of each token.
         ImportError: Optuna is not installed.
     """
-    if positions not in ("last", "all"):
-        raise ValueError(f'Expected positions to be "last" or "all", got {positions!r}')
+    word("positions", positions, ("last", "all"))
     if isinstance(k, str) and k != "search":
-        raise ValueError(f'Expected k to be "search", a whole number, or one for each attribute, got {k!r}')
-    if isinstance(trials, bool) or not isinstance(trials, int) or trials < 1:
-        raise ValueError(f"Expected trials to be a whole number of at least 1, got {trials!r}")
+        raise ValueError(f'Expected k to be "search", an int, or one for each attribute, got {k!r}')
+    searched = isinstance(k, str)
+    trials, seed = whole("trials", trials, 1), whole("seed", seed, 0, 2**32 - 1)
+    choices = wholes("choices", choices, least=0)  # a setting is kept as JSON, which has no numbers of numpy
+    batch_tokens = None if batch_tokens is None else whole("batch_tokens", batch_tokens, 1)
+    flag("progress", progress)
     seconds = _Stopwatch()
     with seconds("attributes and tokens"):
         read, found = fitting(rm, pairs, attributes)
         most = sum(projections(rm).values())
         # What is wrong with these is said before the model runs for minutes.
-        some = _choices(choices, most) if k == "search" else []
-        ks = {} if k == "search" else k_of_each(k, found.names, most)
+        some = _choices(choices, most) if searched else []
+        ks = {} if searched else k_of_each(k, found.names, most)
         encoded = rm.encode([text for pair in read for text in pair.inputs], **encoding)
     running: dict[str, Any] = {"batch_tokens": batch_tokens, "max_length": encoding.get("max_length")}
     with seconds("prefixes"):
@@ -102,10 +104,10 @@ def fit(
         return _accuracy(rewards)
 
     about: dict[str, Any] = {"method": "cirm", "pairs": len(read), "accuracy_before": before}
-    if k == "search":
+    if searched:
         with seconds("search"):
             tried = _search(accuracy, found.names, some, trials, seed, progress)
-        about["search"] = {"trials": trials, "settings": len(tried), "choices": some, "seed": int(seed)}
+        about["search"] = {"trials": trials, "settings": len(tried), "choices": some, "seed": seed}
         after = max(tried.values())
         equal = (dict(setting) for setting, got in tried.items() if got == after)
         ks = min(equal, key=lambda setting: len(neurons.clamp(setting)))
@@ -122,7 +124,7 @@ def fit(
     return neurons.clamp(ks, positions, **about, accuracy_after=after, seconds=dict(seconds))
 
 
-def _choices(given: Any, most: int) -> list[int]:
+def _choices(every: list[int], most: int) -> list[int]:
     """Those of the choices of k that a model of so many neurons has, where there is Optuna to choose."""
     try:
         import optuna  # noqa: F401
@@ -131,9 +133,6 @@ def _choices(given: Any, most: int) -> list[int]:
             f'the search for k needs Optuna (pip install "rmfast[debias]"), or give k=: {error}'
         ) from error
 
-    every = np.asarray(given).tolist()  # a setting is kept as JSON, which has no numbers of numpy
-    if not isinstance(every, list) or not all(type(k) is int and k >= 0 for k in every):
-        raise ValueError(f"Expected choices to be whole numbers of at least 0, got {given!r}")
     if not (some := [k for k in every if k <= most]):
         raise ValueError(f"Expected choices at most the model's {most} neurons, got {every}")
     return some

@@ -14,13 +14,15 @@ import json
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import numpy as np
 import safetensors.torch
 import torch
 from torch import Tensor
+
+from rmfast import arguments
+from rmfast.texts.inputs import inputs_of
 
 if TYPE_CHECKING:
     from rmfast.engine.scorer import Scorer
@@ -39,6 +41,7 @@ class Intervention:
 
     kind: ClassVar[str]
     fingerprint: str | None
+    __array_ufunc__ = None  # else an array + an intervention would be an array of sums
 
     @property
     def parts(self) -> tuple[Intervention, ...]:
@@ -72,7 +75,7 @@ class Intervention:
             described.append({"kind": part.kind, "fingerprint": part.fingerprint, **settings})
             tensors |= {f"{i}.{name}": x.contiguous() for name, x in arrays.items()}
         text = json.dumps({"format": 1, "parts": described}, indent=2) + "\n"  # metadata may fail: before any file
-        folder = Path(path)
+        folder = arguments.path("path", path)
         folder.mkdir(parents=True, exist_ok=True)
         safetensors.torch.save_file(tensors, folder / _TENSORS)
         (folder / _JSON).write_text(text)
@@ -121,10 +124,11 @@ class NeuronClamp(Intervention):
     metadata: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        if self.positions not in ("last", "all"):
-            raise ValueError(f'Expected positions to be "last" or "all", got {self.positions!r}')
-        if not isinstance(self.neurons, Mapping):
-            raise TypeError(f"Expected neurons to be a mapping of module names, got {type(self.neurons).__name__}")
+        arguments.word("positions", self.positions, ("last", "all"))
+        _expect_fingerprint(self.fingerprint)
+        for name, given, of in (("neurons", self.neurons, "module names"), ("metadata", self.metadata, "names")):
+            if not isinstance(given, Mapping) or not all(isinstance(key, str) for key in given):
+                raise TypeError(f"Expected {name} to be a mapping of {of}, got {arguments.shown(given)}")
         neurons = {name: _neurons(name, pair) for name, pair in self.neurons.items()}
         object.__setattr__(self, "neurons", {name: pair for name, pair in neurons.items() if len(pair[0])})
 
@@ -169,15 +173,15 @@ class DirectionRemoval(Intervention):
     fingerprint: str | None = None
 
     def __post_init__(self) -> None:
-        if self.norm not in ("before", "after"):
-            raise ValueError(f'Expected norm to be "before" or "after", got {self.norm!r}')
-        object.__setattr__(self, "strength", _number("strength", self.strength))
-        x = torch.as_tensor(self.directions).detach().double().cpu()
-        if x.dim() != 2 or 0 in x.shape:
-            raise ValueError(f"Expected directions to be (J, d), got {tuple(x.shape)}")
+        arguments.word("norm", self.norm, ("before", "after"))
+        _expect_fingerprint(self.fingerprint)
+        object.__setattr__(self, "strength", arguments.number("strength", self.strength))
+        x = torch.from_numpy(arguments.finite("directions", self.directions, "J", "d"))
+        if 0 in x.shape:
+            raise ValueError(f"Expected directions to be of shape (J, d), got {tuple(x.shape)}")
         size = x.norm(dim=1, keepdim=True)
-        if not bool(x.isfinite().all()) or not bool((size > 0).all()):
-            raise ValueError("Expected directions to be finite and not 0")
+        if not bool((size > 0).all()):
+            raise ValueError("Expected directions that are not 0, got one that is")
         q, r = torch.linalg.qr((x / size).T)
         least = float(r.diagonal().abs().min()) if x.size(0) <= x.size(1) else 0.0
         if least < 1e-6:
@@ -209,13 +213,20 @@ class DirectionRemoval(Intervention):
         Raises:
             ValueError: there are no texts, their means are the same, or the model has no such side of a norm.
         """
-        if norm not in ("before", "after"):
-            raise ValueError(f'Expected norm to be "before" or "after", got {norm!r}')
+        from rmfast.engine.scorer import Scorer
+
+        arguments.instance("rm", rm, Scorer)
+        arguments.word("norm", norm, ("before", "after"))
+        arguments.number("strength", strength)
         means = []
-        for name, texts in (("with_", with_), ("without", without)):
-            if not len(texts):
+        for name, given in (("with_", with_), ("without", without)):
+            texts = arguments.sequence(name, given, "a sequence of texts")
+            if not texts:
                 raise ValueError(f"Expected {name} to hold at least one text, got none")
-            means.append(_streams(rm, texts, norm, encoding).double().mean(0))
+            with inputs_of(name):
+                means.append(_streams(rm, texts, norm, encoding).double().mean(0))
+        if not bool((means[0] - means[1]).any()):
+            raise ValueError("Expected with_ and without to be texts of different mean streams, got the same")
         return cls((means[0] - means[1])[None], strength, norm, rm.fingerprint)
 
     def _state(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
@@ -243,10 +254,11 @@ class LengthPenalty(LengthCorrection):
     fingerprint: str | None = None
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "per_character", _number("per_character", self.per_character))
+        _expect_fingerprint(self.fingerprint)
+        object.__setattr__(self, "per_character", arguments.number("per_character", self.per_character))
 
     def expected(self, characters: Sequence[int] | np.ndarray) -> np.ndarray:
-        return self.per_character * np.asarray(characters, np.float64)
+        return self.per_character * arguments.array("characters", characters, "n")
 
     def _state(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
         return {"per_character": self.per_character}, {}
@@ -272,13 +284,12 @@ class LWR(LengthCorrection):
     fingerprint: str | None = None
 
     def __post_init__(self) -> None:
-        for name in ("characters", "rewards"):
-            object.__setattr__(self, name, torch.as_tensor(getattr(self, name)).detach().double().cpu())
-        x, y = self.characters, self.rewards
-        if x.dim() != 1 or x.shape != y.shape or not len(x):
-            raise ValueError(f"Expected characters and rewards to be (P,), got {tuple(x.shape)} and {tuple(y.shape)}")
-        if not bool((x.diff() > 0).all()) or not bool(x.isfinite().all() and y.isfinite().all()):
-            raise ValueError("Expected a finite curve over ascending characters")
+        _expect_fingerprint(self.fingerprint)
+        x, y = _curve(self.characters, self.rewards)
+        if not len(x) or not (np.diff(x) > 0).all():
+            raise ValueError(f"Expected characters to be ascending, at least one, got {x.tolist()[:8]}")
+        object.__setattr__(self, "characters", torch.from_numpy(x))
+        object.__setattr__(self, "rewards", torch.from_numpy(y))
 
     @classmethod
     def fit(cls, characters: Any, rewards: Any, *, frac: float = 0.5, fingerprint: str | None = None) -> LWR:
@@ -296,15 +307,10 @@ class LWR(LengthCorrection):
             from statsmodels.nonparametric.smoothers_lowess import lowess
         except ImportError as error:
             raise ImportError('LWR.fit needs statsmodels: pip install "rmfast[debias]"') from error
-        x, y = (np.asarray(torch.as_tensor(v), np.float64) for v in (characters, rewards))
-        if x.ndim != 1 or x.shape != y.shape:
-            raise ValueError(f"Expected characters and rewards to be (n,), got {x.shape} and {y.shape}")
-        if not (np.isfinite(x).all() and np.isfinite(y).all()):
-            raise ValueError("Expected characters and rewards to be finite")
+        x, y = _curve(characters, rewards)
         if len(x) < 3 or len(np.unique(x)) < 2:
-            raise ValueError(f"Expected at least 3 responses of different lengths, got {len(x)}")
-        if not 0 < frac <= 1:
-            raise ValueError(f"Expected frac to be in (0, 1], got {frac}")
+            raise ValueError(f"Expected characters of at least 3 responses of different lengths, got {len(x)}")
+        frac = arguments.number("frac", frac, 0, 1, above=True)
         curve = lowess(y, x, frac=frac)
         at, first = np.unique(curve[:, 0], return_index=True)
         fitted = curve[first, 1]
@@ -316,7 +322,7 @@ class LWR(LengthCorrection):
         return f"LWR({len(self.characters)} points)"
 
     def expected(self, characters: Sequence[int] | np.ndarray) -> np.ndarray:
-        return np.interp(np.asarray(characters, np.float64), self.characters.numpy(), self.rewards.numpy())
+        return np.interp(arguments.array("characters", characters, "n"), self.characters.numpy(), self.rewards.numpy())
 
     def _state(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
         return {}, {"characters": self.characters, "rewards": self.rewards}
@@ -344,7 +350,7 @@ _KINDS: dict[str, type[Intervention]] = {c.kind: c for c in (NeuronClamp, Direct
 
 def load(path: str | os.PathLike[str]) -> Intervention:
     """Reads any intervention that was saved into the folder `path`; ValueError where it holds none."""
-    folder = Path(path)
+    folder = arguments.path("path", path)
     if not (folder / _JSON).is_file() or not (folder / _TENSORS).is_file():
         raise ValueError(f"Expected {path} to be a folder with {_JSON} and {_TENSORS}, as save() writes")
     try:
@@ -363,26 +369,26 @@ def load(path: str | os.PathLike[str]) -> Intervention:
 
 def _neurons(name: str, pair: Any) -> tuple[Tensor, Tensor]:
     if not isinstance(pair, list | tuple) or len(pair) != 2:
-        raise TypeError(f"Expected (indices, values) for neurons of {name}, got {pair!r}")
-    at, to = (torch.as_tensor(x).detach().cpu() for x in pair)
-    at = at if at.numel() else at.long()  # an empty list makes a tensor of floats
-    if at.dim() != 1 or at.is_floating_point() or at.dtype == torch.bool:
-        raise TypeError(f"Expected indices of {name} to be (j,) of integers, got {tuple(at.shape)} of {at.dtype}")
-    if to.shape != at.shape:
-        raise ValueError(f"Expected a value for each of {len(at)} neurons of {name}, got {tuple(to.shape)}")
-    to = to if to.dtype == torch.float64 else to.float()
-    if not bool(to.isfinite().all()):
-        raise ValueError(f"Expected finite values for neurons of {name}")
-    at, order = at.long().sort()
-    if len(at) and (int(at[0]) < 0 or not bool((at.diff() > 0).all())):
-        raise ValueError(f"Expected different indices of neurons of {name}, none of them negative")
+        raise TypeError(f"Expected (indices, values) for neurons of {name}, got {arguments.shown(pair)}")
+    of, most = f"neurons of {name}: ", 2**63 - 1
+    at = torch.tensor(arguments.wholes(of + "indices", pair[0], least=0, most=most), dtype=torch.int64)
+    to = torch.from_numpy(arguments.finite(of + "values", pair[1], len(at)))
+    # As they are given: numbers of 64 bits stay so in tensors and arrays.
+    to = to if str(getattr(pair[1], "dtype", None)).endswith("float64") else to.float()
+    at, order = at.sort()
+    if not bool((at.diff() > 0).all()):
+        raise ValueError(f"Expected different indices of neurons of {name}, got one twice")
     return at, to[order].contiguous()
 
 
-def _number(name: str, value: Any) -> float:
-    if isinstance(value, bool) or not isinstance(value, int | float | np.number) or not np.isfinite(value):
-        raise ValueError(f"Expected {name} to be a finite number, got {value!r}")
-    return float(value)
+def _expect_fingerprint(fingerprint: Any) -> None:
+    if fingerprint is not None:
+        arguments.instance("fingerprint", fingerprint, str)
+
+
+def _curve(characters: Any, rewards: Any) -> tuple[np.ndarray, np.ndarray]:
+    x = arguments.finite("characters", characters, "n")
+    return x, arguments.finite("rewards", rewards, len(x))
 
 
 def combined(interventions: Iterable[Intervention]) -> Intervention:

@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
-import torch
 
+from rmfast import arguments
 from rmfast.texts.pairs import Pair, read_pairs, text_of
 
 if TYPE_CHECKING:
@@ -47,7 +47,7 @@ class Attributes:
         return len(self.values)
 
     def __getitem__(self, name: str) -> np.ndarray:
-        return self.values[:, self.names.index(name)]
+        return self.values[:, self.names.index(arguments.word("name", name, self.names))]
 
 
 def attributes(
@@ -69,10 +69,31 @@ def attributes(
     Raises:
         ValueError: as many prompts as responses are not given, or a function gives something that is no finite number.
     """
-    if len(prompts) != len(responses):
-        raise ValueError(f"Expected as many prompts as responses, got {len(prompts)} and {len(responses)}")
-    texts = [(text_of(prompt or ""), text_of(response)) for prompt, response in zip(prompts, responses)]
-    return _measure(texts, {**ATTRIBUTES, **(functions or {})})
+    sides = [_texts(name, given) for name, given in (("prompts", prompts), ("responses", responses))]
+    if len(sides[0]) != len(sides[1]):
+        raise ValueError(f"Expected as many prompts as responses, got {len(sides[0])} and {len(sides[1])}")
+    more = {} if functions is None else _functions("functions", functions)
+    return _measure(list(zip(*sides)), {**ATTRIBUTES, **more})
+
+
+def _texts(name: str, given: Any) -> list[str]:
+    found = []
+    for i, each in enumerate(arguments.sequence(name, given, "a sequence of texts or lists of messages")):
+        messages = isinstance(each, list | tuple) and all(isinstance(message, Mapping) for message in each)
+        if not (messages or isinstance(each, str) or (each is None and name == "prompts")):
+            raise TypeError(f"Expected {name}[{i}] to be a text or a list of messages, got {arguments.shown(each)}")
+        found.append(text_of(each or ""))
+    return found
+
+
+def _functions(name: str, given: Any) -> dict[str, Attribute]:
+    expected = f"Expected {name} to map names to functions of (prompt, response)"
+    if not isinstance(given, Mapping):
+        raise TypeError(f"{expected}, got {arguments.shown(given)}")
+    for key, function in given.items():
+        if not isinstance(key, str) or not callable(function):
+            raise TypeError(f"{expected}, got {arguments.shown(function)} for {arguments.shown(key)}")
+    return dict(given)
 
 
 def _measure(texts: list[tuple[str, str]], functions: Mapping[str, Attribute]) -> Attributes:
@@ -80,7 +101,8 @@ def _measure(texts: list[tuple[str, str]], functions: Mapping[str, Attribute]) -
     for j, (name, function) in enumerate(functions.items()):
         for i, text in enumerate(texts):
             try:
-                values[i, j] = function(*text)
+                value = function(*text)
+                values[i, j] = float(value if isinstance(value, bool | np.bool_) else arguments.array("it", value))
             except (TypeError, ValueError) as error:
                 raise ValueError(f"attribute {name!r} of text {i} is no number: {error}") from error
         if not np.isfinite(values[:, j]).all():
@@ -91,21 +113,15 @@ def _measure(texts: list[tuple[str, str]], functions: Mapping[str, Attribute]) -
 def named_attributes(given: Sequence[str] | Mapping[str, Attribute] | None) -> dict[str, Attribute]:
     """Names, or functions by name, as functions by name."""
     if isinstance(given, Mapping):
-        if bad := [name for name, function in given.items() if not callable(function)]:
-            raise TypeError(
-                f"Expected attributes to map names to functions of (prompt, response), got {bad[0]!r}: none"
-            )
-        found = dict(given)
-    else:
-        names = list(ATTRIBUTES) if given is None else [given] if isinstance(given, str) else list(given)
-        if unknown := [name for name in names if name not in ATTRIBUTES]:
-            raise ValueError(
-                f"Expected attributes among {', '.join(ATTRIBUTES)}, or functions by name, got {unknown[0]!r}"
-            )
-        found = {name: ATTRIBUTES[name] for name in names}
-    if not found:
-        raise ValueError("Expected at least one attribute, got none")
-    return found
+        if not given:
+            raise ValueError("Expected attributes to hold at least one, got none")
+        return _functions("attributes", given)
+    if given is None:
+        return dict(ATTRIBUTES)
+    return {
+        name: ATTRIBUTES[name]
+        for name in arguments.words("attributes, where they are no functions by name,", given, ATTRIBUTES)
+    }
 
 
 def attributes_of_pairs(pairs: list[Pair], functions: Mapping[str, Attribute]) -> Attributes:
@@ -216,22 +232,21 @@ def report(
     """
     read = read_some(pairs, 2)
     found = attributes_of_pairs(read, named_attributes(attributes))
-    if not (isinstance(resamples, int) and resamples >= 1 and 0 < confidence < 1):
-        raise ValueError(f"Expected resamples >= 1 and 0 < confidence < 1, got {resamples} and {confidence}")
+    resamples = arguments.whole("resamples", resamples, 1)
+    arguments.number("confidence", confidence, 0, 1, above=True, below=True)
+    arguments.whole("seed", seed, 0)
+    if rm is not None:
+        arguments.instance("rm", rm, Scorer)
     if rewards is None:
         if rm is None:
             raise ValueError("Expected rm, or rewards (n, 2) of chosen and rejected, got neither")
         rewards = of_one_reward(rm).score([text for pair in read for text in pair.inputs], **scoring).reshape(-1, 2)
-    scored = (
-        rewards.detach().double().cpu().numpy() if isinstance(rewards, torch.Tensor) else np.asarray(rewards, float)
-    )
-    if scored.shape != (len(read), 2) or not np.isfinite(scored).all():
-        raise ValueError(f"Expected finite rewards of shape ({len(read)}, 2), got {scored.shape}")
-    return _reported(scored, found, resamples, confidence, seed)
+    return _reported(arguments.finite("rewards", rewards, len(read), 2), found, resamples, confidence, seed)
 
 
 def read_some(pairs: Sequence[Any], least: int) -> list[Pair]:
     """The pairs, read; ValueError for fewer than `least`."""
+    arguments.expect_dimension("pairs", pairs)
     read = read_pairs(pairs)
     if len(read) < least:
         hint = ": fewer find noise alone, and the paper takes 500" if least > 2 else ""
@@ -241,7 +256,7 @@ def read_some(pairs: Sequence[Any], least: int) -> list[Pair]:
 
 def of_one_reward(rm: Scorer) -> Scorer:
     """The model; ValueError for one of several rewards."""
-    if rm.num_labels != 1:
+    if arguments.instance("rm", rm, Scorer).num_labels != 1:
         raise ValueError(
             f"Expected a model of one reward, got one of {rm.num_labels}: pairs have no order under several"
         )
@@ -327,7 +342,15 @@ def plot(reports: Mapping[str, Report]) -> Any:
     except ImportError as error:
         raise ImportError(f'plots need matplotlib (pip install "rmfast[plot]"): {error}') from error
 
-    names = next(iter(reports.values())).attributes
+    if not isinstance(reports, Mapping) or not reports:
+        raise TypeError(f"Expected reports to be a mapping of names to reports, got {arguments.shown(reports)}")
+    names = arguments.instance("each of reports", next(iter(reports.values())), Report).attributes
+    for label, each in reports.items():
+        if arguments.instance("each of reports", each, Report).attributes != names or not isinstance(label, str):
+            raise ValueError(
+                f"Expected reports of the same attributes by names, got {', '.join(each.attributes)} of "
+                f"{arguments.shown(label)} beside {', '.join(names)}"
+            )
     figure, axes = pyplot.subplots(
         1, 2, figsize=(6 + len(names) * max(1.2, 0.5 * len(reports)), 4.2), width_ratios=[1, 1.6]
     )

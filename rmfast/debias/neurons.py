@@ -9,6 +9,7 @@ from typing import Any, Literal
 import numpy as np
 import torch
 
+from rmfast.arguments import instance, shown, whole, word
 from rmfast.debias.interventions import NeuronClamp
 from rmfast.debias.last_token import LastTokenRuns
 from rmfast.debias.measure import (
@@ -51,15 +52,16 @@ class Neurons:
 
     def top(self, attribute: str, n: int = 10) -> list[tuple[str, int, float, float]]:
         """(module name, neuron, correlation, median) of the n neurons with the strongest correlations."""
-        column = self.spearman[:, self.attributes.index(attribute)]
-        found = np.argsort(-abs(column), kind="stable")[:n]
+        column = self._column(attribute)
+        found = np.argsort(-abs(column), kind="stable")[: whole("n", n, 0)]
         return [(*self._named(i), float(column[i]), float(self.median[i])) for i in found]
 
     def ends(self, attribute: str, k: int) -> np.ndarray:
         """(2k,) or fewer: the neurons that rank highest and lowest over all layers, k of each."""
+        k = whole("k", k, 0, len(self))
+        word("attribute", attribute, self.attributes)
         if attribute not in self._orders:
-            column = self.spearman[:, self.attributes.index(attribute)]
-            self._orders[attribute] = np.argsort(column, kind="stable").astype(np.int32)
+            self._orders[attribute] = np.argsort(self._column(attribute), kind="stable").astype(np.int32)
         order = self._orders[attribute]
         return np.union1d(order[:k], order[len(order) - k :])
 
@@ -87,6 +89,9 @@ class Neurons:
         }
         return NeuronClamp(neurons, positions, self.fingerprint, {"k": ks, "neurons": len(found), **metadata})
 
+    def _column(self, attribute: str) -> np.ndarray:
+        return self.spearman[:, self.attributes.index(word("attribute", attribute, self.attributes))]
+
     def _named(self, index: int) -> tuple[str, int]:
         edges = np.cumsum([0, *self.sizes.values()])
         module = int(np.searchsorted(edges, index, side="right")) - 1
@@ -97,15 +102,10 @@ def k_of_each(k: Any, names: Sequence[str], most: int) -> dict[str, int]:
     """k of each attribute by name; ValueError, TypeError where they are not whole numbers in [0, most]."""
     ks = dict(k) if isinstance(k, Mapping) else dict.fromkeys(names, k)
     if set(ks) != set(names):
-        raise ValueError(f"Expected k of each attribute ({', '.join(names)}; 0 leaves one alone), got {', '.join(ks)}")
-    for name, each in ks.items():
-        if isinstance(each, bool) or not isinstance(each, int | np.integer):
-            raise TypeError(f'Expected k to be "search", a whole number, or one for each attribute, got {each!r}')
-        if not 0 <= each <= most:
-            raise ValueError(
-                f"Expected k of {name} to be at least 0 and at most the model's {most} neurons, got {each}"
-            )
-    return {name: int(ks[name]) for name in names}
+        raise ValueError(
+            f"Expected k of each attribute ({', '.join(names)}; 0 leaves one alone), got {', '.join(map(shown, ks))}"
+        )
+    return {name: whole(f"k of {name}, neurons of the model's {most},", ks[name], 0, most) for name in names}
 
 
 def localise(
@@ -127,6 +127,7 @@ def localise(
 
 def fitting(rm: Scorer, pairs: Any, attributes: Any) -> tuple[list[Pair], Attributes]:
     """The pairs, read, and attributes of their 2n texts, checked to have something to find."""
+    instance("rm", rm, Scorer)
     functions = named_attributes(attributes)
     read = read_some(pairs, _LEAST_PAIRS)
     found = attributes_of_pairs(read, functions)

@@ -5,7 +5,8 @@ from __future__ import annotations
 import copy
 import operator
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import partial
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -14,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
+from rmfast import arguments
 from rmfast import backends as _backends
 from rmfast.binding.binding import Binding
 from rmfast.binding.find import bind
@@ -24,7 +26,7 @@ from rmfast.engine.attention import Unsupported
 from rmfast.engine.layers import settings
 from rmfast.engine.packed import Engine, run_packed
 from rmfast.engine.padded import run_padded
-from rmfast.texts.inputs import Encoded, Format, InputError, Truncation, encode
+from rmfast.texts.inputs import FORMATS, Encoded, Format, InputError, Truncation, encode
 
 if TYPE_CHECKING:
     from typing_extensions import Self, Unpack
@@ -35,6 +37,12 @@ if TYPE_CHECKING:
 # cache misses and memory; a large GPU wants more rows in flight: 16,384 tokens of an 8B model take about 1.5 GB.
 _BATCH_TOKENS = {"cpu": 3072}
 _BATCH_TOKENS_ACCELERATOR = 16384
+
+
+def checked_pooling(pooling: Any) -> str | int:
+    if pooling not in ("auto", "last") if isinstance(pooling, str) else not arguments.is_whole(pooling):
+        raise ValueError(f'Expected pooling to be "auto", "last" or a token id, got {arguments.shown(pooling)}')
+    return pooling if isinstance(pooling, str) else int(pooling)
 
 
 class Scorer:
@@ -57,8 +65,11 @@ class Scorer:
     def __init__(
         self, model: nn.Module, tokenizer: Any = None, *, pooling: str | int = "auto", invariant: bool | None = None
     ):
-        if isinstance(pooling, bool) or not (pooling in ("auto", "last") or isinstance(pooling, int)):
-            raise ValueError(f'Expected pooling to be "auto", "last" or a token id, got {pooling!r}')
+        if tokenizer is not None and not (callable(tokenizer) and hasattr(tokenizer, "decode")):
+            raise TypeError(f"Expected tokenizer to be one of transformers, or None, got {arguments.shown(tokenizer)}")
+        pooling = checked_pooling(pooling)
+        if invariant is not None:
+            arguments.flag("invariant", invariant)
         self.binding = bind(model, pooling, tuple(getattr(tokenizer, "all_special_ids", None) or ()))
         self.model = model
         self.tokenizer = tokenizer
@@ -101,6 +112,13 @@ class Scorer:
         Raises:
             InputError: with errors="raise", the first input that can't be scored; `.index` is its position.
         """
+        if max_length is not None:
+            max_length = arguments.whole("max_length", max_length, 1)
+        arguments.word("truncation", truncation, ("error", "left", "right"))
+        if format is not None and not callable(format):
+            arguments.word("format", format, FORMATS)
+        arguments.word("errors", errors, ("raise", "return"))
+        arguments.expect_dimension("inputs", inputs)
         encoded = encode(
             inputs,
             self.tokenizer,
@@ -196,8 +214,8 @@ class Scorer:
         scale = None if normalize is None else _normalize(normalize, self.num_labels)
         varied = None if variants is None else variants()
         encoded = self.encode(inputs, **encoding)
-        if positions is not None and len(positions) != len(encoded):
-            raise ValueError(f"Expected one position for each of {len(encoded)} inputs, got {len(positions)}")
+        if positions is not None:
+            positions = arguments.wholes("positions", positions, len(encoded))
         if not self.binding.head:
             if positions is not None:
                 raise ValueError(f"{type(self.binding.root).__name__} pools by itself and can't be read at positions")
@@ -255,12 +273,11 @@ class Scorer:
         With `head`, a function of hidden states (B, T, d) and flat rows (M,) of them, what that gives (M, C) in their
         place.
         """
-        if engine not in (None, "packed", "padded"):
-            raise ValueError(f'Expected engine to be "packed", "padded" or None, got {engine!r}')
-        if batch_tokens is not None and (
-            isinstance(batch_tokens, bool) or not isinstance(batch_tokens, int) or batch_tokens < 1
-        ):
-            raise ValueError(f"Expected batch_tokens to be a positive int, got {batch_tokens!r}")
+        if engine is not None:
+            arguments.word("engine", engine, ("packed", "padded"))
+        arguments.flag("progress", progress)
+        if batch_tokens is not None:
+            batch_tokens = arguments.whole("batch_tokens", batch_tokens, 1)
         packed = self.packed_engine() if engine != "padded" and encoded else None
         if self.invariant and encoded and (moves := "padded runs" if packed is None else self.moves()):
             raise ValueError(f"Expected invariant=False: rewards may move with their batch here, {moves}")
@@ -386,9 +403,8 @@ class Scorer:
 
 
 def _normalize(normalize: tuple[Any, Any], labels: int) -> tuple[Tensor, Tensor]:
-    if not isinstance(normalize, tuple | list) or len(normalize) != 2:
-        raise ValueError(f"Expected normalize to be (mean, std), got {normalize!r}")
-    mean, std = (torch.as_tensor(x, dtype=torch.float64) for x in normalize)
+    two = zip(("mean", "std"), arguments.sequence("normalize", normalize, "(mean, std)", 2))
+    mean, std = (torch.from_numpy(arguments.finite(f"{name} in normalize", x)) for name, x in two)
     for name, x in (("mean", mean), ("std", std)):
         if x.dim() > 1 or x.numel() not in (1, labels):
             raise ValueError(f"Expected {name} in normalize to be a number or {labels} of them, got {tuple(x.shape)}")

@@ -9,14 +9,16 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
-from rmfast import losses
+from rmfast import arguments, losses
 from rmfast.binding.find import bind
 from rmfast.texts.chat import Chat
 from rmfast.texts.forms import Forms
 from rmfast.texts.inputs import InputError, encode, ids_of
+from rmfast.engine.scorer import Scorer
 from rmfast.training.values import common_prefix
 
 try:
@@ -63,14 +65,15 @@ class RewardConfig(trl.RewardConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.loss not in LOSSES:
-            raise ValueError(f"Expected loss to be one of {', '.join(LOSSES)}, got {self.loss!r}")
-        if self.reduction not in losses.REDUCTIONS:
-            raise ValueError(f'Expected reduction to be "sum" or "mean", got {self.reduction!r}')
-        for name, least in (("smooth", 0), ("lookahead", 0), ("crm_weight", 0), ("bandwidth", 0), ("bins", 1)):
-            if not getattr(self, name) >= least:
-                raise ValueError(f"Expected {name} to be at least {least}, got {getattr(self, name)}")
-        if self.bin_edges is not None and sorted(self.bin_edges) != list(self.bin_edges):
+        arguments.word("loss", self.loss, LOSSES)
+        arguments.word("reduction", self.reduction, losses.REDUCTIONS)
+        arguments.instance("factor", self.factor, str)
+        arguments.whole("bins", self.bins, 1)
+        for name in ("smooth", "lookahead", "crm_weight", "bandwidth"):
+            arguments.number(name, getattr(self, name), 0)
+        for name in ("conditional", "unbiased"):
+            arguments.flag(name, getattr(self, name))
+        if self.bin_edges is not None and not (np.diff(arguments.finite("bin_edges", self.bin_edges, "n")) >= 0).all():
             raise ValueError(f"Expected bin_edges to rise, got {self.bin_edges}")
 
 
@@ -334,7 +337,7 @@ def rmfast_reward(rm: Any, *, name: str = "rmfast_reward", **score: Any) -> Call
     Raises:
         ValueError: the model has several labels.
     """
-    if rm.num_labels != 1:
+    if arguments.instance("rm", rm, Scorer).num_labels != 1:
         raise ValueError(f"Expected rm to have one label, got {rm.num_labels}")
     score = {"format": "concat", **score}
 

@@ -22,11 +22,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from rmfast.arguments import instance, whole, word
+from rmfast.arguments import words as words_of
 from rmfast.engine.scorer import Scorer
 from rmfast.interpret.components import GIVES, WHOLE, Components
 from rmfast.patching.grid import PatchSweep
 from rmfast.patching.sites import UNITS
-from rmfast.plots import figure_size, heat_map, needed
+from rmfast.plots import axes, figure_size, heat_map, needed
 from rmfast.texts.inputs import Encoded, several, words
 
 _NUMBERS = 1 << 26  # contributions of one run at most, but for one text: 256 MiB
@@ -86,13 +88,13 @@ class Attribution:
         Raises:
             ValueError: the component was not asked for.
         """
+        wholes = {WHOLE[name]: name for name in self.contributions if name in WHOLE}
+        word("component", component, [*self.contributions, *wholes])
         if component in self.contributions:
             return self.contributions[component]
-        for units, whole in WHOLE.items():
-            if component == whole and units in self.contributions:
-                x, bias = (self.contributions[name] for name in GIVES[units])
-                return (x.double().sum(self.axes[units].index(UNITS[units])) + bias.double()).to(x.dtype)
-        raise ValueError(f"Expected a component among {', '.join(self.contributions)}, got {component!r}")
+        units = wholes[component]
+        x, bias = (self.contributions[name] for name in GIVES[units])
+        return (x.double().sum(self.axes[units].index(UNITS[units])) + bias.double()).to(x.dtype)
 
     def to_dataframe(self) -> Any:
         """A pandas DataFrame with a row for each contribution: component, coordinates (empty where it has none), token
@@ -133,17 +135,17 @@ class Attribution:
             ImportError: matplotlib is not installed.
             ValueError: the component was not asked for; none is given, at every token.
         """
-        pyplot = needed("matplotlib.pyplot", "plot")
+        whole("label", label, 0, self.constant.numel() - 1)
         if component is None and self._every:
             raise ValueError(f"Expected a component to draw at every token: {', '.join(self.contributions)}")
         if component is None:
-            ax = pyplot.subplots(figsize=(8, 3.5), layout="constrained")[1] if ax is None else ax
-            return self._bars(ax, label)
+            return self._bars(axes(ax, 8, 3.5), label)
+        self.of(component)  # refused by name where it is none
         grid = self._values(WHOLE.get(component, component) if self._every else component, label)
         grid = grid.reshape(1 if component == "embedding" else len(grid), -1)
         words = [f"{i} {token!r}" for i, token in enumerate(self.tokens)]
         columns = words if self._every else list(map(str, range(grid.shape[1])))
-        ax = pyplot.subplots(figsize=figure_size(*grid.shape), layout="constrained")[1] if ax is None else ax
+        ax = axes(ax, *figure_size(*grid.shape))
         heat_map(ax, grid, list(map(str, range(len(grid)))), columns, f"contribution, norm {self.norm}")
         ax.set_xlabel("token" if self._every else UNITS.get(component, ""))
         ax.set_title(component)
@@ -177,6 +179,7 @@ class Attribution:
             ValueError: this attribution is of every token, or lacks a kind that was swept; the grid has several
                 positions, kinds of different units, or a metric's numbers in place of the labels.
         """
+        instance("sweep", sweep, PatchSweep)
         if self._every:
             raise ValueError('Expected an attribution at the read token (positions="last"), got one at every token')
         if len(sweep.coords["position"]) != 1 or "unit" in sweep.coords:
@@ -206,15 +209,12 @@ def attribute(
 ) -> Attribution | list[Attribution]:
     """See `RewardModel.attribute`."""
     rm.expect_clamps_alone(("all",))
-    named = [components] if isinstance(components, str) else list(components)
-    if not named or len(set(named)) < len(named) or not set(named) <= set(GIVES):
-        raise ValueError(f"Expected components to be different ones of {', '.join(GIVES)}, got {components!r}")
-    for units, whole in WHOLE.items():
-        if units in named and whole in named:
-            raise ValueError(f"Expected components with {whole} or {units}, which it is the sum of, got both")
-    for name, value, known in (("positions", positions, ("last", "all")), ("norm", norm, ("frozen", "raw"))):
-        if value not in known:
-            raise ValueError(f'Expected {name} to be "{known[0]}" or "{known[1]}", got {value!r}')
+    named = words_of("components", components, GIVES)
+    for units, both in WHOLE.items():
+        if units in named and both in named:
+            raise ValueError(f"Expected components with {both} or {units}, which it is the sum of, got both")
+    word("positions", positions, ("last", "all"))
+    word("norm", norm, ("frozen", "raw"))
     many = several(inputs)
     texts = rm.encode(inputs if many else [inputs], **encoding)
     parts = Components(rm, [name for name in GIVES if name in named], norm, batch_tokens, progress)

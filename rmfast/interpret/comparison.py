@@ -9,11 +9,12 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 from scipy import stats
 
+from rmfast import arguments
 from rmfast.engine.scorer import Scorer
 from rmfast.interpret.attribution import Attribution, attribute
 from rmfast.patching.grid import PatchSweep
 from rmfast.patching.sweep import patch_sweep
-from rmfast.plots import needed
+from rmfast.plots import axes, needed
 from rmfast.texts.inputs import listed, several
 
 # An interval from fewer pairs says nothing, nor does a rank among fewer sites: of 4 there are 24 orders.
@@ -93,8 +94,7 @@ class Comparison:
         Raises:
             ImportError: matplotlib is not installed.
         """
-        pyplot = needed("matplotlib.pyplot", "plot")
-        ax = pyplot.subplots(figsize=(5, 4.5), layout="constrained")[1] if ax is None else ax
+        ax = axes(ax, 5, 4.5)
         x, y = (np.concatenate([part.ravel() for part in side]) for side in (self.predicted, self.measured))
         ax.scatter(x, y, **{"s": 5, "alpha": 0.3, "linewidths": 0, "rasterized": len(x) > 5000, **options})
         ax.axline((0, 0), slope=1, color="0.5", linewidth=0.8, linestyle=":")
@@ -118,18 +118,20 @@ def mean_of_pairs(
     Raises:
         ValueError: fewer than 10 pairs have a number, or confidence is out of range.
     """
-    values = np.asarray(values, np.float64)
+    values = arguments.array("values", values, "P")
     values = values[np.isfinite(values)]
-    if len(values) < LEAST_PAIRS:
-        raise ValueError(f"Expected at least {LEAST_PAIRS} pairs for a mean with an interval, got {len(values)}")
-    _check_confidence(confidence)
+    arguments.function("statistic", statistic, "the values")
+    arguments.whole("seed", seed, 0)
+    _check_pairs("values", len(values), "a mean with an interval")
+    arguments.number("confidence", confidence, 0, 1, above=True, below=True)
+    value = arguments.number("what statistic returns", statistic(values))
     # Percentiles, since BCa has no interval where values are equal (a perfect correlation in every pair).
     found = stats.bootstrap(
         (values,), statistic, n_resamples=_RESAMPLES, confidence_level=confidence, method="percentile",
         batch=max(1, _AT_ONCE // len(values)), rng=np.random.default_rng(seed),
     )  # fmt: skip
     low, high = map(float, found.confidence_interval)
-    return Estimate(float(statistic(values)), low, high, len(values))
+    return Estimate(value, low, high, len(values))
 
 
 def compare(
@@ -150,10 +152,13 @@ def compare(
         ValueError: fewer than 10 pairs, fewer than 4 sites of a pair, or shapes that do not match.
         TypeError: an `Attribution`, of one text, in place of a pair's effects.
     """
-    sides = [[_effects(item) for item in side] for side in (predicted, measured)]
+    named = (("predicted", predicted), ("measured", measured))
+    sides = [
+        [_effects(f"{name}[{i}]", x) for i, x in enumerate(arguments.sequence(name, side))] for name, side in named
+    ]
     if len(sides[0]) != len(sides[1]):
         raise ValueError(f"Expected predicted and measured for the same pairs, got {len(sides[0])} and {len(sides[1])}")
-    _check_pairs(len(sides[0]))
+    _check_pairs("predicted and measured", len(sides[0]))
     each = np.full((2, len(sides[0])), np.nan)
     for i, (x, y) in enumerate(zip(*sides)):
         if x.shape != y.shape:
@@ -161,11 +166,14 @@ def compare(
         both = ~np.isnan(x + y)
         if both.sum() < LEAST_SITES:
             raise ValueError(
-                f"Expected at least {LEAST_SITES} sites of each pair to rank, got {both.sum()} in pair {i}"
+                f"Expected predicted and measured of at least {LEAST_SITES} sites of each pair to rank, got "
+                f"{both.sum()} in pair {i}"
             )
         a, b = x[both], y[both]
         if np.ptp(a) > 0 and np.ptp(b) > 0:
             each[:, i] = stats.spearmanr(a, b).statistic, stats.kendalltau(a, b).statistic
+    known = int(np.isfinite(each[0]).sum())
+    _check_pairs("predicted and measured that differ between sites,", known, "a mean with an interval")
     spearman, kendall = (mean_of_pairs(values, confidence=confidence, seed=seed) for values in each)
     return Comparison(
         spearman=spearman, kendall=kendall, each_spearman=each[0], each_kendall=each[1], predicted=sides[0],
@@ -194,19 +202,18 @@ def compare_attribution(
 ) -> Comparison:
     """See `RewardModel.compare`."""
     rm.expect_clamps_alone(("all",))
-    if mode not in ("noising", "denoising"):
-        raise ValueError(f'Expected mode to be "noising" or "denoising", got {mode!r}')
+    arguments.word("mode", mode, ("noising", "denoising"))
     if not several(clean) or not several(corrupted):
         raise TypeError("Expected clean and corrupted to be lists of texts")
     clean, corrupted = listed(clean), listed(corrupted)
-    _check_pairs(len(clean))
-    _check_confidence(confidence)
-    named = [sites] if isinstance(sites, str) else list(sites)
-    if not named or not set(named) <= set(SITES):
-        raise ValueError(f"Expected sites to be of {', '.join(SITES)}, got {sites!r}")
-    labels = range(rm.num_labels)
-    if label not in labels and (label is not None or len(labels) > 1):
-        raise ValueError(f"Expected label, the reward to compare of this model's {len(labels)}, got {label!r}")
+    _check_pairs("clean and corrupted", len(clean))
+    arguments.number("confidence", confidence, 0, 1, above=True, below=True)
+    arguments.whole("seed", seed, 0)
+    arguments.words("sites", sites, SITES)
+    if label is not None:
+        arguments.whole("label", label, 0, rm.num_labels - 1)
+    elif rm.num_labels > 1:
+        raise ValueError(f"Expected label, the reward to compare of this model's {rm.num_labels}, got None")
     sweeps: Any = patch_sweep(
         rm, clean, corrupted, mode=mode, sites=sites, layers=layers, positions="joint", heads=heads, neurons=neurons,
         align=align, batch_tokens=batch_tokens, progress=progress, **encoding,
@@ -222,21 +229,15 @@ def compare_attribution(
     return compare(predicted, sweeps, confidence=confidence, seed=seed)
 
 
-def _effects(item: Any) -> np.ndarray:
+def _effects(name: str, item: Any) -> np.ndarray:
     if isinstance(item, Attribution):
         raise TypeError(
             "Expected effects of each pair, arrays or PatchSweeps, got an Attribution of one text: give the difference "
             "of two of them in a sweep's layout, after.like(sweep) - before.like(sweep)"
         )
-    effects = item.effect if isinstance(item, PatchSweep) else item
-    return np.asarray(effects.double() if hasattr(effects, "double") else effects, np.float64)
+    return arguments.array(name, item.effect if isinstance(item, PatchSweep) else item)
 
 
-def _check_confidence(confidence: float) -> None:
-    if not 0 < confidence < 1:
-        raise ValueError(f"Expected confidence to be in (0, 1), got {confidence!r}")
-
-
-def _check_pairs(count: int) -> None:
+def _check_pairs(name: str, count: int, of: str = "a correlation over pairs") -> None:
     if count < LEAST_PAIRS:
-        raise ValueError(f"Expected at least {LEAST_PAIRS} pairs for a correlation over pairs, got {count}")
+        raise ValueError(f"Expected {name} of at least {LEAST_PAIRS} pairs for {of}, got {count}")

@@ -19,6 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from rmfast.arguments import flag, instance, whole, word
 from rmfast.binding.binding import Binding
 from rmfast.binding.layer_list import layered
 from rmfast.binding.session import replaced_forward
@@ -28,7 +29,7 @@ from rmfast.interpret.frozen_head import FrozenHead, check_norm
 from rmfast.ops import reward_head
 from rmfast.patching.points import Point
 from rmfast.patching.watched import run_watched
-from rmfast.plots import figure_size, heat_map, needed
+from rmfast.plots import axes, figure_size, heat_map, needed
 from rmfast.texts.inputs import words
 
 if TYPE_CHECKING:
@@ -69,9 +70,15 @@ class Lens:
         at = "the read token" if self.positions == "last" else "every token"
         return f"Lens({len(self)} texts, {self.layers} layers and the embedding, at {at}, norm {self.norm!r})"
 
+    @property
+    def _labels(self) -> int:
+        """K, as far as the rewards of no texts tell."""
+        rewards, axes = (self.scores, 1) if self.positions == "last" else (self.scores[0] if len(self) else None, 1)
+        return 1 if rewards is None or rewards.dim() == axes else rewards.size(-1)
+
     def tokens(self, text: int) -> list[str]:
         """The tokens of a text."""
-        return self._decode(self.token_ids[text])
+        return self._decode(self.token_ids[whole("text", text, -len(self), len(self) - 1)])
 
     @property
     def margins(self) -> Tensor:
@@ -97,6 +104,7 @@ class Lens:
         Raises:
             ValueError: as for `margins`.
         """
+        flag("signed", signed)
         margins = self.margins
         last = margins[:, -1:]
         reached = margins * last.sign() >= last.abs() / 2 if signed else margins.abs() >= last.abs() / 2
@@ -121,6 +129,7 @@ class Lens:
         """
         from rmfast.interpret.comparison import mean_of_pairs
 
+        instance("other", other, Lens)
         if self.norm != other.norm:
             raise ValueError(f"Expected lenses of one norm, got {self.norm!r} and {other.norm!r}")
         curves = [lens._curves() for lens in (self, other)]
@@ -184,12 +193,15 @@ class Lens:
         """
         from rmfast.interpret.comparison import LEAST_PAIRS, mean_of_pairs
 
-        pyplot = needed("matplotlib.pyplot", "plot")
+        flag("pairs", pairs)
+        if text is not None:
+            whole("text", text, -len(self), len(self) - 1)
+        whole("label", label, 0, self._labels - 1)
         if self.positions == "all" and not pairs:
-            return self._map(pyplot, 0 if text is None else text, label, ax)
+            return self._map(0 if text is None else text, label, ax)
         curves = self.margins if pairs else self.rewards if text is None else self.rewards[[text]]
         curves = (curves[..., label] if curves.dim() > 2 else curves).double().numpy()
-        ax = pyplot.subplots(figsize=(7, 4), layout="constrained")[1] if ax is None else ax
+        ax = axes(ax, 7, 4)
         layers = np.arange(curves.shape[1])
         ax.plot(layers, curves.T, color="0.6", linewidth=0.6, alpha=0.6)
         curves = curves[np.isfinite(curves).all(1)]  # of a pair that is not there is no mean
@@ -217,12 +229,11 @@ class Lens:
         ax.legend()
         return ax
 
-    def _map(self, pyplot: Any, text: int, label: int, ax: Any) -> Any:
+    def _map(self, text: int, label: int, ax: Any) -> Any:
         rewards = self.rewards[text]
         rewards = (rewards[..., label] if rewards.dim() > 2 else rewards).double().numpy()
         words = [f"{i} {word!r}" for i, word in enumerate(self.tokens(text))]
-        if ax is None:
-            ax = pyplot.subplots(figsize=figure_size(*rewards.shape), layout="constrained")[1]
+        ax = axes(ax, *figure_size(*rewards.shape))
         heat_map(ax, rewards, list(map(str, range(len(rewards)))), words, f"reward, norm {self.norm}")
         ax.set_xlabel("token")
         ax.set_ylabel("layer (0: embedding)")
@@ -240,9 +251,8 @@ def lens(
     **encoding: Any,
 ) -> Lens:
     """See `RewardModel.lens`."""
-    for name, value, known in (("positions", positions, ("last", "all")), ("norm", norm, ("final", "frozen", "raw"))):
-        if value not in known:
-            raise ValueError(f"Expected {name} to be one of {', '.join(map(repr, known))}, got {value!r}")
+    word("positions", positions, ("last", "all"))
+    word("norm", norm, ("final", "frozen", "raw"))
     if not rm.binding.head:
         raise ValueError(
             f"{type(rm.binding.root).__name__} pools by itself: lens needs a head that reads one token's stream"

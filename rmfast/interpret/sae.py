@@ -5,14 +5,15 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
+from rmfast.arguments import device as device_of
+from rmfast.arguments import flag, instance, shown, whole, word
+from rmfast.arguments import path as path_of
 from rmfast.ops import topk_encode
 
 ARCHITECTURES = ("standard", "topk", "jumprelu")
@@ -58,8 +59,21 @@ class SAE:
     hook_name: str | None = None
 
     def __post_init__(self) -> None:
-        one_of("architecture", self.architecture, ARCHITECTURES)
-        one_of("normalize_activations", self.normalize, ("none", "layer_norm", "constant_norm_rescale"))
+        word("architecture", self.architecture, ARCHITECTURES)
+        word("normalize_activations", self.normalize, ("none", "layer_norm", "constant_norm_rescale"))
+        flag("apply_b_dec_to_input", self.apply_b_dec_to_input)
+        if self.hook_name is not None:
+            instance("hook_name", self.hook_name, str)
+        for name, of in (("threshold", "jumprelu"), ("k", "topk")):
+            if getattr(self, name) is not None and self.architecture != of:
+                raise ValueError(f"Expected {name} with architecture {of} alone, got it with {self.architecture}")
+        for name in ("W_enc", "b_enc", "W_dec", "b_dec", *(["threshold"] * (self.architecture == "jumprelu"))):
+            x = instance(name, getattr(self, name), Tensor)
+            if not x.is_floating_point() or (x.dtype, x.device) != (self.W_enc.dtype, self.W_enc.device):
+                raise TypeError(
+                    f"Expected {name} to be floating point, like W_enc ({self.W_enc.dtype}, {self.W_enc.device}), got "
+                    f"{x.dtype}, {x.device}"
+                )
         if self.W_enc.dim() != 2:
             raise ValueError(f"Expected W_enc to have shape (d, F), got {tuple(self.W_enc.shape)}")
         d, features = self.W_enc.shape
@@ -67,13 +81,10 @@ class SAE:
         if self.architecture == "jumprelu":
             shapes["threshold"] = (features,)
         for name, shape in shapes.items():
-            x = getattr(self, name)
-            if x is None or tuple(x.shape) != shape:
-                raise ValueError(f"Expected {name} to have shape {shape}, got {None if x is None else tuple(x.shape)}")
+            if tuple(getattr(self, name).shape) != shape:
+                raise ValueError(f"Expected {name} to have shape {shape}, got {tuple(getattr(self, name).shape)}")
         if self.architecture == "topk":
-            if not is_int(self.k) or not 1 <= self.k <= features:  # type: ignore[operator]
-                raise ValueError(f"Expected k to be from 1 to the number of features, {features}, got {self.k!r}")
-            self.k = int(self.k)  # type: ignore[arg-type]
+            self.k = whole("k", self.k, 1, features)
 
     def __repr__(self) -> str:
         d, features = self.W_enc.shape
@@ -95,7 +106,7 @@ class SAE:
             FileNotFoundError: one of the files is not there.
             ValueError: an architecture or option that is not supported, or weights that do not fit; it is named.
         """
-        folder = Path(folder)
+        folder, device = path_of("folder", folder), device_of("device", device)
         paths = folder / "cfg.json", folder / "sae_weights.safetensors"
         for path in paths:
             if not path.is_file():
@@ -109,9 +120,8 @@ class SAE:
         options = _options(config)
         stored = options.get("dtype", "float32") if dtype is None else dtype
         if not isinstance(stored, torch.dtype):
-            name = str(stored).removeprefix("torch.")
-            one_of("dtype", name, tuple(_DTYPES))
-            stored = _DTYPES[name]
+            name = stored.removeprefix("torch.") if isinstance(stored, str) else stored
+            stored = _DTYPES[word("dtype", name, _DTYPES)]
         tensors = {name: x.to(device, stored) for name, x in load_file(paths[1]).items()}
         if "log_threshold" in tensors:
             tensors["threshold"] = tensors.pop("log_threshold").exp()
@@ -142,6 +152,8 @@ class SAE:
 
     def encode(self, x: Tensor) -> Tensor:
         """Features (N, F), in the SAE's dtype (those of "topk" in fp32 for 16 bits), of rows (N, d) of any dtype."""
+        if not isinstance(x, Tensor) or x.dim() != 2 or x.size(1) != self.W_enc.size(0) or x.is_complex() or x.is_meta:
+            raise ValueError(f"Expected x to be a real tensor of shape (N, {self.W_enc.size(0)}), got {shown(x)}")
         x = self._given(x)[0]
         if self.architecture == "topk":
             values, indices = self._largest(x)
@@ -177,17 +189,6 @@ class SAE:
             return pre.relu() if self.threshold is None else torch.where(pre > self.threshold, pre.relu(), 0)
 
 
-def is_int(value: Any) -> bool:
-    """Whether it is an int of Python's or NumPy's, and no bool."""
-    return isinstance(value, int | np.integer) and not isinstance(value, bool)
-
-
-def one_of(name: str, value: Any, known: tuple[str, ...]) -> None:
-    """ValueError where an SAE's setting is none of the known ones."""
-    if value not in known:
-        raise ValueError(f"Expected {name} of an SAE to be one of {', '.join(known)}, got {value!r}")
-
-
 def _options(config: Mapping[str, Any]) -> dict[str, Any]:
     """cfg.json with the names of SAELens 6, its metadata among them; ValueError for what is not supported."""
     options = {_OLD_NAMES.get(name, name): value for name, value in config.items()}
@@ -200,14 +201,14 @@ def _options(config: Mapping[str, Any]) -> dict[str, Any]:
     if isinstance(normalize, bool) or normalize is None:
         normalize = "expected_average_only_in" if normalize else "none"
     options["normalize_activations"] = normalize
-    one_of("architecture", options["architecture"], ARCHITECTURES)
+    word("architecture", options["architecture"], ARCHITECTURES)
     if normalize in ("expected_average_only_in", "covariance_whitening"):
         raise ValueError(
             f"Expected normalize_activations {normalize!r} to be folded into the weights: cfg.json does not hold the "
             "numbers; SAELens folds them when it loads a released SAE, and saves what it has loaded"
         )
-    one_of("activation_fn", options.get("activation_fn", "relu"), ("relu",))
-    one_of("reshape_activations", options.get("reshape_activations", "none"), ("none",))
+    word("activation_fn", options.get("activation_fn", "relu"), ("relu",))
+    word("reshape_activations", options.get("reshape_activations", "none"), ("none",))
     for name in ("finetuning_scaling_factor", "hook_head_index"):
         if options.get(name) is not None and options[name] is not False:  # 0 is a head
             raise ValueError(f"Expected an SAE without {name}, got {options[name]!r}")

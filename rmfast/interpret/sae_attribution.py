@@ -20,13 +20,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from rmfast.arguments import whole, word
 from rmfast.engine.attention import entering, of_rows_read
 from rmfast.engine.scorer import Scorer
 from rmfast.interpret.components import Components
-from rmfast.interpret.sae import SAE, SITES, is_int
+from rmfast.interpret.sae import SAE, SITES
 from rmfast.ops import reward_head
 from rmfast.patching.points import Point
-from rmfast.plots import figure_size, heat_map, needed
+from rmfast.plots import axes, figure_size, heat_map, needed
 from rmfast.texts.inputs import Encoded, several, words
 
 _HOOKS = (
@@ -133,7 +134,8 @@ class SAEAttribution:
         Raises:
             ImportError: matplotlib is not installed.
         """
-        pyplot = needed("matplotlib.pyplot", "plot")
+        whole("top", top, 1)
+        whole("label", label, 0, self.constant.numel() - 1)
         values = (self.contributions[..., label] if self.constant.dim() else self.contributions).double().numpy()
         features = self.features.numpy()
         where = f"{self.site} of layer {self.layer}"
@@ -142,15 +144,13 @@ class SAEAttribution:
             grid = np.zeros((len(ids), len(values)))
             grid[slot.reshape(features.shape), np.arange(len(values))[:, None]] = values
             best = np.argsort(-np.abs(grid).sum(1), kind="stable")[:top][::-1]
-            if ax is None:
-                ax = pyplot.subplots(figsize=figure_size(len(best), len(values)), layout="constrained")[1]
+            ax = axes(ax, *figure_size(len(best), len(values)))
             words = [f"{i} {token!r}" for i, token in enumerate(self.tokens)]
             heat_map(ax, grid[best], list(map(str, ids[best])), words, f"contribution, norm {self.norm}")
             ax.set_xlabel("token")
         else:
             best = np.argsort(-np.abs(values), kind="stable")[:top][::-1]
-            if ax is None:
-                ax = pyplot.subplots(figsize=(6, 1 + 0.22 * max(len(best), 4)), layout="constrained")[1]
+            ax = axes(ax, 6, 1 + 0.22 * max(len(best), 4))
             ax.barh(np.arange(len(best)), values[best], tick_label=list(map(str, features[best])))
             ax.axvline(0, color="0.5", linewidth=0.8)
             ax.set_xlabel(f"contribution, norm {self.norm}, at token {self.read} {self.tokens[self.read]!r}")
@@ -177,13 +177,10 @@ def sae_attribution(
     rm.expect_clamps_alone(("all",))
     if not isinstance(sae, SAE):
         raise TypeError(f"Expected sae to be a rmfast.SAE (rmfast.SAE.load(folder)), got {type(sae).__name__}")
-    for name, value, known in (("positions", positions, ("last", "all")), ("norm", norm, ("frozen", "raw"))):
-        if value not in known:
-            raise ValueError(f'Expected {name} to be "{known[0]}" or "{known[1]}", got {value!r}')
-    if top is not None and (not is_int(top) or top < 1):
-        raise ValueError(f"Expected top to be at least 1, got {top!r}")
-    if layer is not None and not is_int(layer):
-        raise ValueError(f"Expected layer to be an int, got {layer!r}")
+    word("positions", positions, ("last", "all"))
+    word("norm", norm, ("frozen", "raw"))
+    top = None if top is None else whole("top", top, 1)
+    layer = None if layer is None else whole("layer", layer)
     at = _place(sae, layer, site)
     many = several(inputs)
     texts = rm.encode(inputs if many else [inputs], **encoding)
@@ -199,8 +196,8 @@ def _place(sae: SAE, layer: int | None, site: str | None) -> tuple[int, str]:
         if sae.hook_name and (match := re.fullmatch(pattern, sae.hook_name)):
             found = int(match[1]), kind or match[2]
             break
-    if site is not None and site not in SITES:
-        raise ValueError(f"Expected site to be one of {', '.join(SITES)}, got {site!r}")
+    if site is not None:
+        word("site", site, SITES)
     if layer is None and found is None:
         raise ValueError(
             f"Expected layer, since the SAE's hook_name, {sae.hook_name!r}, names none that rmfast knows: "
@@ -225,8 +222,7 @@ class _Features:
         self.sae, self.layer, self.site, self.norm = sae, layer, site, norm
         # Inside of layers, the packed engine's fused parts pass some sites by.
         self.parts = parts = Components(rm, [], norm, batch_tokens, progress, packed=site.startswith("resid_p"))
-        if not 0 <= layer < parts.patcher.layers:
-            raise ValueError(f"Expected layer to be from 0 to {parts.patcher.layers - 1}, got {layer}")
+        whole("layer", layer, 0, parts.patcher.layers - 1)
         parts.patcher.units(site)
         width = parts.direction.size(-1)
         if sae.W_enc.size(0) != width:

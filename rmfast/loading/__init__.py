@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import os
 import warnings
 from typing import Any
 
 import torch
 from torch import nn
 
+from rmfast import arguments
 from rmfast.loading.adapters import is_adapter, load_adapter
 from rmfast.loading.models import has_file, load_model
 
@@ -18,6 +20,15 @@ def load_checkpoint(
     path: Any, *, dtype: Any = None, device: Any = None, trust_remote_code: bool = False, **kw: Any
 ) -> tuple[nn.Module, Any]:
     """A reward model and its tokenizer (None where there is none, with a warning): see `rmfast.load`."""
+    if not isinstance(path, str | os.PathLike) or not os.fspath(path):
+        raise TypeError(f"Expected path_or_id to be a folder or a hub id, got {arguments.shown(path)}")
+    arguments.flag("trust_remote_code", trust_remote_code)
+    if device is not None:
+        arguments.device("device", device)
+    if isinstance(dtype, str) and dtype != "auto":
+        dtype = getattr(torch, dtype.removeprefix("torch."), dtype)
+    if not (dtype is None or isinstance(dtype, torch.dtype) or (isinstance(dtype, str) and dtype == "auto")):
+        raise ValueError(f"Expected dtype to be a dtype of torch or its name, got {arguments.shown(dtype)}")
     if device is not None and kw.get("device_map") is not None:
         raise ValueError("Expected device or device_map, got both")
     shared = {name: kw.pop(name) for name in _HUB_ARGUMENTS if name in kw} | {"trust_remote_code": trust_remote_code}

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import functools
-import math
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from rmfast import backends as _backends
+from rmfast.arguments import flag, number, sequence
 from rmfast.kernels.binned_mmd import reference as _reference
 from rmfast.ops._library import FLOATS, checked, define, direct, expect, expect_dtype, lib, native
 
@@ -77,11 +77,12 @@ def binned_mmd(
     expect(x.dim() in (1, 2) and x.numel() > 0, "x", "of shape (N,) or (N, f), not empty", tuple(x.shape))
     checked(bins, "bins", (x.size(0),), x, index=True)
     checked(groups, "groups", (x.size(0),), x, index=True)
-    for bandwidth in bandwidths:
-        expect(bandwidth > 0 and math.isfinite(bandwidth), "bandwidth", "finite and above 0", bandwidth)
+    widths = [
+        number("bandwidths", h, 0, above=True) for h in sequence("bandwidths", bandwidths, "a sequence of numbers")
+    ]
     need_grad = torch.is_grad_enabled() and x.requires_grad
     args = (
-        x if x.dim() == 2 else x[:, None], bins, groups, [float(h) for h in bandwidths], bool(unbiased), need_grad
+        x if x.dim() == 2 else x[:, None], bins, groups, widths, flag("unbiased", unbiased), need_grad
     )  # fmt: skip
     return (_binned_mmd(*args) if direct(args) else torch.ops.rmfast.binned_mmd(*args))[0]
 

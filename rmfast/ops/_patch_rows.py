@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from rmfast import backends as _backends
+from rmfast.arguments import flag
 from rmfast.kernels.patch_rows import reference as _reference
 from rmfast.ops._library import (
     FLOATS,
@@ -97,7 +98,7 @@ def patch_rows(
     expect_no_grad("patch_rows", base=base, values=values, weight=weight)
     args = (
         _rows(base), _rows(values), base_rows.contiguous(), value_rows.contiguous(), weight.contiguous(), float(eps),
-        bool(gemma),
+        flag("gemma", gemma),
     )  # fmt: skip
     return _patch_rows(*args) if direct(args) else torch.ops.rmfast.patch_rows(*args)
 

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from rmfast import backends as _backends
+from rmfast.arguments import flag
 from rmfast.kernels.suffix_attention import reference as _reference
 from rmfast.ops._library import FLOATS, checked, define, direct, expect, expect_dtype, expect_no_grad, lib, no_gradient
 
@@ -115,6 +116,9 @@ def suffix_attention(
     pool = {"prefix_k": prefix_k, "prefix_v": prefix_v, "prefix_start": prefix_start, "prefix_len": prefix_len}
     if any(value is not None for value in pool.values()):
         for name, value in pool.items():
+            if value is not None and not isinstance(value, Tensor):
+                raise TypeError(f"Expected {name} to be a torch.Tensor, got {type(value).__name__}")
+        for name, value in pool.items():
             expect(value is not None, name, "a tensor, as the other prefix arguments are", None)
         assert prefix_k is not None
         _floats(prefix_k, "prefix_k", (None, kv_heads, d), q)
@@ -125,11 +129,11 @@ def suffix_attention(
     softcap = 0.0 if softcap is None else _number(softcap, "softcap")
     if window is not None and (isinstance(window, bool) or not isinstance(window, (int, torch.SymInt))):
         raise TypeError(f"Expected window to be an int, got {type(window).__name__}")
-    expect(window is None or window >= 1, "window", "at least 1", window)
+    expect(window is None or 1 <= window < 2**63, "window", "at least 1", window)
     expect_no_grad("suffix_attention", q=q, k=k, v=v, prefix_k=prefix_k, prefix_v=prefix_v)
     args = (
-        q, k, v, cu_seqlens, cu_queries, prefix_k, prefix_v, prefix_start, prefix_len, scale, bool(causal), softcap,
-        window or 0,
+        q, k, v, cu_seqlens, cu_queries, prefix_k, prefix_v, prefix_start, prefix_len, scale, flag("causal", causal),
+        softcap, window or 0,
     )  # fmt: skip
     return _suffix_attention(*args) if direct(args) else torch.ops.rmfast.suffix_attention(*args)
 

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from rmfast import backends as _backends
+from rmfast.arguments import flag
 from rmfast.kernels.tcrm import reference as _reference
 from rmfast.ops._library import checked, define, direct, expect, expect_dtype, lib, readable
 
@@ -94,7 +95,7 @@ def tcrm(
     acc = _reference.accumulator(chosen.dtype)
     args = (
         chosen.contiguous(), rejected.contiguous(), bounds.contiguous(),
-        None if margin is None else margin.to(acc).contiguous(), float(smooth), float(lookahead), bool(mean),
+        None if margin is None else margin.to(acc).contiguous(), float(smooth), float(lookahead), flag("mean", mean),
     )  # fmt: skip
     return _tcrm(*args) if direct(args) else torch.ops.rmfast.tcrm(*args)
 

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from rmfast import backends as _backends
+from rmfast.arguments import flag
 from rmfast.kernels.token_wise import reference as _reference
 from rmfast.ops._library import (
     FLOATS,
@@ -99,7 +100,7 @@ def rms_norm(
     expect_no_grad("rms_norm", x=x, weight=weight, residual=residual, post_weight=post_weight)
     args = (
         _flat(x), _contiguous(weight), None if residual is None else _flat(residual), _contiguous(post_weight),
-        float(eps), bool(gemma),
+        float(eps), flag("gemma", gemma),
     )  # fmt: skip
     y, total = _rms_norm(*args) if direct(args) else torch.ops.rmfast.rms_norm(*args)
     return _like(y, x) if residual is None else (_like(y, x), _like(total, x))
@@ -160,7 +161,7 @@ def rotary(
     checked(k_norm, "k_norm", (d,), q)
     expect_eps(eps)
     expect_no_grad("rotary", q=q, k=k, cos=cos, sin=sin, q_norm=q_norm, k_norm=k_norm)
-    args = (q, k, cos, sin, _contiguous(q_norm), _contiguous(k_norm), float(eps), bool(gemma))
+    args = (q, k, cos, sin, _contiguous(q_norm), _contiguous(k_norm), float(eps), flag("gemma", gemma))
     return _rotary(*args) if direct(args) else torch.ops.rmfast.rotary(*args)
 
 
@@ -189,7 +190,7 @@ def gated_activation(gate: Tensor, up: Tensor, *, kind: str) -> Tensor:
     """
     _rows(gate, "gate", None, gate)
     _rows(up, "up", gate.shape, gate)
-    expect(kind in _reference.KINDS, "kind", '"silu", "gelu" or "gelu_tanh"', kind)
+    expect(isinstance(kind, str) and kind in _reference.KINDS, "kind", '"silu", "gelu" or "gelu_tanh"', kind)
     expect_no_grad("gated_activation", gate=gate, up=up)
     args = (_flat(gate), _flat(up), _reference.KINDS[kind])
     return _like(_gated_activation(*args) if direct(args) else torch.ops.rmfast.gated_activation(*args), gate)

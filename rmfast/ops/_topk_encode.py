@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from rmfast import backends as _backends
+from rmfast.arguments import flag
 from rmfast.kernels.topk_encode import reference as _reference
 from rmfast.ops._library import (
     FLOATS,
@@ -164,7 +165,7 @@ def topk_encode(
     expect_no_grad("topk_encode", x=x, weight=weight, bias=bias, b_dec=b_dec)
     dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
     bias = None if bias is None else bias.to(dtype).contiguous()
-    args = (x, weight, bias, k, None if b_dec is None else b_dec.to(x.dtype), relu)
+    args = (x, weight, bias, k, None if b_dec is None else b_dec.to(x.dtype), flag("relu", relu))
     return _topk_encode(*args) if direct(args) else torch.ops.rmfast.topk_encode(*args)
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import namedtuple
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, fields, replace
 from itertools import product
 from pathlib import Path
@@ -16,8 +16,10 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from rmfast.arguments import path as path_of
+from rmfast.arguments import sequence, whole, word
 from rmfast.patching.sites import UNITS
-from rmfast.plots import figure_size, heat_map, needed, reach_of
+from rmfast.plots import expect_axes, figure_size, heat_map, needed, reach_of
 
 AXES = ("site", "layer", "position", "head", "neuron", "unit", "label")  # the order in any grid
 Value = Literal["effect", "recovered", "rewards"]
@@ -131,8 +133,8 @@ class PatchSweep:
         for axis, wanted in coords.items():
             if axis not in self.axes:
                 raise ValueError(f"Expected an axis of {', '.join(self.axes) or 'none'}, got {axis!r}")
-            several = isinstance(wanted, Sequence | np.ndarray) and not isinstance(wanted, str)
-            places = [self._place(axis, value) for value in (wanted if several else [wanted])]
+            several = isinstance(wanted, Iterable) and not isinstance(wanted, str)
+            places = [self._place(axis, value) for value in (sequence(axis, wanted) if several else [wanted])]
             kept[axis] = [self.coords[axis][place] for place in places]
             index: Any = torch.tensor(places, dtype=torch.int64) if several else places[0]
             given["rewards"] = given["rewards"][(slice(None),) * axes.index(axis) + (index,)]
@@ -147,6 +149,7 @@ class PatchSweep:
         """Where a coordinate lies along its axis."""
         entries = self.coords[axis]
         names = [span(entry) for entry in entries] if axis == "position" else entries
+        wanted = wanted if isinstance(wanted, str) else whole(axis, wanted)
         if wanted in names:
             return names.index(wanted)
         if axis == "position":
@@ -166,7 +169,8 @@ class PatchSweep:
         Raises:
             ValueError: `by` is of another name, or "recovered" without another run.
         """
-        size = self._values(by).abs().double().numpy().ravel()
+        whole("n", n, 0)
+        size = self._values("by", by).abs().double().numpy().ravel()
         order = np.argsort(-size, kind="stable")  # NaN last
         return self._rows(order[~np.isnan(size[order])][:n])
 
@@ -213,14 +217,12 @@ class PatchSweep:
         words = [self.tokens[position] for position in positions]
         return "".join(words) if len(words) <= 4 else f"{words[0]} … {words[-1]}"
 
-    def _values(self, name: str) -> Tensor:
-        if name not in ("effect", "recovered", "rewards"):
-            raise ValueError(f'Expected "effect", "recovered" or "rewards", got {name!r}')
-        return getattr(self, name)
+    def _values(self, argument: str, name: str) -> Tensor:
+        return getattr(self, word(argument, name, ("effect", "recovered", "rewards")))
 
     def save(self, folder: str | Path) -> None:
         """Write `sweep.safetensors` and `sweep.json` to a folder, made where there is none. `load` gives all back."""
-        path = Path(folder)
+        path = path_of("folder", folder)
         path.mkdir(parents=True, exist_ok=True)
         tensors = {name: getattr(self, name) for name in _TENSORS}
         save_file({k: v.contiguous() for k, v in tensors.items() if v is not None}, path / "sweep.safetensors")
@@ -235,7 +237,7 @@ class PatchSweep:
         Raises:
             ValueError: the folder holds none, or one of another version.
         """
-        path = Path(folder)
+        path = path_of("folder", folder)
         try:
             rest = json.loads((path / "sweep.json").read_text(encoding="utf-8"))
             if not isinstance(rest, dict) or rest.pop("format", None) != "rmfast.PatchSweep":
@@ -267,11 +269,12 @@ class PatchSweep:
             ValueError: as many Axes as there are maps were not given; errors of `recovered`.
         """
         pyplot = needed("matplotlib.pyplot", "plot")
-        maps = self._maps(self._values(value).double().numpy())
+        maps = self._maps(self._values("value", value).double().numpy())
         if ax is None:
             axes = _axes(pyplot, maps)
         else:
-            axes = np.atleast_1d(np.asarray(ax, dtype=object))
+            several = isinstance(ax, Iterable)
+            axes = np.array([expect_axes(each) for each in (np.ravel(sequence("ax", ax)) if several else [ax])])
             if len(axes) != len(maps):
                 raise ValueError(f"Expected ax to be {len(maps)} Axes, one for each map, got {len(axes)}")
         base = np.atleast_1d(self.base_reward.double().numpy())

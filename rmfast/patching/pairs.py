@@ -10,6 +10,7 @@ from typing import Any, Literal
 import numpy as np
 from torch import Tensor
 
+from rmfast.arguments import indices, sequence, whole, word
 from rmfast.patching.sites import Edits
 from rmfast.texts.inputs import Encoded
 
@@ -40,22 +41,6 @@ class Pair:
     first: int  # tokens before it are the same in both runs
 
 
-def indices(name: str, given: Any, count: int) -> list[int]:
-    """Layers, heads or neurons in [0, count), negative ones from the end."""
-    asked = [given] if isinstance(given, int | np.integer) else list(given)
-    if not asked:
-        raise ValueError(f"Expected {name} to name at least one")
-    for i in asked:
-        if isinstance(i, bool) or not isinstance(i, int | np.integer):
-            raise TypeError(f"Expected {name} to be ints, got {i!r}")
-        if not -count <= i < count:
-            raise ValueError(f"Expected {name} to be in [0, {count}), got {i}")
-    found = [int(i) % count for i in asked]
-    if len(set(found)) < len(found):
-        raise ValueError(f"Expected {name} to be different, got {given!r}")
-    return found
-
-
 def spans_of(positions: Any, tokens: int) -> list[list[int]]:
     """Groups of positions that are patched together."""
     if positions is None or (isinstance(positions, str) and positions == "all"):
@@ -65,8 +50,13 @@ def spans_of(positions: Any, tokens: int) -> list[list[int]]:
             raise ValueError(f'Expected positions to be "all", "joint" or a list, got {positions!r}')
         return [list(range(tokens))]
     groups = []
-    for item in [positions] if isinstance(positions, int | np.integer) else positions:
+    for item in positions:
         if isinstance(item, slice):
+            for bound in (item.start, item.stop, item.step):
+                if bound is not None:
+                    whole("positions", bound)
+            if item.step == 0:
+                raise ValueError(f"Expected positions to be slices of other steps than 0, got {item}")
             item = range(*item.indices(tokens))
         groups.append(sorted(indices("positions", item, tokens)))
     if not groups:
@@ -77,8 +67,7 @@ def spans_of(positions: Any, tokens: int) -> list[list[int]]:
 def aligned(base: np.ndarray, other: np.ndarray, align: Align, noising: bool) -> np.ndarray:
     """For each position of the base run the other run's, or -1; a map goes from clean to corrupted, as noising does."""
     if isinstance(align, str):
-        if align not in ("auto", "strict"):
-            raise ValueError(f'Expected align to be "auto", "strict" or a map of positions, got {align!r}')
+        word("align, where it is no map of positions,", align, ("auto", "strict"))
         if len(base) == len(other):
             return np.arange(len(base))
         if align == "strict":
@@ -86,10 +75,12 @@ def aligned(base: np.ndarray, other: np.ndarray, align: Align, noising: bool) ->
                 f'Expected texts of equal length with align="strict", got {len(base)} and {len(other)} tokens'
             )
         return align_tokens(base, other)
-    pairs = align.items() if isinstance(align, Mapping) else enumerate(align)
+    mapped = isinstance(align, Mapping)
+    pairs = align.items() if mapped else enumerate(sequence("align", align, "a word or a map of positions"))  # type: ignore[union-attr]
     partner = np.full(len(base), -1)
     for clean, corrupted in pairs:
-        if corrupted is None or corrupted < 0:
+        clean = whole("align", clean)
+        if corrupted is None or whole("align", corrupted) < 0:
             continue
         at, to = (clean, corrupted) if noising else (corrupted, clean)
         if not 0 <= at < len(base) or not 0 <= to < len(other):

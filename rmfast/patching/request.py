@@ -11,11 +11,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from rmfast import arguments
 from rmfast.binding.modules import fingerprint
 from rmfast.engine.scorer import Scorer
+from rmfast.texts.inputs import inputs_of
 from rmfast.patching.grid import PatchSweep
 from rmfast.patching.layers_patcher import LayersPatcher
-from rmfast.patching.pairs import Align, Grid, Pair, aligned, indices, spans_of
+from rmfast.patching.pairs import Align, Grid, Pair, aligned, spans_of
 from rmfast.patching.patcher import patcher_of
 from rmfast.patching.sites import KINDS, UNITS, Edits, Patcher, Record, Values
 from rmfast.patching.suffix_patcher import SuffixPatcher
@@ -55,18 +57,10 @@ class Request:
         self.causal = rm.binding.causal
         self.mode = mode if isinstance(mode, str) else "values"
         self.given: Any = None if isinstance(mode, str) else mode
-        if isinstance(mode, str) and mode not in (*_PAIRED, *_ALONE):
-            names = ", ".join(f'"{name}"' for name in (*_PAIRED, *_ALONE))
-            raise ValueError(f"Expected mode to be {names}, or a tensor of values, got {mode!r}")
-        if not isinstance(mode, str | Tensor | Mapping):
-            raise TypeError(f"Expected mode to be a str, a tensor or a mapping of tensors, got {type(mode).__name__}")
+        if not isinstance(mode, Tensor | Mapping):
+            arguments.word("mode, where it is no tensor of values,", mode, (*_PAIRED, *_ALONE))
         self.single = isinstance(sites, str)
-        self.kinds = [sites] if isinstance(sites, str) else list(sites)
-        if not self.kinds or len(set(self.kinds)) < len(self.kinds):
-            raise ValueError(f"Expected sites to be one kind or several different ones, got {sites!r}")
-        for kind in self.kinds:
-            if kind not in KINDS:
-                raise ValueError(f"Expected sites among {', '.join(KINDS)}, got {kind!r}")
+        self.kinds = arguments.words("sites", sites, KINDS)
         try:
             sizes = {kind: self.patcher.units(kind) for kind in self.kinds}
         except ValueError:  # a part that the suffix engine does not know, but a hook may reach
@@ -74,16 +68,25 @@ class Request:
             sizes = {kind: self.patcher.units(kind) for kind in self.kinds}
         self.sizes = sizes
         count = self.patcher.layers
-        self.layers = list(range(count)) if layers is None else indices("layers", layers, count)
+        self.layers = list(range(count)) if layers is None else arguments.indices("layers", layers, count)
+        for name, given in (("head", heads), ("neuron", neurons)):
+            if given is not None and name not in map(UNITS.get, self.kinds):
+                having = ", ".join(kind for kind in KINDS if UNITS.get(kind) == name)
+                raise ValueError(f"Expected {name}s with sites of {having} alone, got sites {', '.join(self.kinds)}")
         self.units = {kind: self._units(kind, sizes[kind][0], heads, neurons) for kind in self.kinds}
-        self.positions = positions if isinstance(positions, str | int | None) else list(positions)
-        self.align, self.metric, self.seed = align, metric, seed
-        if metric is not None and not callable(metric):
-            raise TypeError(f"Expected metric to be a function of the rewards (K,), got {type(metric).__name__}")
+        if arguments.is_whole(positions):
+            positions = [positions]
+        self.positions = positions
+        if not isinstance(positions, str | None):
+            self.positions = arguments.sequence("positions", positions, '"all", "joint" or a sequence')
+        self.align, self.seed = align, arguments.whole("seed", seed, 0)
+        self.metric = metric if metric is None else arguments.function("metric", metric, "the rewards (K,)")
         if (baseline is not None) != (self.mode in ("mean", "resample")):
             raise ValueError(f'Expected baseline (texts) with mode "mean" or "resample" alone, got mode {self.mode!r}')
         self.encoding = encoding
-        self.baseline = None if baseline is None else self._encode("baseline", list(baseline))
+        self.baseline = None
+        if baseline is not None:
+            self.baseline = self._encode("baseline", arguments.sequence("baseline", baseline, "a sequence of texts"))
         if self.given is not None:
             self.given = self._given(self.given)
         self._mean: dict[tuple[str, int], Tensor] | None = None
@@ -103,29 +106,36 @@ class Request:
         if unit == "neuron":
             if neurons is None:
                 raise ValueError(f"Expected neurons, the ones to sweep of each layer's {count}, with sites mlp_neuron")
-            return indices("neurons", neurons, count)
-        return list(range(count)) if unit is None or heads is None else indices(f"heads of {kind}", heads, count)
+            return arguments.indices("neurons", neurons, count)
+        if unit is None or heads is None:
+            return list(range(count))
+        return arguments.indices(f"heads of {kind}", heads, count)
 
     def _given(self, mode: Any) -> dict[tuple[str, int], Tensor]:
         """Values by kind and layer, (units, width)."""
         tensors = mode if isinstance(mode, Mapping) else dict.fromkeys(self.kinds, mode)
         if set(tensors) != set(self.kinds):
-            raise ValueError(f"Expected values for sites {self.kinds}, got them for {sorted(tensors)}")
+            names = ", ".join(map(arguments.shown, tensors)) or "none"
+            raise ValueError(f"Expected values in mode for sites {', '.join(self.kinds)}, got them for {names}")
         found: dict[tuple[str, int], Tensor] = {}
         for kind, tensor in tensors.items():
             wanted = (len(self.layers), *self.sizes[kind])
+            arguments.instance(f"the values of {kind} in mode", tensor, Tensor)
+            if tensor.dtype == torch.bool or tensor.is_complex() or tensor.is_meta:
+                raise TypeError(f"Expected the values of {kind} in mode to be real numbers, got {tensor.dtype}")
             try:
                 full = (tensor[:, None] if tensor.dim() == 2 else tensor).broadcast_to(wanted)
             except RuntimeError:
                 raise ValueError(
-                    f"Expected the values of {kind} to be of shape ({wanted[2]},), {wanted[::2]} or {wanted} (layers, "
-                    f"units, width), got {tuple(tensor.shape)}"
+                    f"Expected the values of {kind} in mode to be of shape ({wanted[2]},), {wanted[::2]} or {wanted} "
+                    f"(layers, units, width), got {tuple(tensor.shape)}"
                 ) from None
             found |= {(kind, layer): full[i] for i, layer in enumerate(self.layers)}
         return found
 
     def _encode(self, name: str, texts: Any) -> list[Encoded]:
-        encoded = self.rm.encode(texts, **self.encoding)
+        with inputs_of(name):
+            encoded = self.rm.encode(texts, **self.encoding)
         if not encoded:
             raise ValueError(f"Expected {name} to hold at least one text")
         return encoded
@@ -138,7 +148,7 @@ class Request:
                 raise ValueError(f"Expected no corrupted text with mode {self.mode!r}, which patches the clean run")
             return [self._pair(i, text, None) for i, text in enumerate(cleans)], many
         if corrupted is None:
-            raise ValueError(f"Expected a corrupted text with mode {self.mode!r}")
+            raise ValueError(f"Expected a corrupted text with mode {self.mode!r}, got None")
         others = self._encode("corrupted", corrupted if several(corrupted) else [corrupted])
         if several(corrupted) != many or len(others) != len(cleans):
             raise ValueError("Expected clean and corrupted to be one text each, or lists of the same length")
@@ -329,10 +339,10 @@ class Request:
             return rewards
         out = rewards.new_full((len(rewards), 1), torch.nan, dtype=torch.float64)
         for i in (~rewards.isnan().any(1)).nonzero()[:, 0].tolist():
-            value = torch.as_tensor(self.metric(rewards[i]))
-            if value.numel() != 1:
-                raise ValueError(f"Expected metric to return one number, got shape {tuple(value.shape)}")
-            out[i] = value.detach().double()
+            value = arguments.array("what metric returns", self.metric(rewards[i]))
+            if value.size != 1:
+                raise ValueError(f"Expected metric to return one number, got shape {value.shape}")
+            out[i] = value.item()
         return out
 
 

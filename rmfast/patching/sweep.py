@@ -10,7 +10,6 @@ from __future__ import annotations
 import math
 import os
 from dataclasses import replace
-from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
@@ -19,6 +18,7 @@ from scipy.stats import spearmanr
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from rmfast.arguments import array, flag, path, whole, word
 from rmfast.engine.scorer import Scorer
 from rmfast.patching.checkpoint import Checkpoint
 from rmfast.patching.grid import PatchSweep
@@ -41,18 +41,16 @@ def patch_sweep(
 ) -> PatchSweep | list[PatchSweep]:
     """See `RewardModel.patch_sweep`; `asked` are `Request`'s arguments."""
     request = Request(rm, **asked)
-    if screen not in (None, "atp"):
-        raise ValueError(f'Expected screen to be "atp" or None, got {screen!r}')
+    if screen is not None:
+        word("screen", screen, ("atp",))
     if (screen is None) != (top is None):
         raise ValueError("Expected screen and top together: the sites that AtP ranks among the first `top` are run")
-    if top is not None and (isinstance(top, bool) or not isinstance(top, int) or top < 1):
-        raise ValueError(f"Expected top to be a positive int, got {top!r}")
-    if batch_tokens is not None and (
-        isinstance(batch_tokens, bool) or not isinstance(batch_tokens, int) or batch_tokens < 1
-    ):
-        raise ValueError(f"Expected batch_tokens to be a positive int, got {batch_tokens!r}")
+    flag("progress", progress)
+    top = None if top is None else whole("top", top, 1)
+    batch_tokens = None if batch_tokens is None else whole("batch_tokens", batch_tokens, 1)
+    file = None if checkpoint is None else path("checkpoint", checkpoint)
     pairs, many = request.pairs(clean, corrupted)
-    saved = None if checkpoint is None else Checkpoint(Path(checkpoint), request.fingerprint(pairs, batch_tokens, top))
+    saved = None if file is None else Checkpoint(file, request.fingerprint(pairs, batch_tokens, top))
     results = []
     try:
         with tqdm(unit="site", disable=not progress) as bar:
@@ -130,7 +128,7 @@ def _estimate(request: Request, pair: Pair) -> PatchSweep:
     """The linear estimate of every site: the reward's gradient at the base run times what a patch would change."""
     grid, kinds = request.grid(pair), set(request.kinds)
     hooked = request.hooked
-    metric = request.metric and (lambda rewards: torch.as_tensor(request.metric(rewards)))  # type: ignore[misc]
+    metric = request.metric and (lambda rewards: _number(request.metric(rewards)))  # type: ignore[misc]
     base, slopes = hooked.gradients(pair.base, pair.base_read, kinds, metric)
     with request.binding.session():
         other = None if pair.other is None else hooked.record(pair.other, pair.other_read, kinds, request.layers)
@@ -155,6 +153,11 @@ def _estimate(request: Request, pair: Pair) -> PatchSweep:
                 ]
                 flat[grid.cells[torch.from_numpy(here)]] = (two[0] + effect.T).to(flat.dtype)
     return request.result(pair, grid, flat, *two, run=0, method="attribution", screen=None)  # type: ignore[arg-type]
+
+
+def _number(value: Any) -> Tensor:
+    """What a metric returns; where it is no tensor the gradient's error says so."""
+    return value if isinstance(value, Tensor) else torch.from_numpy(array("what metric returns", value))
 
 
 def row_budget(rm: Scorer, patcher: Patcher, base: Record, edits: Edits, asked: int | None) -> int:

@@ -6,8 +6,9 @@ can report the line and go on.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
+from contextlib import contextmanager
 from functools import partial
 from typing import Any, Literal
 
@@ -285,3 +286,14 @@ def _kept(item: Encoded, max_length: int, side: Truncation) -> np.ndarray | None
         else:
             keep[stop - n : stop] = True
     return keep
+
+
+@contextmanager
+def inputs_of(name: str) -> Iterator[None]:
+    """Errors of inputs that are encoded here say which argument they are."""
+    try:
+        yield
+    except InputError as error:
+        raise InputError(error.index, f"(of {name}) {error.reason}") from error
+    except TypeError as error:
+        raise TypeError(f"{name}: {error}") from error

@@ -9,6 +9,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
+from rmfast.arguments import flag, number, shown, whole, word
 from rmfast.ops import binned_mmd as _binned_mmd
 from rmfast.ops import reward_head, tcrm
 from rmfast.ops._library import FLOATS, expect, expect_dtype, readable
@@ -79,6 +80,10 @@ def tcrm_loss(
     ):
         name = f"values_{side}"
         expect_tensor(values, name)
+        expect_dtype(values.dtype in FLOATS, name, "float64, float32, bfloat16 or float16", values.dtype)
+        expect_dtype(
+            values.dtype == values_chosen.dtype, name, f"{values_chosen.dtype}, as values_chosen", values.dtype
+        )
         expect(values.dim() in (1, 2), name, "of shape (N,) or (B, T)", tuple(values.shape))
         names = f"cu_seqlens_{side}", f"response_start of {side}"
         sides += _ranges(values.shape, cu_seqlens, start, names, values)
@@ -204,8 +209,11 @@ def binned_mmd(
         expect_tensor(index, name, x)
         expect_dtype(index.dtype == torch.int64, name, "torch.int64", index.dtype)
         expect(tuple(index.shape) == (x.size(0),), name, f"of shape ({x.size(0)},)", tuple(index.shape))
-    expect(kernel == "rbf", "kernel", '"rbf"', repr(kernel))
+    word("kernel", kernel, ("rbf",))
     bandwidths = _bandwidths(bandwidth)
+    flag("unbiased", unbiased)
+    if not isinstance(gather, bool | dist.ProcessGroup):
+        raise TypeError(f"Expected gather to be True, False or a process group, got {shown(gather)}")
     if gather is not False:
         if not (dist.is_available() and dist.is_initialized()):
             raise ValueError("Expected torch.distributed to be initialised for gather, got no process group")
@@ -231,12 +239,10 @@ def bin_factor(z: Tensor, n: int) -> Tensor:
         TypeError: complex or boolean z, or an argument that is no tensor or no int.
     """
     expect_tensor(z, "z")
-    if z.dtype == torch.bool or z.is_complex():
+    if z.dtype == torch.bool or z.is_complex() or z.is_meta:
         raise TypeError(f"Expected z to have a real dtype, got {z.dtype}")
     expect(z.dim() == 1 and z.size(0) >= 1, "z", "of shape (N,) with N >= 1", tuple(z.shape))
-    if isinstance(n, bool) or not isinstance(n, int):
-        raise TypeError(f"Expected n to be an int, got {type(n).__name__}")
-    expect(n >= 1, "n", "at least 1", n)
+    n = whole("n", n, 1)
     z = z.detach().contiguous()
     if z.is_floating_point():
         z = torch.where(z.isnan(), torch.inf, z)  # bisection is lost beside NaN
@@ -266,19 +272,20 @@ def bradley_terry(
         ValueError: a shape or center that does not fit, or no pairs.
         TypeError: a dtype that is not supported, or an argument that is no tensor.
     """
-    chosen, rejected = wide(chosen, "chosen"), wide(rejected, "rejected")
+    chosen = wide(chosen, "chosen")
+    rejected = wide(rejected, "rejected", chosen)
     expect(chosen.numel() > 0, "chosen", "at least one reward", tuple(chosen.shape))
     expect(rejected.shape == chosen.shape, "rejected", f"of shape {tuple(chosen.shape)}", tuple(rejected.shape))
     gap = chosen - rejected
     if isinstance(margin, Tensor):
         expect(margin.shape == chosen.shape, "margin", f"of shape {tuple(chosen.shape)}", tuple(margin.shape))
-    if margin is not None:
-        gap = gap - margin
+        gap = gap - wide(margin, "margin", chosen)
+    elif margin is not None:
+        gap = gap - number("margin", margin)
     loss = -logsigmoid(gap).mean()
     if center is None:
         return loss
-    expect(center >= 0, "center", "at least 0", center)
-    return loss + center * (chosen + rejected).square().mean()
+    return loss + number("center", center, 0) * (chosen + rejected).square().mean()
 
 
 def correlation_penalty(x: Tensor, factor: Tensor) -> Tensor:
@@ -319,9 +326,9 @@ def _centred(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return gap, square, square.detach() <= x.size(0) * noise.square()
 
 
-def wide(value: Tensor, name: str) -> Tensor:
+def wide(value: Tensor, name: str, like: Tensor | None = None) -> Tensor:
     """A tensor of a supported float dtype, in fp32 at least; TypeError for any other."""
-    expect_tensor(value, name)
+    expect_tensor(value, name, like)
     expect_dtype(value.dtype in FLOATS, name, "float64, float32, bfloat16 or float16", value.dtype)
     return value if value.dtype == torch.float64 else value.float()
 
@@ -330,12 +337,9 @@ def _bandwidths(bandwidth: object) -> tuple[float, ...]:
     if isinstance(bandwidth, str):
         expect(bandwidth == "median", "bandwidth", '"median", a number or several', repr(bandwidth))
         return ()
-    several = tuple(bandwidth) if isinstance(bandwidth, (tuple, list)) else (bandwidth,)
+    several = bandwidth if isinstance(bandwidth, tuple | list) else [bandwidth]
     expect(len(several) >= 1, "bandwidth", '"median", a number or several', bandwidth)
-    for h in several:
-        if isinstance(h, bool) or not isinstance(h, (int, float)):
-            raise TypeError(f'Expected bandwidth to be "median", a float or floats, got {type(h).__name__}')
-    return several
+    return tuple(number("bandwidth", h, 0, above=True) for h in several)
 
 
 class _Gather(torch.autograd.Function):
@@ -365,8 +369,7 @@ def _gathered(x: Tensor, group: dist.ProcessGroup | None) -> Tensor:
 
 
 def _loss(chosen, rejected, bounds, smooth, lookahead, reduction, margin) -> tuple[Tensor, dict[str, Tensor]]:
-    expect(reduction in REDUCTIONS, "reduction", '"sum" or "mean"', repr(reduction))
-    mean = reduction == "mean"
+    mean = word("reduction", reduction, REDUCTIONS) == "mean"
     loss, terms = tcrm(chosen, rejected, bounds, margin=margin, smooth=smooth, lookahead=lookahead, mean=mean)
     return loss, dict(zip(("bradley_terry", "smoothness", "lookahead"), terms.unbind()))
 

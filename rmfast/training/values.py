@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from rmfast.arguments import finite, number, sequence, wholes
 from rmfast.ops._library import expect, readable
 from rmfast.texts.chat import Chat
 from rmfast.texts.forms import Forms
@@ -41,6 +42,9 @@ class ResponseValues:
 
     def split(self, flat: Tensor) -> list[Tensor]:
         """One of the flat tensors as a list, a tensor for each response."""
+        expect_tensor(flat, "flat")
+        tokens = len(self.values)
+        expect(flat.dim() > 0 and len(flat) == tokens, "flat", f"of {tokens} tokens", tuple(flat.shape))
         return list(flat.split(self.cu_seqlens.diff().tolist()))
 
 
@@ -75,8 +79,7 @@ def gae(
     expect(rewards.shape == values.shape, "rewards", f"of shape {tuple(values.shape)}", tuple(rewards.shape))
     expect_tensor(rewards, "rewards", values)
     expect_tensor(cu_seqlens, "cu_seqlens", values)
-    for name, x in (("gamma", gamma), ("lam", lam)):
-        expect(0 <= x <= 1, name, "from 0 to 1", x)
+    gamma, lam = number("gamma", gamma, 0, 1), number("lam", lam, 0, 1)
     first, end = ragged(values.shape, cu_seqlens, "cu_seqlens")
     lengths = end - first
     if readable(cu_seqlens):
@@ -118,6 +121,7 @@ def values_and_reward(
             "Expected a causal model with a head of one label, which every token can be read with, got "
             f"{type(binding.root).__name__} with {rm.num_labels} labels"
         )
+    gamma, lam = number("gamma", gamma, 0, 1), number("lam", lam, 0, 1)  # before the model runs
     items = listed(inputs) if callable(format) else check_inputs(inputs)
     encoded = rm.encode(
         items, max_length=max_length, format=format, chat_template_kwargs=chat_template_kwargs, tools=tools
@@ -126,8 +130,7 @@ def values_and_reward(
         forms = Forms(Chat(rm.tokenizer, chat_template_kwargs, tools), True, format)
         starts = [_response_start(forms, item, i, items[i]) for i, item in enumerate(encoded)]
     else:
-        starts = [int(start) for start in response_start]
-        expect(len(starts) == len(encoded), "response_start", f"one for each of {len(encoded)} inputs", len(starts))
+        starts = wholes("response_start", response_start, len(encoded))
     ends = [at + 1 for at in rm.positions(encoded)]
     for i, (start, end) in enumerate(zip(starts, ends)):
         if not 0 <= start < end:
@@ -150,11 +153,9 @@ def _given(rewards: Sequence[Any] | None, lengths: list[int]) -> Tensor:
     """What the caller adds to the rewards of all tokens, one text behind the other."""
     if rewards is None:
         return torch.zeros(sum(lengths))
-    expect(len(rewards) == len(lengths), "rewards", f"one sequence for each of {len(lengths)} inputs", len(rewards))
-    parts = [torch.as_tensor(part, dtype=torch.float64).detach().cpu() for part in rewards]
-    for i, (part, length) in enumerate(zip(parts, lengths)):
-        expect(tuple(part.shape) == (length,), f"rewards[{i}]", f"of shape ({length},)", tuple(part.shape))
-    return torch.cat(parts) if parts else torch.zeros(0)
+    parts = sequence("rewards", rewards, f"a sequence of numbers for each of {len(lengths)} inputs", len(lengths))
+    checked = [finite(f"rewards[{i}]", part, length) for i, (part, length) in enumerate(zip(parts, lengths))]
+    return torch.from_numpy(np.concatenate(checked)) if checked else torch.zeros(0)
 
 
 def common_prefix(a: Sequence[int] | np.ndarray, b: Sequence[int] | np.ndarray) -> int:

@@ -155,16 +155,16 @@ def test_sums_that_clash_are_refused(a, b, message):
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: NeuronClamp({"x": ([0], [1.0, 2.0])}), "a value for each of 1 neurons of x"),
+        (lambda: NeuronClamp({"x": ([0], [1.0, 2.0])}), r"neurons of x: values to be of shape \(1,\), got \(2,\)"),
         (lambda: NeuronClamp({"x": ([0, 0], [1.0, 2.0])}), "different indices"),
-        (lambda: NeuronClamp({"x": ([-1], [1.0])}), "none of them negative"),
-        (lambda: NeuronClamp({"x": ([0], [float("nan")])}), "finite values"),
-        (lambda: NeuronClamp({"x": ([0.5], [1.0])}), "of integers"),
+        (lambda: NeuronClamp({"x": ([-1], [1.0])}), "indices to be an int .* got -1"),
+        (lambda: NeuronClamp({"x": ([0], [float("nan")])}), "values to be finite"),
+        (lambda: NeuronClamp({"x": ([0.5], [1.0])}), "neurons of x: indices to be an int .* got 0.5"),
         (lambda: NeuronClamp({}, "first"), 'positions to be "last" or "all"'),
         (lambda: NeuronClamp([1]), "to be a mapping"),
         (lambda: NeuronClamp({"x": ([0],)}), r"Expected \(indices, values\) for neurons of x"),
-        (lambda: DirectionRemoval(torch.ones(3)), r"directions to be \(J, d\), got \(3,\)"),
-        (lambda: DirectionRemoval(torch.zeros(1, 3)), "finite and not 0"),
+        (lambda: DirectionRemoval(torch.ones(3)), r"directions to be of shape \(J, d\), got \(3,\)"),
+        (lambda: DirectionRemoval(torch.zeros(1, 3)), "directions that are not 0"),
         (lambda: DirectionRemoval(torch.ones(2, 3)), "linearly independent"),
         (lambda: DirectionRemoval(torch.eye(3), float("inf")), "strength to be a finite number"),
         (lambda: DirectionRemoval(torch.eye(3), norm="in"), 'norm to be "before" or "after"'),
@@ -172,8 +172,8 @@ def test_sums_that_clash_are_refused(a, b, message):
         (lambda: LWR([2, 1], [0, 0]), "ascending"),
         (lambda: LWR.fit([1, 2], [0, 0]), "at least 3 responses"),
         (lambda: LWR.fit([1, 1, 1], [0, 1, 2]), "different lengths"),
-        (lambda: LWR.fit([1, 2, 3], [0, 1]), r"to be \(n,\)"),
-        (lambda: LWR.fit([1, 2, 3], [0, 1, 2], frac=2), r"frac to be in \(0, 1\]"),
+        (lambda: LWR.fit([1, 2, 3], [0, 1]), r"rewards to be of shape \(3,\), got \(2,\)"),
+        (lambda: LWR.fit([1, 2, 3], [0, 1, 2], frac=2), r"frac to be a finite number in \(0, 1\]"),
     ],
 )
 def test_bad_values_are_refused(make, message):

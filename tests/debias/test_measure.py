@@ -137,11 +137,11 @@ def test_report_as_a_dataframe(rm):
     ("given", "kw", "message"),
     [
         (pairs(1), {}, "at least 2 pairs, got 1"),
-        (pairs(3), {"attributes": ["size"]}, "among length, .* got 'size'"),
-        (pairs(3), {"attributes": []}, "at least one attribute"),
-        (pairs(3), {"rewards": np.zeros((2, 2))}, r"rewards of shape \(3, 2\), got \(2, 2\)"),
-        (pairs(3), {"rewards": np.zeros((2, 3))}, r"rewards of shape \(3, 2\), got \(2, 3\)"),
-        (pairs(3), {"resamples": 0}, "resamples >= 1"),
+        (pairs(3), {"attributes": ["size"]}, r"attributes, .* to be of length, .* got \['size'\]"),
+        (pairs(3), {"attributes": []}, "attributes, .* to be of length"),
+        (pairs(3), {"rewards": np.zeros((2, 2))}, r"rewards to be of shape \(3, 2\), got \(2, 2\)"),
+        (pairs(3), {"rewards": np.zeros((2, 3))}, r"rewards to be of shape \(3, 2\), got \(2, 3\)"),
+        (pairs(3), {"resamples": 0}, "resamples to be a positive int, got 0"),
     ],
 )
 def test_report_refuses(rm, given, kw, message):

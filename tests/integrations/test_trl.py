@@ -317,9 +317,9 @@ def test_the_trainer_s_own_options_work(tmp_path, options):
     [
         ({"loss": "dpo"}, "loss to be one of bt, tcrm, crm, tcrm\\+crm"),
         ({"reduction": "max"}, "reduction"),
-        ({"smooth": -1.0}, "smooth to be at least 0"),
-        ({"crm_weight": float("nan")}, "crm_weight to be at least 0"),
-        ({"bins": 0}, "bins to be at least 1"),
+        ({"smooth": -1.0}, "smooth to be a finite number of at least 0"),
+        ({"crm_weight": float("nan")}, "crm_weight to be a finite number of at least 0, got nan"),
+        ({"bins": 0}, "bins to be a positive int"),
         ({"bin_edges": [2.0, 1.0]}, "bin_edges to rise"),
     ],
 )

@@ -179,7 +179,11 @@ def test_without_a_norm_the_last_mlp_s_part_is_what_patching_it_does(fp64):
         ({"positions": "all"}, {"positions": "joint"}, 'at the read token (positions="last")'),
         ({}, {"positions": [0, 1]}, "one group of positions"),
         ({}, {"positions": "joint", "sites": ["attn_out", "head_out"]}, "kinds with the same units"),
-        ({}, {"positions": "joint", "sites": "head_out"}, "a component among embedding, attn_out, mlp_out, got 'head"),
+        (
+            {},
+            {"positions": "joint", "sites": "head_out"},
+            "component to be one of embedding, attn_out, mlp_out, got 'head",
+        ),
         ({}, {"positions": "joint", "metric": lambda r: r[0]}, "the rewards themselves, 2, without metric"),
     ],
 )
@@ -193,9 +197,9 @@ def test_sweeps_that_contributions_do_not_fit_are_refused(found, swept, message)
 @pytest.mark.parametrize(
     "options, message",
     [
-        ({"components": ["attn", "mlp"]}, "components to be different ones of embedding, attn_out, head_out"),
-        ({"components": []}, "components to be different ones of"),
-        ({"components": ["mlp_out", "mlp_out"]}, "components to be different ones of"),
+        ({"components": ["attn", "mlp"]}, "components to be of embedding, attn_out, head_out"),
+        ({"components": []}, "components to be of"),
+        ({"components": ["mlp_out", "mlp_out"]}, "components to be different ones, got"),
         ({"components": ["attn_out", "head_out"]}, "components with attn_out or head_out, which it is the sum of"),
         ({"positions": "joint"}, 'positions to be "last" or "all", got \'joint\''),
         ({"norm": "final"}, 'norm to be "frozen" or "raw", got \'final\''),

@@ -148,11 +148,11 @@ def test_a_label_is_chosen_of_several():
         (lambda rm: rmfast.compare(*noisy(sites=3)), "at least 4 sites of each pair to rank, got 3 in pair 0"),
         (lambda rm: rmfast.compare(noisy()[0], noisy(19)[0]), "for the same pairs, got 20 and 19"),
         (lambda rm: rmfast.compare(noisy()[0], noisy(sites=7)[0]), "pair 0 of one shape, got (12,) and (7,)"),
-        (lambda rm: rmfast.compare(*noisy(), confidence=95), "confidence to be in (0, 1), got 95"),
+        (lambda rm: rmfast.compare(*noisy(), confidence=95), "confidence to be a finite number in (0, 1), got 95"),
         (lambda rm: rmfast.compare(np.ones((20, 5)), noisy(20, 5)[0]), "at least 10 pairs for a mean with an interval"),
         (lambda rm: rm.compare(CLEAN[:9], CORRUPTED[:9]), "at least 10 pairs for a correlation over pairs, got 9"),
         (lambda rm: rm.compare([], []), "at least 10 pairs for a correlation over pairs, got 0"),
-        (lambda rm: rm.compare(CLEAN, CORRUPTED, label=1), "the reward to compare of this model's 1, got 1"),
+        (lambda rm: rm.compare(CLEAN, CORRUPTED, label=1), "label to be an int from 0 to 0, got 1"),
         (lambda rm: rm.compare(CLEAN, CORRUPTED, mode="zero"), 'mode to be "noising" or "denoising", got \'zero\''),
         (
             lambda rm: rm.compare(CLEAN, CORRUPTED, sites="resid_post"),

@@ -296,7 +296,7 @@ def test_a_result_draws_itself():
     assert few[0] == "mean of 2 pairs" and re.fullmatch(r"median crystallisation \S+ \(n 2\)", few[1])
     assert lens.plot(text=3).lines[0].get_ydata().tolist() == pytest.approx(lens.rewards[3, :, 0].tolist())
     assert lens.plot(text=-1).lines[0].get_ydata().tolist() == pytest.approx(lens.rewards[-1, :, 0].tolist())
-    with pytest.raises(IndexError):
+    with pytest.raises(ValueError, match="text to be an int from -22 to 21, got 22"):
         lens.plot(text=22)
     image = rm.lens(texts[:2], positions="all").plot(text=1, label=1).images[0]
     assert image.get_array().shape == (4, 3)
@@ -323,8 +323,8 @@ def hooked_norm():
 @pytest.mark.parametrize(
     "make, options, message",
     [
-        (model, {"positions": "joint"}, "positions to be one of 'last', 'all', got 'joint'"),
-        (model, {"norm": "none"}, "norm to be one of 'final', 'frozen', 'raw', got 'none'"),
+        (model, {"positions": "joint"}, 'positions to be "last" or "all", got \'joint\''),
+        (model, {"norm": "none"}, "norm to be one of final, frozen, raw, got 'none'"),
         (model, {"batch_tokens": 0}, "batch_tokens to be a positive int, got 0"),
         (lambda: M.encoder("Bert"), {}, "pools by itself: lens needs a head that reads one token's stream"),
         (lambda: M.mlp_head(model()), {"norm": "frozen"}, "to be a single nn.Linear with a readable weight"),

@@ -314,10 +314,10 @@ MMD_ERRORS = [
     ({"groups": X}, TypeError, "Expected groups to have dtype torch.int64"),
     ({"kernel": "laplace"}, ValueError, "Expected kernel to be \"rbf\", got 'laplace'"),
     ({"bandwidth": "mean"}, ValueError, 'Expected bandwidth to be "median", a number or several'),
-    ({"bandwidth": 0.0}, ValueError, "Expected bandwidth to be finite and above 0, got 0.0"),
-    ({"bandwidth": [1.0, float("inf")]}, ValueError, "Expected bandwidth to be finite and above 0, got inf"),
+    ({"bandwidth": 0.0}, ValueError, "Expected bandwidth to be a finite number above 0, got 0.0"),
+    ({"bandwidth": [1.0, float("inf")]}, ValueError, "Expected bandwidth to be a finite number above 0, got inf"),
     ({"bandwidth": []}, ValueError, 'Expected bandwidth to be "median", a number or several, got []'),
-    ({"bandwidth": None}, TypeError, 'Expected bandwidth to be "median", a float or floats, got NoneType'),
+    ({"bandwidth": None}, TypeError, "Expected bandwidth to be a finite number above 0, got None"),
     ({"gather": True}, ValueError, "Expected torch.distributed to be initialised for gather"),
 ]
 

@@ -397,8 +397,8 @@ def test_hooks_on_the_model_take_part():
 ERRORS = {
     "same texts": ({"corrupted": "clean"}, "to differ in at least one token"),
     "strict": ({"corrupted": [1, 2], "align": "strict"}, 'equal length with align="strict", got 2 and 21'),
-    "mode": ({"mode": "swap"}, 'mode to be "denoising", "noising", "zero"'),
-    "site": ({"sites": "resid"}, "sites among resid_pre"),
+    "mode": ({"mode": "swap"}, "to be one of denoising, noising, zero, mean, resample, got 'swap'"),
+    "site": ({"sites": "resid"}, "sites to be of resid_pre"),
     "layer": ({"layers": [3]}, "layers to be in [0, 3), got 3"),
     "head": ({"sites": "k", "heads": [2]}, "heads of k to be in [0, 2), got 2"),
     "neurons": ({"sites": "mlp_neuron"}, "Expected neurons, the ones to sweep"),
@@ -408,7 +408,7 @@ ERRORS = {
     "baseline": ({"baseline": ["x"]}, 'baseline (texts) with mode "mean" or "resample" alone'),
     "screen": ({"screen": "atp"}, "screen and top together"),
     "no pair": ({"corrupted": None}, "Expected a corrupted text with mode 'denoising'"),
-    "values": ({"corrupted": None, "mode": torch.zeros(5)}, "the values of resid_post to be of shape (48,)"),
+    "values": ({"corrupted": None, "mode": torch.zeros(5)}, "the values of resid_post in mode to be of shape (48,)"),
     "map": ({"align": {0: 99}}, "map positions inside of the texts, got 0 -> 99"),
 }
 

@@ -80,15 +80,19 @@ X, BINS = torch.zeros(4), torch.tensor([0, 0, 1, 1])
 PLAIN_ERRORS = [
     (lambda: bradley_terry(X, X[:3]), ValueError, "Expected rejected to be of shape (4,), got (3,)"),
     (lambda: bradley_terry(X, X, X[:3]), ValueError, "Expected margin to be of shape (4,), got (3,)"),
-    (lambda: bradley_terry(X, X, center=-1.0), ValueError, "Expected center to be at least 0, got -1.0"),
+    (
+        lambda: bradley_terry(X, X, center=-1.0),
+        ValueError,
+        "Expected center to be a finite number of at least 0, got -1.0",
+    ),
     (lambda: bradley_terry(X[:0], X[:0]), ValueError, "Expected chosen to be at least one reward"),
     (lambda: bradley_terry(BINS, BINS), TypeError, "Expected chosen to have dtype float64"),
     (lambda: correlation_penalty(X, BINS[:3]), ValueError, "Expected factor to be of shape (4,), got (3,)"),
     (lambda: correlation_penalty(X[:0], X[:0]), ValueError, "Expected x to be of shape (N,) with N >= 1"),
     (lambda: correlation_penalty(X, [1.0]), TypeError, "Expected factor to be a torch.Tensor, got list"),
     (lambda: correlation_penalty(X, X.to(torch.complex64)), TypeError, "Expected factor to have a real dtype"),
-    (lambda: bin_factor(X, 0), ValueError, "Expected n to be at least 1, got 0"),
-    (lambda: bin_factor(X, 2.0), TypeError, "Expected n to be an int, got float"),
+    (lambda: bin_factor(X, 0), ValueError, "Expected n to be a positive int, got 0"),
+    (lambda: bin_factor(X, 2.0), TypeError, "Expected n to be a positive int, got 2.0"),
     (lambda: bin_factor(X[:0], 2), ValueError, "Expected z to be of shape (N,) with N >= 1"),
     (lambda: bin_factor(X > 0, 2), TypeError, "Expected z to have a real dtype, got torch.bool"),
 ]

@@ -67,8 +67,8 @@ def test_a_nan_stays_in_its_own_sequence():
         ({"cu_seqlens": torch.tensor([0, 9])}, "105, the number of tokens"),
         ({"cu_seqlens": torch.tensor([0, 9, 3, 105])}, "cu_seqlens to be rising"),
         ({"cu_seqlens": torch.tensor([0.0, 105.0])}, "cu_seqlens"),
-        ({"gamma": 1.5}, "gamma to be from 0 to 1"),
-        ({"lam": -0.1}, "lam to be from 0 to 1"),
+        ({"gamma": 1.5}, r"gamma to be a finite number in \[0, 1\]"),
+        ({"lam": -0.1}, r"lam to be a finite number in \[0, 1\]"),
     ],
 )
 def test_bad_gae_arguments_are_named(change, error):
@@ -170,10 +170,10 @@ def test_no_inputs_give_no_values(rm):
         ([PAIRS[0], [{"role": "user", "content": "How?"}]], {}, "input 1: it does not say"),
         (["text"], {"response_start": [5]}, "input 0: its response starts at token 5"),
         (["text"], {"response_start": [-1]}, "input 0: its response starts at token -1"),
-        (["text"], {"response_start": [1, 2]}, "response_start to be one for each of 1 inputs"),
-        (PAIRS, {"rewards": [[0.0]]}, "rewards to be one sequence for each of 3"),
+        (["text"], {"response_start": [1, 2]}, "response_start to be an int for each of 1 inputs, got 2 of them"),
+        (PAIRS, {"rewards": [[0.0]]}, "rewards to be a sequence of numbers for each of 3 inputs"),
         (PAIRS[:1], {"rewards": [[0.0]]}, r"rewards\[0\] to be of shape"),
-        (PAIRS, {"gamma": 2.0}, "gamma to be from 0 to 1"),
+        (PAIRS, {"gamma": 2.0}, r"gamma to be a finite number in \[0, 1\]"),
     ],
 )
 def test_bad_arguments_are_named(rm, inputs, options, error):

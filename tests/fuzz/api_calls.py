@@ -1,0 +1,475 @@
+"""What users can call, a right value for each argument, and which other values are right: what the fuzz tries."""
+
+from __future__ import annotations
+
+import json
+import math
+import tempfile
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import matplotlib as mpl
+import models as M
+import numpy as np
+import torch
+from safetensors.torch import save_file
+
+import rmfast
+from rmfast import debias, interventions, last_token, losses, ops, values
+from rmfast.interpret.comparison import mean_of_pairs
+
+Right = Callable[[Any], bool]
+
+
+@dataclass(frozen=True)
+class Call:
+    """A function with a right value for each argument, and for each what else is right."""
+
+    name: str
+    function: Callable[..., Any]
+    given: dict[str, Any]
+    right: dict[str, Right]
+
+
+# What is right --------------------------------------------------------------------------------------------------------
+
+
+def is_whole(x: Any) -> bool:
+    return isinstance(x, int | np.integer) and not isinstance(x, bool)
+
+
+def is_number(x: Any) -> bool:
+    return isinstance(x, int | float | np.integer | np.floating) and not isinstance(x, bool) and math.isfinite(x)
+
+
+def whole(least: float = -math.inf, most: float = math.inf) -> Right:
+    return lambda x: is_whole(x) and least <= x <= most
+
+
+def number(least: float = -math.inf, most: float = math.inf, open: bool = False) -> Right:
+    return lambda x: is_number(x) and (least < x < most if open else least <= x <= most)
+
+
+def one_of(*known: str) -> Right:
+    return lambda x: isinstance(x, str) and x in known
+
+
+def optional(right: Right) -> Right:
+    return lambda x: x is None or right(x)
+
+
+def either(*rights: Right) -> Right:
+    return lambda x: any(right(x) for right in rights)
+
+
+def all_of(right: Right, least: int = 0) -> Right:
+    """A sequence of them."""
+
+    def check(x: Any) -> bool:
+        if isinstance(x, Iterator):
+            x = list(x)
+        if not isinstance(x, list | tuple | range | np.ndarray | torch.Tensor) or getattr(x, "is_meta", False):
+            return False
+        if getattr(x, "ndim", 1) == 0:
+            return False
+        plain = x.tolist() if getattr(x, "ndim", 0) == 1 else list(x)
+        return len(plain) >= least and all(map(right, plain))
+
+    return check
+
+
+def instance(*kinds: type) -> Right:
+    return lambda x: isinstance(x, kinds)
+
+
+def flag(x: Any) -> bool:
+    return isinstance(x, bool | np.bool_)
+
+
+def text(x: Any) -> bool:
+    """One input, as far as its type goes: what is in it is said with its index."""
+    if isinstance(x, list | tuple | np.ndarray | torch.Tensor):
+        return len(np.shape(x)) > 0 if isinstance(x, np.ndarray | torch.Tensor) else len(x) > 0
+    return isinstance(x, str) and x != ""
+
+
+def anything(x: Any) -> bool:
+    """Where only errors are judged: a result for it is as good."""
+    return True
+
+
+texts = all_of(text)
+indices = either(whole(), all_of(whole(), 1))
+tensor, array = instance(torch.Tensor), instance(torch.Tensor, np.ndarray, list, tuple, range)
+path = instance(str, Path)
+SITE = one_of("resid_pre", "resid_mid", "resid_post", "attn_out", "mlp_out", "head_out", "mlp_neuron", "q", "k", "v")
+COMPONENT = one_of("embedding", "attn_out", "mlp_out", "head_out", "mlp_neuron")
+SITES, COMPONENTS = either(SITE, all_of(SITE, 1)), either(COMPONENT, all_of(COMPONENT, 1))
+
+
+def positions_to_patch(x: Any) -> bool:
+    if isinstance(x, Iterator):
+        x = list(x)
+    some = either(whole(), all_of(whole(), 1), instance(slice, range))
+    return x is None or one_of("all", "joint")(x) or some(x) or (isinstance(x, list | tuple) and all(map(some, x)))
+
+
+def alignment(x: Any) -> bool:
+    if isinstance(x, Mapping):
+        return all(is_whole(a) and (b is None or is_whole(b)) for a, b in x.items())
+    return one_of("auto", "strict")(x) or all_of(optional(whole()))(x)
+
+
+# What there is to call ------------------------------------------------------------------------------------------------
+
+TEXTS = ["a text", "another text!"]
+PAIRS = [("say", f"{'+' * i}!**\n\nyes {i}", f"say - {i}") for i in range(1, 11)]
+
+
+@cache
+def world() -> SimpleNamespace:
+    """Models and results, made once; `folder` holds what they save."""
+    keep = tempfile.TemporaryDirectory(prefix="rmfast-fuzz-")
+    folder = Path(keep.name)
+    mpl.use("Agg")
+    rm = rmfast.RewardModel(M.decoder("llama"), M.tokenizer())
+    pairs = [PAIRS[i % 10][1] + str(i) for i in range(20)]
+    draw = torch.Generator().manual_seed(0)
+    shapes = {"W_enc": (48, 30), "b_enc": (30,), "W_dec": (30, 48), "b_dec": (48,)}
+    weights = {name: torch.randn(shape, generator=draw) for name, shape in shapes.items()}
+    sae = rmfast.SAE(architecture="topk", k=3, hook_name="blocks.1.hook_resid_post", **weights)
+    read = [PAIRS[i] for i in range(10)]
+    effects = [[float((i * j) % 7) + j for j in range(5)] for i in range(10)]
+    (folder / "sae").mkdir()
+    config = {"architecture": "topk", "k": 3, "d_in": 48, "d_sae": 30, "metadata": {"hook_name": sae.hook_name}}
+    (folder / "sae" / "cfg.json").write_text(json.dumps(config))
+    save_file(weights, folder / "sae" / "sae_weights.safetensors")
+    rm.model.save_pretrained(folder / "model")
+    rm.tokenizer.save_pretrained(folder / "model")
+    sweep = rm.patch_sweep("a text", "b text")
+    sweep.save(folder / "sweep")
+    clamp = rmfast.NeuronClamp({"model.layers.0.mlp.up_proj": ([1, 2], [0.5, 0.25])})
+    clamp.save(folder / "clamp")
+    return SimpleNamespace(
+        keep=keep,
+        folder=folder,
+        rm=rm,
+        three=rmfast.RewardModel(M.decoder("llama", labels=3), M.tokenizer()),
+        weights=weights,
+        sae=sae,
+        sweep=sweep,
+        joint=rm.patch_sweep("a text", "b text", sites=["attn_out", "mlp_out"], positions="joint"),
+        attribution=rm.attribute("a text"),
+        features=rm.sae_attribution("a text", sae),
+        lens=rm.lens(pairs),
+        everywhere=rm.lens(TEXTS, positions="all"),
+        comparison=rmfast.compare(effects, effects),
+        effects=effects,
+        report=debias.report(rm, read),
+        neurons=debias.localise(rm, read),
+        runs=last_token.LastTokenRuns(rm, TEXTS),
+        clamp=clamp,
+        penalty=rmfast.LengthPenalty(0.01),
+        curve=rmfast.LWR([1.0, 5.0], [0.5, 1.0]),
+        values=rm.values_and_reward([("a", "b"), ("c", "de")]),
+    )
+
+
+ENCODING: dict[str, tuple[Any, Right]] = {
+    "max_length": (40, optional(whole(1))),
+    "truncation": ("error", one_of("error", "left", "right")),
+    "format": (None, lambda x: x is None or callable(x) or one_of("chat", "pair", "concat")(x)),
+}
+OPTIONS = {**ENCODING, "batch_tokens": (64, optional(whole(1))), "progress": (False, flag)}
+ENGINE = {"engine": (None, optional(one_of("packed", "padded")))}
+NORMALIZE = {"normalize": (None, optional(all_of(either(number(), all_of(number(), 1)))))}
+LAST_OR_ALL = {"positions": ("last", one_of("last", "all"))}
+FROZEN_OR_RAW = {"norm": ("frozen", one_of("frozen", "raw"))}
+NORM = ("rms", optional(one_of("rms", "layer", "gemma_rms")))
+SEED = {"seed": (0, whole(0))}
+CONFIDENCE = {"confidence": (0.9, number(0, 1, open=True))}
+LAYERS = {"layers": (None, optional(indices)), "heads": (None, optional(indices)), "neurons": (None, optional(indices))}
+SWEEP = {
+    "clean": ("a text", text),
+    "corrupted": ("b text", text),
+    "mode": ("denoising", either(one_of("denoising", "noising"), instance(torch.Tensor, dict))),
+    "sites": ("resid_post", SITES),
+    **LAYERS,
+    "positions": (None, positions_to_patch),
+    "align": ("auto", alignment),
+    "metric": (None, optional(callable)),
+    **SEED,
+}
+
+
+def calls() -> Iterator[Call]:
+    """All of them."""
+    w = world()
+    yield from _models(w)
+    yield from _sweeps(w)
+    yield from _readings(w)
+    yield from _biases(w)
+    yield from _training(w)
+    yield from _kernels(w)
+
+
+def call(name: str, function: Callable[..., Any], /, **arguments: tuple[Any, Right]) -> Call:
+    given = {argument: value for argument, (value, _) in arguments.items()}
+    return Call(name, function, given, {argument: right for argument, (_, right) in arguments.items()})
+
+
+def _under(backend: Any) -> None:
+    with rmfast.backend(backend):
+        pass
+
+
+def _models(w: SimpleNamespace) -> Iterator[Call]:
+    rm, inputs = w.rm, {"inputs": (TEXTS, texts)}
+    yield call(
+        "RewardModel", rmfast.RewardModel, model=(rm.model, instance(torch.nn.Module)),
+        tokenizer=(rm.tokenizer, optional(lambda x: hasattr(x, "decode"))),
+        pooling=("auto", either(one_of("auto", "last"), whole(0, 271))),
+    )  # fmt: skip
+    yield call(
+        "load", rmfast.load, path_or_id=(w.folder / "model", path), dtype=(None, anything), device=(None, anything),
+        trust_remote_code=(False, flag), pooling=("auto", either(one_of("auto", "last"), whole(0))),
+    )  # fmt: skip
+    yield call("explain", rmfast.explain, op=(None, optional(instance(str))), device=(None, optional(instance(str))))
+    yield call("backend", _under, backend=("eager", optional(one_of("eager", "cpp", "triton", "cuda"))))
+    yield call("encode", rm.encode, **inputs, errors=("raise", one_of("raise", "return")), **ENCODING)
+    yield call(
+        "score", rm.score, **inputs, positions=([0, -1], optional(all_of(whole()))), **NORMALIZE, **OPTIONS, **ENGINE,
+        interventions=([w.clamp, None], optional(all_of(optional(instance(interventions.Intervention))))),
+    )  # fmt: skip
+    yield call(
+        "score, of one intervention each", rm.score, inputs=(TEXTS, texts), interventions=([w.clamp, None], anything),
+        intervention_index=([0, -1], optional(all_of(whole(-1, 1)))),
+    )  # fmt: skip
+    yield call("score of 3", w.three.score, **inputs, **NORMALIZE)
+    yield call("token_values", rm.token_values, **inputs, **NORMALIZE, **OPTIONS, **ENGINE)
+    responses = {k: v for k, v in OPTIONS.items() if k != "truncation"}
+    yield call(
+        "values_and_reward", rm.values_and_reward, inputs=([("a", "b"), ("c", "de")], texts),
+        gamma=(0.9, number(0, 1)), lam=(0.9, number(0, 1)), **responses, **ENGINE,
+    )  # fmt: skip
+    yield call(
+        "values_and_reward of given rewards", rm.values_and_reward, inputs=([[5, 6, 7], [8, 9, 10]], anything),
+        rewards=([[1.0], [1.0]], optional(all_of(all_of(number())))), response_start=([2, 2], all_of(whole(0, 2))),
+    )  # fmt: skip
+    yield call("split", w.values.split, flat=(w.values.values, tensor))
+    yield call("with_interventions", rm.with_interventions)
+    yield call("a sum", lambda **kw: w.clamp + kw["+"], **{"+": (w.penalty, instance(interventions.Intervention))})
+    yield call(
+        "with an intervention", lambda interventions: rm.with_interventions(interventions),
+        interventions=(w.clamp, instance(interventions.Intervention)),
+    )  # fmt: skip
+
+
+def _sweeps(w: SimpleNamespace) -> Iterator[Call]:
+    rm = w.rm
+    runs = {
+        "screen": (None, optional(one_of("atp"))),
+        "top": (None, optional(whole(1))),
+        "checkpoint": (None, optional(path)),
+        **OPTIONS,
+    }
+    yield call("patch_sweep", rm.patch_sweep, **SWEEP, **runs)
+    yield call("patch_sweep, screened", rm.patch_sweep, clean=("a text", text), corrupted=("b text", text),
+               screen=("atp", one_of("atp")), top=(3, whole(1)))  # fmt: skip
+    yield call("patch_sweep of heads", rm.patch_sweep, clean=("a text", text), corrupted=("b text", text),
+               sites=("head_out", SITES), heads=([0, 1], optional(indices)), layers=(0, optional(indices)))  # fmt: skip
+    yield call("patch_sweep of neurons", rm.patch_sweep, clean=("a text", text), corrupted=("b text", text),
+               sites=("mlp_neuron", SITES), neurons=([0, 1], indices),
+               positions=([0, [1, 2]], positions_to_patch))  # fmt: skip
+    yield call("patch_sweep, aligned", rm.patch_sweep, clean=("a text", text), corrupted=("b text", text),
+               align=({0: 0, 2: 2}, alignment))  # fmt: skip
+    for mode in ("mean", "resample"):
+        yield call(f"patch_sweep, {mode}", rm.patch_sweep, clean=("a text", text), mode=(mode, one_of(mode)),
+                   baseline=(TEXTS, texts), **SEED)  # fmt: skip
+    yield call("patch_sweep of values", rm.patch_sweep, clean=("a text", text),
+               mode=({"resid_post": torch.zeros(48)}, instance(torch.Tensor, dict)))  # fmt: skip
+    yield call("attribution_patch", rm.attribution_patch, **SWEEP, **ENCODING)
+    yield call(
+        "compare, a model", rm.compare, clean=(TEXTS * 5, texts), corrupted=(["b text", "a nother text"] * 5, texts),
+        sites=(["attn_out", "mlp_out"], SITES), layers=(None, optional(indices)),
+        mode=("noising", one_of("noising", "denoising")), **FROZEN_OR_RAW, align=("auto", alignment),
+        label=(None, optional(whole(0, 0))), **CONFIDENCE, **SEED, **OPTIONS,
+    )  # fmt: skip
+    effects = all_of(array)
+    yield call("compare", rmfast.compare, predicted=(w.effects, effects), measured=(w.effects, effects), **CONFIDENCE,
+               **SEED)  # fmt: skip
+    yield call("mean_of_pairs", mean_of_pairs, values=([float(i) for i in range(12)], array), **CONFIDENCE,
+               **SEED)  # fmt: skip
+    sweep, value = w.sweep, one_of("effect", "recovered", "rewards")
+    yield call(
+        "PatchSweep.select", sweep.select, layer=(0, either(whole(), all_of(whole()))), position=([0, 1], anything)
+    )
+    yield call("PatchSweep.top", sweep.top, n=(3, whole(0)), by=("effect", value))
+    yield call("PatchSweep.plot", sweep.plot, value=("effect", value), ax=(None, optional(anything)))
+    yield call("PatchSweep.save", sweep.save, folder=("saved", path))
+    yield call("PatchSweep.load", rmfast.PatchSweep.load, folder=(w.folder / "sweep", path))
+    yield call("Comparison.plot", w.comparison.plot, ax=(None, optional(anything)))
+
+
+def _readings(w: SimpleNamespace) -> Iterator[Call]:
+    rm, inputs = w.rm, {"inputs": (TEXTS, either(text, texts))}
+    yield call("attribute", rm.attribute, **inputs, components=(["embedding", "attn_out"], COMPONENTS), **LAST_OR_ALL,
+               **FROZEN_OR_RAW, **OPTIONS)  # fmt: skip
+    yield call(
+        "sae_attribution", rm.sae_attribution, **inputs, sae=(w.sae, instance(rmfast.SAE)),
+        layer=(1, optional(whole(0, 1))), site=("resid_post", optional(SITE)), **LAST_OR_ALL, **FROZEN_OR_RAW,
+        top=(2, optional(whole(1))), **OPTIONS,
+    )  # fmt: skip
+    yield call("lens", rm.lens, inputs=(TEXTS, texts), **LAST_OR_ALL,
+               norm=("final", one_of("final", "frozen", "raw")), **OPTIONS)  # fmt: skip
+    ax, label = (None, optional(anything)), (0, whole(0, 0))
+    yield call("Attribution.of", w.attribution.of, component=("attn_out", COMPONENT))
+    yield call("Attribution.plot", w.attribution.plot, component=("attn_out", optional(COMPONENT)), label=label, ax=ax)
+    yield call("Attribution.like", w.attribution.like, sweep=(w.joint, instance(rmfast.PatchSweep)))
+    yield call("SAEAttribution.plot", w.features.plot, top=(3, whole(1)), label=label, ax=ax)
+    yield call("Lens.tokens", w.lens.tokens, text=(0, whole(-20, 19)))
+    yield call("Lens.crystallisation", w.lens.crystallisation, signed=(True, flag))
+    yield call("Lens.compare", w.lens.compare, other=(w.lens, instance(rmfast.Lens)), **CONFIDENCE, **SEED)
+    yield call("Lens.plot", w.lens.plot, pairs=(False, flag), text=(0, optional(whole(-20, 19))), label=label, ax=ax)
+    yield call("Lens.plot, all", w.everywhere.plot, pairs=(False, flag), text=(0, optional(whole(-2, 1))), label=label)
+    yield call(
+        "SAE", rmfast.SAE, architecture=("topk", one_of("standard", "topk", "jumprelu")), k=(3, optional(whole(1, 30))),
+        threshold=(None, optional(tensor)), apply_b_dec_to_input=(True, flag),
+        normalize=("none", one_of("none", "layer_norm", "constant_norm_rescale")),
+        hook_name=(None, optional(instance(str))), **{name: (x, tensor) for name, x in w.weights.items()},
+    )  # fmt: skip
+    yield call(
+        "SAE.load", rmfast.SAE.load, folder=(w.folder / "sae", path), dtype=(None, anything), device=("cpu", anything)
+    )
+    yield call("SAE.encode", w.sae.encode, x=(torch.zeros(2, 48), tensor))
+
+
+def _biases(w: SimpleNamespace) -> Iterator[Call]:
+    rm, pairs = w.rm, {"pairs": (PAIRS, instance(list, tuple, Iterator))}
+    named = one_of(*debias.ATTRIBUTES)
+
+    def attribute(x: Any) -> bool:
+        functions = isinstance(x, Mapping) and all(isinstance(k, str) and callable(v) for k, v in x.items())
+        return x is None or functions or named(x) or all_of(named, 1)(x)
+
+    attributes = {"attributes": (["length", "exclamation"], attribute)}
+    strings = all_of(optional(instance(str, list, tuple)))
+    functions = (
+        {"n": lambda prompt, response: 1.0},
+        optional(lambda x: isinstance(x, Mapping) and all(isinstance(k, str) and callable(v) for k, v in x.items())),
+    )
+    yield call("debias.attributes", debias.attributes, prompts=(["p"], strings), responses=(["r"], strings),
+               functions=functions)  # fmt: skip
+    yield call(
+        "debias.report", debias.report, rm=(rm, optional(instance(rmfast.RewardModel))), **pairs, **attributes,
+        resamples=(20, whole(1)), **CONFIDENCE, **SEED,
+        **OPTIONS,
+    )  # fmt: skip
+    yield call("debias.report of rewards", debias.report, rm=(None, optional(instance(rmfast.RewardModel))), **pairs,
+               rewards=(np.arange(20.0).reshape(10, 2), array))  # fmt: skip
+    yield call("debias.localise", debias.localise, rm=(rm, instance(rmfast.RewardModel)), **pairs, **attributes,
+               **ENCODING)  # fmt: skip
+    each = either(whole(0), lambda x: isinstance(x, Mapping) and all(is_whole(k) for k in x.values()))
+    yield call("debias.fit", debias.fit, rm=(rm, instance(rmfast.RewardModel)), **pairs, **attributes,
+               k=(2, either(each, one_of("search"))), trials=(2, whole(1)), choices=([1, 2], all_of(whole(0))),
+               **LAST_OR_ALL, **SEED, **OPTIONS)  # fmt: skip
+    yield call("debias.fit, a search", debias.fit, rm=(rm, instance(rmfast.RewardModel)),
+               pairs=(PAIRS[:8], instance(list, tuple, Iterator)), k=("search", either(each, one_of("search"))),
+               trials=(1, whole(1, 100)), choices=([1, 2], all_of(whole(0), 1)), **SEED)  # fmt: skip
+    yield call("debias.plot", debias.plot, reports=({"a": w.report}, instance(dict)))
+    yield call("Neurons.top", w.neurons.top, attribute=("length", named), n=(3, whole(0)))
+    yield call("Neurons.ends", w.neurons.ends, attribute=("length", named), k=(3, whole(0)))
+    yield call("Neurons.clamp", w.neurons.clamp, k=(2, each), **LAST_OR_ALL)
+    yield call("LastTokenRuns", lambda **kw: last_token.LastTokenRuns(rm, **kw), inputs=(TEXTS, texts), **ENCODING)
+    yield call(
+        "LastTokenRuns.rewards", w.runs.rewards, intervention=(w.clamp, optional(instance(interventions.Intervention)))
+    )
+    yield call("projections", interventions.projections, rm=(rm, instance(rmfast.RewardModel)))
+    fingerprint = {"fingerprint": (None, optional(instance(str)))}
+    yield call("NeuronClamp", rmfast.NeuronClamp, neurons=({"a": ([1, 2], [0.5, 1.0])}, instance(dict)), **LAST_OR_ALL,
+               **fingerprint, metadata=({}, instance(dict)))  # fmt: skip
+    yield call("DirectionRemoval", rmfast.DirectionRemoval, directions=(torch.eye(48)[:2], array),
+               strength=(1.0, number()), norm=("before", one_of("before", "after")), **fingerprint)  # fmt: skip
+    yield call(
+        "mean_difference", rmfast.DirectionRemoval.mean_difference, rm=(rm, instance(rmfast.RewardModel)),
+        with_=(TEXTS, texts), without=(["b"], texts), strength=(1.0, number()),
+        norm=("before", one_of("before", "after")), **ENCODING,
+    )  # fmt: skip
+    yield call("LengthPenalty", rmfast.LengthPenalty, per_character=(0.1, number()), **fingerprint)
+    yield call("LengthPenalty.expected", w.penalty.expected, characters=([1, 2], array))
+    yield call("LWR", rmfast.LWR, characters=([1.0, 2.0], array), rewards=([1.0, 2.0], array), **fingerprint)
+    yield call("LWR.fit", rmfast.LWR.fit, characters=([1.0, 2.0, 3.0], array), rewards=([1.0, 2.0, 1.5], array),
+               frac=(1.0, number(0, 1)), **fingerprint)  # fmt: skip
+    yield call("LWR.expected", w.curve.expected, characters=([1, 2], array))
+    yield call("Intervention.save", w.clamp.save, path=("saved", path))
+    yield call("interventions.load", interventions.load, path=(w.folder / "clamp", path))
+
+
+def _training(w: SimpleNamespace) -> Iterator[Call]:
+    flat, ends = torch.randn(6), torch.tensor([0, 2, 6])
+    weights = {"smooth": (0.1, number(0)), "lookahead": (0.01, number(0)), "reduction": ("sum", one_of("sum", "mean"))}
+    start, margin = torch.tensor([0, 1]), (None, optional(tensor))
+    yield call(
+        "tcrm_loss", losses.tcrm_loss, values_chosen=(flat, tensor), values_rejected=(flat, tensor),
+        cu_seqlens_chosen=(ends, tensor), cu_seqlens_rejected=(ends, tensor), **weights,
+        response_start=((start, start), optional(instance(tuple, list))), margin=margin,
+    )  # fmt: skip
+    yield call(
+        "linear_value_loss", losses.linear_value_loss, hidden=(torch.randn(6, 8), tensor),
+        weight=(torch.randn(8), tensor), cu_seqlens=(ends, tensor), bias=(torch.zeros(1), optional(tensor)), norm=NORM,
+        norm_weight=(torch.ones(8), optional(tensor)), norm_bias=(None, optional(tensor)),
+        eps=(1e-6, number(0, open=True)), **weights,
+        response_start=(start, optional(tensor)), margin=margin,
+    )  # fmt: skip
+    yield call(
+        "losses.binned_mmd", losses.binned_mmd, x=(flat, tensor), bins=(torch.tensor([0, 0, 0, 1, 1, 1]), tensor),
+        kernel=("rbf", one_of("rbf")), bandwidth=("median", lambda x: number(0, open=True)(x) or one_of("median")(x)
+                                                  or all_of(number(0, open=True), 1)(x)),
+        unbiased=(False, flag), groups=(torch.zeros(6, dtype=torch.int64), optional(tensor)),
+        gather=(False, lambda x: x is False),
+    )  # fmt: skip
+    yield call("bin_factor", losses.bin_factor, z=(flat, tensor), n=(3, whole(1)))
+    yield call("bradley_terry", losses.bradley_terry, chosen=(flat, tensor), rejected=(flat, tensor),
+               margin=(0.5, optional(either(number(), tensor))), center=(0.1, optional(number(0))))  # fmt: skip
+    yield call("correlation_penalty", losses.correlation_penalty, x=(flat, tensor), factor=(flat, tensor))
+    yield call("gae", values.gae, values=(flat, tensor), rewards=(flat, tensor), cu_seqlens=(ends, tensor),
+               gamma=(0.9, number(0, 1)), lam=(0.9, number(0, 1)))  # fmt: skip
+
+
+def _kernels(w: SimpleNamespace) -> Iterator[Call]:
+    x, weight = torch.randn(4, 8), torch.randn(2, 8)
+    index, some = torch.tensor([0, 1]), optional(tensor)
+    eps, yes = (1e-6, number(0, open=True)), (False, flag)
+    yield call(
+        "reward_head", ops.reward_head, hidden=(x, tensor), weight=(weight, tensor), bias=(torch.zeros(2), some),
+        norm=NORM, norm_weight=(torch.ones(8), some),
+        norm_bias=(None, some), eps=eps, rows=(index, some), directions=(torch.randn(1, 8), some),
+        strengths=(torch.ones(1, 1), some), targets=(None, some), intervention_index=(None, some),
+    )  # fmt: skip
+    yield call("ops.tcrm", ops.tcrm, chosen=(x[0], tensor), rejected=(x[0], tensor),
+               bounds=(torch.tensor([[0], [8], [0], [8]]), tensor), margin=(None, some), smooth=(0.1, number(0)),
+               lookahead=(0.1, number(0)), mean=yes)  # fmt: skip
+    yield call("ops.binned_mmd", ops.binned_mmd, x=(x, tensor), bins=(torch.tensor([0, 0, 1, 1]), tensor),
+               groups=(None, some), bandwidths=((1.0,), all_of(number(0, open=True))), unbiased=yes)  # fmt: skip
+    yield call("neuron_stats", ops.neuron_stats, activations=(x, tensor), attributes=(x, tensor))
+    yield call("patch_rows", ops.patch_rows, base=(x, tensor), values=(x, tensor), base_rows=(index, tensor),
+               value_rows=(index, tensor), weight=(torch.ones(8), tensor), eps=eps, gemma=yes)  # fmt: skip
+    heads = torch.randn(4, 2, 8)
+    yield call(
+        "suffix_attention", ops.suffix_attention, q=(heads, tensor), k=(heads, tensor), v=(heads, tensor),
+        cu_seqlens=(torch.tensor([0, 2, 4], dtype=torch.int32), tensor), prefix_k=(None, some), prefix_v=(None, some),
+        prefix_start=(None, some), prefix_len=(None, some), cu_queries=(None, some), scale=(1.0, optional(number())),
+        causal=(True, flag), softcap=(None, optional(number(0, open=True))), window=(None, optional(whole(1))),
+    )  # fmt: skip
+    yield call("rms_norm", ops.rms_norm, x=(x, tensor), weight=(torch.ones(8), some), residual=(x, some),
+               post_weight=(None, some), eps=eps, gemma=yes)  # fmt: skip
+    yield call("rotary", ops.rotary, q=(heads, tensor), k=(heads, tensor), cos=(x, tensor), sin=(x, tensor),
+               q_norm=(None, some), k_norm=(None, some), eps=eps, gemma=yes)  # fmt: skip
+    yield call("gated_activation", ops.gated_activation, gate=(x, tensor), up=(x, tensor),
+               kind=("silu", one_of("silu", "gelu", "gelu_tanh")))  # fmt: skip
+    yield call("topk_encode", ops.topk_encode, x=(x, tensor), weight=(torch.randn(8, 12), tensor),
+               bias=(torch.zeros(12), some), k=(3, whole(1, 12)), b_dec=(None, some), relu=(True, flag))  # fmt: skip
