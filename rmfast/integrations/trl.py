@@ -15,10 +15,10 @@ from torch import Tensor, nn
 
 from rmfast import arguments, losses
 from rmfast.binding.find import bind
+from rmfast.engine.scorer import Scorer
 from rmfast.texts.chat import Chat
 from rmfast.texts.forms import Forms
 from rmfast.texts.inputs import InputError, encode, ids_of
-from rmfast.engine.scorer import Scorer
 from rmfast.training.values import common_prefix
 
 try:

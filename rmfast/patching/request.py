@@ -14,14 +14,13 @@ from torch import Tensor
 from rmfast import arguments
 from rmfast.binding.modules import fingerprint
 from rmfast.engine.scorer import Scorer
-from rmfast.texts.inputs import inputs_of
 from rmfast.patching.grid import PatchSweep
 from rmfast.patching.layers_patcher import LayersPatcher
 from rmfast.patching.pairs import Align, Grid, Pair, aligned, spans_of
 from rmfast.patching.patcher import patcher_of
 from rmfast.patching.sites import KINDS, UNITS, Edits, Patcher, Record, Values
 from rmfast.patching.suffix_patcher import SuffixPatcher
-from rmfast.texts.inputs import Encoded, several, words
+from rmfast.texts.inputs import Encoded, inputs_of, several, words
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack

@@ -262,7 +262,11 @@ def _models(w: SimpleNamespace) -> Iterator[Call]:
     )  # fmt: skip
     yield call("split", w.values.split, flat=(w.values.values, tensor))
     yield call("with_interventions", rm.with_interventions)
-    yield call("a sum", lambda **kw: w.clamp + kw["+"], **{"+": (w.penalty, instance(interventions.Intervention))})
+    yield call(
+        "a sum",
+        lambda NeuronClamp: w.clamp + NeuronClamp,
+        NeuronClamp=(w.penalty, instance(interventions.Intervention)),
+    )
     yield call(
         "with an intervention", lambda interventions: rm.with_interventions(interventions),
         interventions=(w.clamp, instance(interventions.Intervention)),

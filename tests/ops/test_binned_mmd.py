@@ -312,7 +312,7 @@ MMD_ERRORS = [
     ({"bins": None}, TypeError, "Expected bins to be a torch.Tensor, got NoneType"),
     ({"groups": BINS[:3]}, ValueError, "Expected groups to be of shape (4,), got (3,)"),
     ({"groups": X}, TypeError, "Expected groups to have dtype torch.int64"),
-    ({"kernel": "laplace"}, ValueError, "Expected kernel to be \"rbf\", got 'laplace'"),
+    ({"kernel": "laplace"}, ValueError, "Expected kernel to be one of rbf, got 'laplace'"),
     ({"bandwidth": "mean"}, ValueError, 'Expected bandwidth to be "median", a number or several'),
     ({"bandwidth": 0.0}, ValueError, "Expected bandwidth to be a finite number above 0, got 0.0"),
     ({"bandwidth": [1.0, float("inf")]}, ValueError, "Expected bandwidth to be a finite number above 0, got inf"),

@@ -304,8 +304,8 @@ NONE = torch.tensor([0])
 TCRM_ERRORS = [
     (tcrm_loss, RAGGED, {"values_chosen": [0.0]}, TypeError, "Expected values_chosen to be a torch.Tensor, got list"),
     (tcrm_loss, RAGGED, {"values_chosen": V.view(1, 2, 3)}, ValueError, "of shape (N,) or (B, T), got (1, 2, 3)"),
-    (tcrm_loss, RAGGED, {"values_chosen": V.int()}, TypeError, "Expected chosen to have dtype float64, float32"),
-    (tcrm_loss, RAGGED, {"values_rejected": V.half()}, TypeError, "Expected rejected to have dtype torch.float32"),
+    (tcrm_loss, RAGGED, {"values_chosen": V.int()}, TypeError, "Expected values_chosen to have dtype float64"),
+    (tcrm_loss, RAGGED, {"values_rejected": V.half()}, TypeError, "Expected values_rejected to have dtype torch.fl"),
     (tcrm_loss, RAGGED, {"cu_seqlens_chosen": CU.float()}, TypeError, "Expected cu_seqlens_chosen to have dtype"),
     (tcrm_loss, RAGGED, {"cu_seqlens_chosen": MASK}, TypeError, "Expected cu_seqlens_chosen to have dtype torch.int32"),
     (tcrm_loss, RAGGED, {"cu_seqlens_chosen": CU + 1}, ValueError, "Expected cu_seqlens_chosen[0] to be 0, got 1"),
