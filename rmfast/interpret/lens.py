@@ -72,9 +72,9 @@ class Lens:
 
     @property
     def _labels(self) -> int:
-        """K, as far as the rewards of no texts tell."""
-        rewards, axes = (self.scores, 1) if self.positions == "last" else (self.scores[0] if len(self) else None, 1)
-        return 1 if rewards is None or rewards.dim() == axes else rewards.size(-1)
+        """K; 1 where there is no text to tell."""
+        scores = self.scores if self.positions == "last" else self.scores[0] if len(self) else torch.empty(0)
+        return 1 if scores.dim() == 1 else scores.size(-1)
 
     def tokens(self, text: int) -> list[str]:
         """The tokens of a text."""

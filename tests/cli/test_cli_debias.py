@@ -96,10 +96,10 @@ def test_a_folder_with_an_intervention_is_replaced_only_when_asked(folder, tmp_p
 @pytest.mark.parametrize(
     ("args", "message"),
     [
-        (["--attributes", "size"], "attributes among length"),
+        (["--attributes", "size"], "to be of length, paragraphs"),
         (["--attributes", "length", "--k", "many"], 'Expected --k to be "search", a number, or like length=500'),
         (["--attributes", "length,bold", "--k", "1"], "bold is the same in all 40"),
-        (["--attributes", "length", "--k", "9999"], "at most the model's 192 neurons"),
+        (["--attributes", "length", "--k", "9999"], "an int from 0 to 192"),
     ],
 )
 def test_what_is_wrong_is_named_in_one_line(folder, tmp_path, args, message):
