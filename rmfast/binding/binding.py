@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -76,6 +76,7 @@ class Binding:
     causal: bool
     width: int
     outermost: nn.Module
+    find: Callable[..., Binding]  # what made it, `rmfast.binding.find.bind`
     pooling: str | int = "auto"
     avoid: tuple[int, ...] = ()
     reading: str = "last"
@@ -174,11 +175,9 @@ class Binding:
             )
         if not self.head_names or self.own_forward() == self.tried_forward:
             return
-        from rmfast.binding.find import bind  # which makes bindings
-
         changed = f"What the forward of {type(self.root).__name__} runs has changed since the model was bound"
         try:
-            found = bind(self.outermost, self.pooling, self.avoid)
+            found = self.find(self.outermost, self.pooling, self.avoid)
         except ValueError as error:
             raise ValueError(f"{changed} (hooks, or a forward set on it). {error}") from error
         was, now = (

@@ -111,6 +111,7 @@ def _bind(root: nn.Module, outermost: nn.Module, pooling: str | int, avoid: tupl
     norm = _find_norm(calls, body, states)
     chain = _find_head(calls, body, states)
     bound = Binding(
+        find=bind,
         root=root,
         body_name=body.name,
         norm_name=None if norm is None else norm.name,

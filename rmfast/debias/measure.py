@@ -236,7 +236,7 @@ def report(
     arguments.number("confidence", confidence, 0, 1, above=True, below=True)
     arguments.whole("seed", seed, 0)
     if rm is not None:
-        arguments.instance("rm", rm, Scorer)
+        _expect_scorer(rm)
     if rewards is None:
         if rm is None:
             raise ValueError("Expected rm, or rewards (n, 2) of chosen and rejected, got neither")
@@ -254,9 +254,16 @@ def read_some(pairs: Sequence[Any], least: int) -> list[Pair]:
     return read
 
 
+def _expect_scorer(rm: Any) -> None:
+    from rmfast.engine.scorer import Scorer  # not before a model is there
+
+    arguments.instance("rm", rm, Scorer)
+
+
 def of_one_reward(rm: Scorer) -> Scorer:
     """The model; ValueError for one of several rewards."""
-    if arguments.instance("rm", rm, Scorer).num_labels != 1:
+    _expect_scorer(rm)
+    if rm.num_labels != 1:
         raise ValueError(
             f"Expected a model of one reward, got one of {rm.num_labels}: pairs have no order under several"
         )

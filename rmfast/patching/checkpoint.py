@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import time
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import safetensors.torch
@@ -15,13 +14,6 @@ from torch import Tensor
 from rmfast.texts.files import target
 
 _SAVE_SECONDS = 20  # between two writes of a checkpoint
-
-
-def _opened(path: Path) -> Any:
-    try:
-        return safetensors.safe_open(path, "pt")
-    except safetensors.SafetensorError as error:
-        raise ValueError(f"Expected {path.name} to be a checkpoint of a sweep, got another file: {error}") from error
 
 
 class Checkpoint:
