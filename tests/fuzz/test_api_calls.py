@@ -144,6 +144,6 @@ def test_right_calls_run():
 
 def test_a_malformed_call_ends_in_an_error_that_names_the_argument():
     every = list(trials())
-    count = int(os.environ.get("FUZZ_CALLS", 1500))
+    count = int(os.environ.get("FUZZ_CALLS", 5000))
     some = random.Random(int(os.environ.get("FUZZ_SEED", 0))).sample(every, min(count, len(every)))
     assert faults(some) == []
