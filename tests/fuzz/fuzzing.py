@@ -32,9 +32,9 @@ WORST: dict[str, float] = {}
 
 
 def fuzz(examples: int, **strategies: Any) -> Callable[[Callable[..., None]], Callable[..., None]]:
-    """A test of as many examples, or of forty times as many in a long run, which ends when its time is over."""
+    """A test of as many examples, or of ten times as many in a long run, which ends when its time is over."""
     profile = settings(
-        max_examples=examples * (40 if LONG else 1),
+        max_examples=examples * (10 if LONG else 1),
         derandomize=not LONG,
         database=None,
         deadline=None,
