@@ -182,7 +182,7 @@ def test_an_encoder_runs_padded_and_says_why():
 
 
 def test_an_unknown_engine_is_refused():
-    with pytest.raises(ValueError, match='Expected engine to be "packed", "padded" or None, got \'fast\''):
+    with pytest.raises(ValueError, match='Expected engine to be "packed" or "padded", got \'fast\''):
         RewardModel(decoder("llama")).score([[1]], engine="fast")
 
 
