@@ -6,7 +6,7 @@ scoring. That is what a search over clamps of neurons costs for each trial, and 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
+from rmfast.arguments import flag, instance, sequence, shown, whole
 from rmfast.binding.binding import Binding
 from rmfast.binding.session import read_rows, reading, replaced_forward
 from rmfast.debias.apply import clamp_key, intervened, projections
@@ -42,7 +43,7 @@ class LastTokenRuns:
 
     Args:
         rm: the model; interventions that it carries are part of it.
-        inputs, max_length, truncation, format: as for `RewardModel.score`.
+        inputs, max_length, truncation, format, chat_template_kwargs, tools: as for `RewardModel.score`.
         batch_tokens: most rows that run at once; default as for `score`.
         progress: show a progress bar.
 
@@ -52,7 +53,7 @@ class LastTokenRuns:
             tokens at each call.
 
     Raises:
-        ValueError: the model pools by itself, or keys and values do not fit into free memory.
+        TypeError, ValueError: an argument of another type or out of range; the model pools by itself, or keys and values do not fit into free memory.
     """
 
     def __init__(
@@ -64,13 +65,26 @@ class LastTokenRuns:
         max_length: int | None = None,
         truncation: Truncation = "error",
         format: Format | None = None,
+        chat_template_kwargs: Mapping[str, Any] | None = None,
+        tools: Sequence[Any] | None = None,
         progress: bool = False,
     ):
+        instance("rm", rm, Scorer)
+        flag("progress", progress)
+        if batch_tokens is not None:
+            batch_tokens = whole("batch_tokens", batch_tokens, 1)
         if not rm.binding.head:
             raise ValueError(f"{type(rm.binding.root).__name__} pools by itself, so that it has no last token to rerun")
         self.rm = rm
         self.widths = projections(rm)
-        self._encoded = rm.encode(inputs, max_length=max_length, truncation=truncation, format=format)
+        self._encoded = rm.encode(
+            inputs,
+            max_length=max_length,
+            truncation=truncation,
+            format=format,
+            chat_template_kwargs=chat_template_kwargs,
+            tools=tools,
+        )
         self._read = rm.positions(self._encoded)
         engine = rm.packed_engine() if self._encoded else "no texts"
         self._engine = None if isinstance(engine, str) else engine
@@ -107,10 +121,11 @@ class LastTokenRuns:
         Args:
             names: only these; default all.
         """
-        asked = list(self.widths) if names is None else list(names)
+        asked = list(self.widths) if names is None else [*sequence("names", names)]
         for name in asked:
-            if name not in self.widths:
-                raise ValueError(f"Expected names of projections ({', '.join([*self.widths][:8])}, ...), got {name!r}")
+            if not isinstance(name, str) or name not in self.widths:
+                known = ", ".join([*self.widths][:8])
+                raise ValueError(f"Expected names of projections ({known}, ...), got {shown(name)}")
         itemsize = next(p.element_size() for p in self.rm.binding.root.parameters() if p.is_floating_point())
         row = len(self) * itemsize
         while asked:

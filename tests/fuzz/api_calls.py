@@ -388,7 +388,10 @@ def _biases(w: SimpleNamespace) -> Iterator[Call]:
     yield call("Neurons.top", w.neurons.top, attribute=("length", named), n=(3, whole(0)))
     yield call("Neurons.ends", w.neurons.ends, attribute=("length", named), k=(3, whole(0)))
     yield call("Neurons.clamp", w.neurons.clamp, k=(2, each), **LAST_OR_ALL)
-    yield call("LastTokenRuns", lambda **kw: last_token.LastTokenRuns(rm, **kw), inputs=(TEXTS, texts), **ENCODING)
+    yield call("LastTokenRuns", last_token.LastTokenRuns, rm=(rm, instance(rmfast.RewardModel)), inputs=(TEXTS, texts),
+               **OPTIONS)  # fmt: skip
+    yield call("LastTokenRuns.projections", lambda names: list(w.runs.projections(names)),
+               names=([*w.runs.widths][:2], optional(all_of(one_of(*w.runs.widths)))))  # fmt: skip
     yield call(
         "LastTokenRuns.rewards", w.runs.rewards, intervention=(w.clamp, optional(instance(interventions.Intervention)))
     )
