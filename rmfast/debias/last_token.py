@@ -53,7 +53,8 @@ class LastTokenRuns:
             tokens at each call.
 
     Raises:
-        TypeError, ValueError: an argument of another type or out of range; the model pools by itself, or keys and values do not fit into free memory.
+        TypeError, ValueError: an argument of another type or out of range.
+        ValueError: the model pools by itself, or keys and values do not fit into free memory.
     """
 
     def __init__(
