@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
-from conftest import backends_of
 from torch import Tensor
 from torch.nn.functional import logsigmoid
+from ways import backends_of
 
 import rmfast.ops  # noqa: F401  # so that tcrm has its backends
 

@@ -4,11 +4,16 @@ from __future__ import annotations
 
 import hashlib
 import inspect
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 from torch import Tensor, nn
 from torch.nn.modules import module as _torch_module
+
+# Whose hooks change nothing: transformers' own, which the first call with output_hidden_states leaves on all layers for
+# good, and torch's that keep track of the module that runs (FlopCounterMode).
+_WATCHERS = ("transformers.utils.output_capturing", "torch.utils.module_tracker")
 
 PASSIVE = (nn.Dropout, nn.Identity, nn.Flatten)  # modules that change no value in eval mode
 
@@ -114,17 +119,21 @@ def own_forward(module: nn.Module) -> Any:
 
 
 def has_hooks(module: nn.Module) -> bool:
-    """Whether it has forward hooks that do something, or all modules have (torch's global ones).
+    """Whether it has forward hooks that do something, or all modules have (torch's global ones)."""
+    return bool(hooks_of(module))
 
-    The first call with output_hidden_states or output_attentions leaves transformers' own on all layers for good; they
-    do nothing in a run that did not ask for these outputs.
-    """
-    if _torch_module._global_forward_hooks or _torch_module._global_forward_pre_hooks:
-        return True
-    if not module._forward_hooks and not module._forward_pre_hooks:
-        return False
-    hooks = [*module._forward_hooks.values(), *module._forward_pre_hooks.values()]
-    return any(getattr(hook, "__module__", None) != "transformers.utils.output_capturing" for hook in hooks)
+
+def hooks_of(module: nn.Module) -> tuple[Callable, ...]:
+    """The forward hooks that take part in a call of it, torch's global ones first; not those that only watch."""
+    owners = (
+        _torch_module._global_forward_pre_hooks,
+        _torch_module._global_forward_hooks,
+        module._forward_pre_hooks,
+        module._forward_hooks,
+    )
+    return tuple(
+        hook for hooks in owners if hooks for hook in hooks.values() if getattr(hook, "__module__", "") not in _WATCHERS
+    )
 
 
 def structure_of(root: nn.Module) -> tuple:
@@ -134,9 +143,7 @@ def structure_of(root: nn.Module) -> tuple:
 
 def calls_of(module: nn.Module) -> tuple:
     """What a call of it runs around its parts, as a key: its class' forward, one set on the instance, hooks."""
-    hooks = (_torch_module._global_forward_pre_hooks, _torch_module._global_forward_hooks, module._forward_pre_hooks,
-             module._forward_hooks)  # fmt: skip
-    return type(module).forward, own_forward(module), *(tuple(each.values()) for each in hooks)
+    return type(module).forward, own_forward(module), hooks_of(module)
 
 
 def call_arguments(

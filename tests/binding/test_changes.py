@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import nn
 from torch.nn.modules.module import register_module_forward_hook
+from torch.utils.flop_counter import FlopCounterMode
 
 from rmfast import RewardModel
 
@@ -119,6 +120,18 @@ def test_torchs_global_hooks_take_part_until_they_are_removed(kind):
     finally:
         handle.remove()
     M.assert_rewards(reward_model.score(IDS), before, 1.0)
+
+
+def test_hooks_that_only_watch_leave_the_engine_as_it_is():
+    model, reward_model = scored()
+    want = reward_model.score(IDS)
+    with FlopCounterMode(display=False) as counted:
+        assert "engine: packed, fused" in RewardModel(model).explain()
+        assert torch.equal(reward_model.score(IDS), want)
+    assert counted.get_total_flops() > 0
+    with torch.inference_mode():
+        model(torch.tensor([[5, 6]]), output_hidden_states=True)
+    assert "engine: packed, fused" in RewardModel(model).explain() and torch.equal(reward_model.score(IDS), want)
 
 
 @pytest.mark.parametrize("how", ["head", "weight", "mlp"])

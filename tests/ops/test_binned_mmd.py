@@ -6,9 +6,9 @@ import re
 
 import pytest
 import torch
-from conftest import backends_of
 from losses import every_dtype, normal, peak_bytes
 from torch import Tensor
+from ways import backends_of
 
 from rmfast.losses import binned_mmd
 from rmfast.ops._binned_mmd import median_rows

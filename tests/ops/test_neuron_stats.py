@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 import scipy.stats
 import torch
-from conftest import backends_of
 from torch import Tensor
+from ways import backends_of
 
 import rmfast
 from rmfast.ops import neuron_stats

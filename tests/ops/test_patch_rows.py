@@ -6,11 +6,11 @@ import re
 
 import pytest
 import torch
-from conftest import backends_of
 from test_token_wise import assert_true, draw
 from torch import Tensor
 from transformers.models.gemma2.modeling_gemma2 import Gemma2RMSNorm
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
+from ways import backends_of
 
 from rmfast.kernels.patch_rows import reference
 from rmfast.ops import patch_rows, rms_norm

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from conftest import DEVICES, backends_of
+from ways import DEVICES, backends_of
 
 from rmfast.ops import reward_head
 

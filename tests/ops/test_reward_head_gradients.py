@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
-from conftest import DEVICES, backends_of
 from test_reward_head import case, each_dtype, each_norm, gradients, parameter_names
+from ways import DEVICES, backends_of
 
 import rmfast
 from rmfast.kernels.reward_head import reference

@@ -10,10 +10,10 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 import pytest
 import torch
-from conftest import backends_of
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
+from ways import backends_of
 
 import rmfast
 from rmfast.ops import suffix_attention

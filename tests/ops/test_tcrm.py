@@ -6,10 +6,10 @@ import re
 
 import pytest
 import torch
-from conftest import backends_of
 from losses import TERMS, close, ends, every_dtype, every_tcrm, normal, sum_and_mean, written_out
 from torch import Tensor
 from torch.nn.functional import logsigmoid
+from ways import backends_of
 
 from rmfast.losses import linear_value_loss, tcrm_loss
 from rmfast.ops import reward_head, tcrm

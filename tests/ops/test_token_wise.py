@@ -6,13 +6,13 @@ import re
 
 import pytest
 import torch
-from conftest import backends_of
 from torch import Tensor
 from transformers.activations import ACT2FN
 from transformers.models.gemma2.modeling_gemma2 import Gemma2RMSNorm
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb as llama_rotary
 from transformers.models.phi3.modeling_phi3 import apply_rotary_pos_emb as phi3_rotary
+from ways import backends_of
 
 from rmfast.kernels.token_wise import reference
 from rmfast.ops import gated_activation, rms_norm, rotary

@@ -9,8 +9,8 @@ import sys
 
 import pytest
 import torch
-from conftest import backends_of
 from torch import Tensor
+from ways import backends_of
 
 import rmfast
 from rmfast import backends

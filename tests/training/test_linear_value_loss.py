@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
-from conftest import backends_of
 from losses import TERMS, ends, every_tcrm, normal, peak_bytes, written_out
 from torch import Tensor
+from ways import backends_of
 
 from rmfast.losses import linear_value_loss
 
