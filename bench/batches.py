@@ -19,6 +19,7 @@ import torch
 import transformers
 
 import rmfast
+from rmfast.binding.norms import gain_of
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _SHAPE = {
@@ -71,6 +72,9 @@ def compare(model: Any, batches: int, theirs: int, seed: int) -> dict[str, Any]:
     """Counts over `batches` batches, and over the first `theirs` of them for transformers."""
     rm, rng, config = rmfast.RewardModel(model), random.Random(seed), model.config.get_text_config()
     weight = next(module.weight for name, module in model.named_modules() if name in ("score", "classifier"))
+    gain = None if rm.binding.norm is None else gain_of(rm.binding.norm)
+    if gain is not None:
+        weight = weight * (1 + gain if rm.binding.norm_kind == "gemma_rms" else gain)
     scale = float(weight.detach().float().norm(dim=1).max())
     groups = pool(rng, config.vocab_size, config.pad_token_id, 30)
     alone = {id(text): rm.score([text]).reshape(-1) for group in groups for text in group}
