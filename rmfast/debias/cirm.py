@@ -15,12 +15,13 @@ from typing import Any, Literal
 import torch
 from tqdm.auto import tqdm
 
-from rmfast.arguments import flag, whole, wholes, word
+from rmfast.arguments import whole, wholes, word
 from rmfast.debias.apply import intervened, projections
 from rmfast.debias.interventions import NeuronClamp
 from rmfast.debias.last_token import LastTokenRuns
 from rmfast.debias.measure import Attribute, right
 from rmfast.debias.neurons import fitting, k_of_each, localised
+from rmfast.engine.options import checked_run
 from rmfast.engine.scorer import Scorer
 
 CHOICES = (50, 100, 200, 500, 1000, 2000, 5000)  # the paper's k, from each end of an attribute's ranking
@@ -80,8 +81,7 @@ def fit(
     searched = isinstance(k, str)
     trials, seed = whole("trials", trials, 1), whole("seed", seed, 0, 2**32 - 1)
     choices = wholes("choices", choices, least=0)  # a setting is kept as JSON, which has no numbers of numpy
-    batch_tokens = None if batch_tokens is None else whole("batch_tokens", batch_tokens, 1)
-    flag("progress", progress)
+    batch_tokens = checked_run(batch_tokens, progress)
     seconds = _Stopwatch()
     with seconds("attributes and tokens"):
         read, found = fitting(rm, pairs, attributes)

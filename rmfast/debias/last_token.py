@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from rmfast.arguments import flag, instance, sequence, shown, whole
+from rmfast.arguments import instance, sequence, shown
 from rmfast.binding.binding import Binding
 from rmfast.binding.session import read_rows, reading, replaced_forward
 from rmfast.debias.apply import clamp_key, intervened, projections
@@ -24,6 +24,7 @@ from rmfast.debias.interventions import Intervention
 from rmfast.engine.attention import Run
 from rmfast.engine.invariance import padded
 from rmfast.engine.memory import free_memory
+from rmfast.engine.options import checked_run
 from rmfast.engine.packed import Engine, planning_windows
 from rmfast.engine.padded import batches, run_batch
 from rmfast.engine.planner import plan
@@ -71,9 +72,7 @@ class LastTokenRuns:
         progress: bool = False,
     ):
         instance("rm", rm, Scorer)
-        flag("progress", progress)
-        if batch_tokens is not None:
-            batch_tokens = whole("batch_tokens", batch_tokens, 1)
+        batch_tokens = checked_run(batch_tokens, progress)
         if not rm.binding.head:
             raise ValueError(f"{type(rm.binding.root).__name__} pools by itself, so that it has no last token to rerun")
         self.rm = rm

@@ -45,7 +45,7 @@ def tile_of(body: nn.Module) -> int | str:
     One module of each kind, shape and dtype is run on random rows, a few milliseconds for a small model.
     """
     most = 1
-    for module, key in _matmuls(body):
+    for key, module in _matmuls(body).items():
         if key not in _found:
             _found[key] = _smallest(module)
         tile = _found[key]
@@ -56,14 +56,15 @@ def tile_of(body: nn.Module) -> int | str:
     return most
 
 
-def _matmuls(body: nn.Module) -> list[tuple[nn.Module, tuple]]:
+def _matmuls(body: nn.Module) -> dict[tuple, nn.Module]:
+    """A module of each kind, shape and dtype."""
     found: dict[tuple, nn.Module] = {}
     for module in body.modules():
         if isinstance(module, nn.Linear | Conv1D) and is_readable(module):
             weight = module.weight
             key = (type(module), tuple(weight.shape), weight.dtype, weight.device, torch.get_num_threads())
             found.setdefault(key, module)
-    return [(module, key) for key, module in found.items()]
+    return found
 
 
 def _smallest(module: nn.Module) -> int | None:

@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from functools import wraps
 from typing import Any, Literal, TypedDict, TypeVar, get_type_hints
 
+from rmfast.arguments import flag, whole
 from rmfast.texts.inputs import Format, Truncation
 
 F = TypeVar("F", bound=Callable)
@@ -85,3 +86,9 @@ def takes(kind: type, *but: str) -> Callable[[F], F]:
         return call  # type: ignore[return-value]
 
     return decorate
+
+
+def checked_run(batch_tokens: Any, progress: Any) -> int | None:
+    """`batch_tokens` of `RunOptions` as an int, once both are what they are documented to be."""
+    flag("progress", progress)
+    return None if batch_tokens is None else whole("batch_tokens", batch_tokens, 1)

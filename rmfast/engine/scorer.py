@@ -23,14 +23,13 @@ from rmfast.binding.proof import read_at
 from rmfast.binding.session import lock_of, share_lock
 from rmfast.engine.attention import Unsupported
 from rmfast.engine.layers import settings
+from rmfast.engine.options import Encoding, checked_run
 from rmfast.engine.packed import Engine, run_packed
 from rmfast.engine.padded import run_padded
 from rmfast.texts.inputs import FORMATS, Encoded, Format, InputError, Truncation, encode
 
 if TYPE_CHECKING:
     from typing_extensions import Self, Unpack
-
-    from rmfast.engine.options import Encoding
 
 # Tokens of one batch, padding included. A CPU is at its GEMM rate from about 2,000 tokens, and more only adds padding,
 # cache misses and memory; a large GPU wants more rows in flight: 16,384 tokens of an 8B model take about 1.5 GB.
@@ -274,9 +273,7 @@ class Scorer:
         """
         if engine is not None:
             arguments.word("engine", engine, ("packed", "padded"))
-        arguments.flag("progress", progress)
-        if batch_tokens is not None:
-            batch_tokens = arguments.whole("batch_tokens", batch_tokens, 1)
+        batch_tokens = checked_run(batch_tokens, progress)
         packed = self.packed_engine() if engine != "padded" and encoded else None
         if self.invariant and encoded and (moves := "padded runs" if packed is None else self.moves()):
             raise ValueError(f"Expected invariant=False: rewards may move with their batch here, {moves}")

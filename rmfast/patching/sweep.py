@@ -18,7 +18,8 @@ from scipy.stats import spearmanr
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from rmfast.arguments import array, flag, path, whole, word
+from rmfast.arguments import array, path, whole, word
+from rmfast.engine.options import checked_run
 from rmfast.engine.scorer import Scorer
 from rmfast.patching.checkpoint import Checkpoint
 from rmfast.patching.grid import PatchSweep
@@ -45,9 +46,8 @@ def patch_sweep(
         word("screen", screen, ("atp",))
     if (screen is None) != (top is None):
         raise ValueError("Expected screen and top together: the sites that AtP ranks among the first `top` are run")
-    flag("progress", progress)
     top = None if top is None else whole("top", top, 1)
-    batch_tokens = None if batch_tokens is None else whole("batch_tokens", batch_tokens, 1)
+    batch_tokens = checked_run(batch_tokens, progress)
     file = None if checkpoint is None else path("checkpoint", checkpoint)
     pairs, many = request.pairs(clean, corrupted)
     saved = None if file is None else Checkpoint(file, request.fingerprint(pairs, batch_tokens, top))

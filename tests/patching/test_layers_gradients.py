@@ -12,12 +12,6 @@ from rmfast.patching.layers_patcher import LayersPatcher
 from rmfast.patching.sites import KINDS
 
 
-@pytest.fixture
-def all_fp64():
-    with O.everything_in_fp64():
-        yield
-
-
 @families
 def test_gradients_are_finite_differences(family, all_fp64):
     model = MAKERS[family]().double()

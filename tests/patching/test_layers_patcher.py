@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import threading
 
 import models as M
@@ -14,18 +13,6 @@ from edited import IDS, MAKERS, OTHER, READ, bound, expected, families, few, gri
 
 from rmfast.patching.layers_patcher import LayersPatcher
 from rmfast.patching.sites import KINDS, Edits
-
-
-@pytest.fixture
-def all_fp64():
-    with O.everything_in_fp64():
-        yield
-
-
-@pytest.fixture(params=[torch.float64, torch.float32], ids=["fp64", "fp32"])
-def dtype(request):
-    with O.everything_in_fp64() if request.param == torch.float64 else contextlib.nullcontext():
-        yield request.param
 
 
 @families

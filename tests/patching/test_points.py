@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-
 import models as M
 import oracle as O
 import pytest
@@ -14,18 +12,6 @@ from torch import nn
 
 from rmfast.patching.layers_patcher import LayersPatcher
 from rmfast.patching.sites import KINDS
-
-
-@pytest.fixture
-def all_fp64():
-    with O.everything_in_fp64():
-        yield
-
-
-@pytest.fixture(params=[torch.float64, torch.float32], ids=["fp64", "fp32"])
-def dtype(request):
-    with O.everything_in_fp64() if request.param == torch.float64 else contextlib.nullcontext():
-        yield request.param
 
 
 @families
