@@ -134,17 +134,55 @@ def bf16_matmul_pays() -> bool:
     """Whether torch's bf16 matmul on this CPU is faster than its fp32 one; what is not measured counts as no.
 
     With AMX it is, several times; by AVX-512's dot instruction on AMD (Zen 4: 2.1 times), but not on Intel's (Emerald
-    Rapids without AMX: 0.55 to 0.7 times).
+    Rapids without AMX: 0.55 to 0.7 times). oneDNN, which multiplies, may be held to less by the environment.
     """
-    if platform.machine().lower() not in ("x86_64", "amd64"):
+    if not _is_x86() or _onednn_limit() in _NO_BF16:
         return False
-    if torch.cpu._is_amx_tile_supported():
+    if torch.cpu._is_amx_tile_supported() and "AMX" in (_onednn_limit() or "AMX"):
         return True
+    return torch.cpu._is_avx512_bf16_supported() and _is_amd()
+
+
+# What ONEDNN_MAX_CPU_ISA may hold oneDNN to that has no instruction for bf16.
+_NO_BF16 = ("SSE41", "AVX", "AVX2", "AVX2_VNNI", "AVX2_VNNI_2", "AVX512_CORE", "AVX512_CORE_VNNI")
+
+
+def _onednn_limit() -> str | None:
+    limit = (os.environ.get("ONEDNN_MAX_CPU_ISA") or os.environ.get("DNNL_MAX_CPU_ISA") or "ALL").upper()
+    return None if limit in ("ALL", "DEFAULT") else limit
+
+
+def _is_x86() -> bool:
+    return platform.machine().lower() in ("x86_64", "amd64")
+
+
+def _is_amd() -> bool:
+    """Whether the CPU is AMD's; False where no compiled library can say."""
     path = library_path("_C")
-    if not torch.cpu._is_avx512_bf16_supported() or path is None or _load("_C") is not None:
+    if path is None or _load("_C") is not None:
         return False
     is_amd = getattr(ctypes.CDLL(str(path)), "rmfast_cpu_is_amd", None)  # None: a library built before it
     return is_amd is not None and bool(is_amd() & 1)
+
+
+@functools.cache
+def fp32_linear_pays(dtype: torch.dtype) -> tuple[bool, str]:
+    """Whether the op `linear`, in fp32 on weights of `dtype`, is faster on this CPU than torch's product in that dtype;
+    and why. What is not measured counts as no."""
+    name = str(dtype)[6:]
+    if not _is_x86():
+        return False, f"{name} is not measured on {platform.machine()}"
+    if dtype == torch.float32:
+        if not _is_amd():
+            return False, "MKL multiplies float32 at this CPU's rate"
+        if cpu_isa() not in ("avx512", "avx2"):
+            return False, f"RMFAST_CPU_ISA is {cpu_isa()}"
+        return True, "MKL's float32 runs below the rate of AMD's CPUs"
+    if dtype == torch.float16:
+        return True, "this CPU multiplies float16 more slowly than float32"
+    if bf16_matmul_pays():
+        return False, "this CPU multiplies bfloat16 faster than float32"
+    return True, "this CPU multiplies bfloat16 more slowly than float32"
 
 
 @functools.cache

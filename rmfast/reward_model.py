@@ -38,6 +38,9 @@ class RewardModel(Scorer):
         invariant: True for rewards that have the same bits in any batch (docs/reliability.md), and an error of any run
             that can't promise them; False for runs that don't pad their rows for it. None, the default, pads on CPUs,
             where it costs 1% of a batch, and promises what `explain` says.
+        compute: "native" multiplies in the dtype that the weights are stored in; "fp32" in fp32, without a copy of 16-bit
+            weights, so that rewards are those of the same weights after `model.float()`. "auto", the default, takes what
+            is faster on this CPU (`explain` says which and why); native on other devices.
 
     Attributes:
         num_labels: K, the rewards of one token.
@@ -427,6 +430,7 @@ def load(
     trust_remote_code: bool = False,
     pooling: str | int = "auto",
     invariant: bool | None = None,
+    compute: Literal["auto", "native", "fp32"] = "auto",
     **kw: Any,
 ) -> RewardModel:
     """Load a reward model and its tokenizer with transformers.
@@ -437,7 +441,7 @@ def load(
         dtype: a torch dtype or its name; default the checkpoint's own.
         device: where the weights go; default a CUDA GPU where there is one, else the CPU. Not with device_map.
         trust_remote_code: run the checkpoint's own Python code.
-        pooling, invariant: as for `RewardModel`.
+        pooling, invariant, compute: as for `RewardModel`.
         **kw: passed to from_pretrained: device_map, quantization_config, revision, subfolder, num_labels, ...
 
     Raises:
@@ -449,4 +453,4 @@ def load(
     model, tokenizer = load_checkpoint(
         path_or_id, dtype=dtype, device=device, trust_remote_code=trust_remote_code, **kw
     )
-    return RewardModel(model, tokenizer, pooling=pooling, invariant=invariant)
+    return RewardModel(model, tokenizer, pooling=pooling, invariant=invariant, compute=compute)

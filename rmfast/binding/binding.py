@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from rmfast.binding.compute import Fp32, chosen, holds
 from rmfast.binding.modules import (
     active,
     call_arguments,
@@ -63,6 +64,7 @@ class Binding:
         pooling, avoid: as they were given to `rmfast.binding.find.bind`.
         reading: the rule by which the model reads a text's token: a name in `rmfast.binding.proof.READINGS`, or for a
             token id as pooling which of its occurrences, "first" or "last".
+        compute: "native" for linear layers in the weights' own dtype, "fp32" (`rmfast.binding.compute`), or "auto".
         rope: modules of the body whose rotary frequencies go by the longest text seen.
         clamps: outputs of modules that are set to values in every session.
         before, after: what rows lose before the final norm, and between it and the head.
@@ -80,6 +82,7 @@ class Binding:
     pooling: str | int = "auto"
     avoid: tuple[int, ...] = ()
     reading: str = "last"
+    compute: str = "native"
     rope: list[nn.Module] = field(default_factory=list)
     clamps: tuple[Clamp, ...] = ()
     before: Removal | None = None
@@ -151,9 +154,20 @@ class Binding:
                 torch.inference_mode(not grad),
                 eval_mode(self.root),
                 kept_rope(self.rope),
+                Fp32() if self.in_fp32 and not holds() else ExitStack(),
                 with_clamps(self.root, self.clamps if clamped else ()),
             ):
                 yield
+
+    @property
+    def in_fp32(self) -> bool:
+        """Whether sessions run in fp32, whatever the weights are stored in; looked up anew, since those may change."""
+        return chosen(self.compute, self.root)[0]
+
+    @property
+    def stream_dtype(self) -> torch.dtype:
+        """Of the hidden states in a session."""
+        return torch.float32 if self.in_fp32 else next(p.dtype for p in self.root.parameters() if p.is_floating_point())
 
     def own_forward(self) -> tuple:
         """What the model's own forward runs around its parts, as a key."""

@@ -189,7 +189,7 @@ def _same_model(binding: Binding, copied: nn.Module, clamps: list[Clamp]) -> boo
             out = bound.hidden(ids, torch.ones_like(ids)) if binding.head else bound.pooled(ids, torch.ones_like(ids))
             states.append(out.double().cpu())
     plain, wanted, got = states
-    rounding = 1e-5 if next(p.dtype for p in copied.parameters() if p.is_floating_point()).itemsize > 2 else 1e-2
+    rounding = 1e-5 if binding.stream_dtype.itemsize > 2 else 1e-2
     return bool((got - wanted).norm() <= 0.1 * (plain - wanted).norm() + rounding * wanted.norm())
 
 

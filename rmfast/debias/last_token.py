@@ -126,7 +126,7 @@ class LastTokenRuns:
             if not isinstance(name, str) or name not in self.widths:
                 known = ", ".join([*self.widths][:8])
                 raise ValueError(f"Expected names of projections ({known}, ...), got {shown(name)}")
-        itemsize = next(p.element_size() for p in self.rm.binding.root.parameters() if p.is_floating_point())
+        itemsize = self.rm.binding.stream_dtype.itemsize
         row = len(self) * itemsize
         while asked:
             count, size = 0, 0

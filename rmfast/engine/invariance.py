@@ -14,6 +14,8 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from rmfast import backends as _backends
+from rmfast.binding.compute import holds, is_ours
 from rmfast.binding.modules import is_readable
 
 # Rows that are tried, the fewest first. MKL's fp32 wants 4 for each thread; a GPU's kernels have tiles of 64 to 256.
@@ -57,11 +59,14 @@ def tile_of(body: nn.Module) -> int | str:
 
 
 def _matmuls(body: nn.Module) -> dict[tuple, nn.Module]:
-    """A module of each kind, shape and dtype."""
+    """A module of each kind, shape and dtype, of those whose rows may move."""
     found: dict[tuple, nn.Module] = {}
+    ours = holds() and _backends.runs("linear", "cpu") == "cpp"
     for module in body.modules():
         if isinstance(module, nn.Linear | Conv1D) and is_readable(module):
             weight = module.weight
+            if ours and is_ours(weight):
+                continue  # `rmfast.ops.linear`, whose rows do not
             key = (type(module), tuple(weight.shape), weight.dtype, weight.device, torch.get_num_threads())
             found.setdefault(key, module)
     return found

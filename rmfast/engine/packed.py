@@ -20,6 +20,7 @@ from tqdm.auto import tqdm
 
 from rmfast import backends as _backends
 from rmfast.binding.binding import Binding
+from rmfast.binding.compute import holds
 from rmfast.binding.find import probe_ids
 from rmfast.binding.modules import has_hooks, hidden_state_of
 from rmfast.binding.rope import fresh_rope
@@ -63,10 +64,10 @@ class Engine:
         self.why: str | None = None
         self.layers: list[tuple[nn.Module, Layer]] = []
         self._options: dict[nn.Module, dict[str, Any]] = {}
-        self._tiles: dict[int, int | str] = {}  # by the number of threads
+        self._tiles: dict[tuple, int | str] = {}  # by the number of threads, and whether products are ours
         self._moves: dict[tuple, str | None] = {}
         with binding.session(clamped=False):
-            precise = next(binding.body.parameters()).dtype in (torch.float32, torch.float64)
+            precise = binding.stream_dtype in (torch.float32, torch.float64)
             # fp32 differs by 1e-6, a wrong formula by a percent or more. bf16 itself is off by up to 2%.
             error = self._probe(1e-4 if precise else 0.1)
             if isinstance(error, str):
@@ -96,10 +97,10 @@ class Engine:
         return 1 if isinstance(found, str) else found
 
     def _tile(self) -> int | str:
-        threads = torch.get_num_threads()
-        if threads not in self._tiles:
-            self._tiles[threads] = tile_of(self.binding.body)
-        return self._tiles[threads]
+        key = torch.get_num_threads(), holds()
+        if key not in self._tiles:
+            self._tiles[key] = tile_of(self.binding.body)
+        return self._tiles[key]
 
     def moves(self) -> str | None:
         """Why a text's bits may depend on the texts beside it, or None where they do not.
@@ -144,7 +145,6 @@ class Engine:
     def affordable_tokens(self) -> int:
         """Rows of a chunk that fit into half of the free memory, K/V rows kept for the next chunk included."""
         config, body = self.binding.config, self.binding.body
-        weight = next(body.parameters())
         try:
             d, heads = int(config.hidden_size), int(config.num_attention_heads)
             head_dim = int(getattr(config, "head_dim", None) or d // heads)
@@ -155,7 +155,7 @@ class Engine:
         # A row at its widest: stream, norm, q, k, v, output, gate, up and their product; a pool may hold 8 rows of K/V
         # for each; and K/V kept in every layer.
         row = 6 * d + 3 * inner + 2 * kv * (9 + config.num_hidden_layers)
-        return max(256, free_memory(self.binding.device) // 2 // (row * weight.element_size()))
+        return max(256, free_memory(self.binding.device) // 2 // (row * self.binding.stream_dtype.itemsize))
 
     def _masked_window(self) -> str | None:
         """Why a window that the model puts into its mask, which no longer exists, rules packed runs out."""

@@ -17,6 +17,7 @@ from tqdm.auto import tqdm
 from rmfast import arguments
 from rmfast import backends as _backends
 from rmfast.binding.binding import Binding
+from rmfast.binding.compute import checked_compute, chosen, measured, stored_dtype
 from rmfast.binding.find import bind
 from rmfast.binding.modules import fingerprint, has_hooks
 from rmfast.binding.proof import read_at
@@ -61,14 +62,18 @@ class Scorer:
     """
 
     def __init__(
-        self, model: nn.Module, tokenizer: Any = None, *, pooling: str | int = "auto", invariant: bool | None = None
-    ):
+        self, model: nn.Module, tokenizer: Any = None, *, pooling: str | int = "auto", invariant: bool | None = None,
+        compute: Literal["auto", "native", "fp32"] = "auto",
+    ):  # fmt: skip
         if tokenizer is not None and not (callable(tokenizer) and hasattr(tokenizer, "decode")):
             raise TypeError(f"Expected tokenizer to be one of transformers, or None, got {arguments.shown(tokenizer)}")
         pooling = checked_pooling(pooling)
         if invariant is not None:
             arguments.flag("invariant", invariant)
+        compute = checked_compute(compute)
         self.binding = bind(model, pooling, tuple(getattr(tokenizer, "all_special_ids", None) or ()))
+        chosen(compute, self.binding.root)
+        self.binding.compute = compute
         self.model = model
         self.tokenizer = tokenizer
         self.pooling = pooling
@@ -395,7 +400,17 @@ class Scorer:
             engine = f"packed, {packed.mode} layers" + (f" ({packed.why})" if packed.why else "")
         moves = self.moves()
         bits = "the same in any batch" if moves is None else f"may move with the batch ({moves})"
-        return f"engine: {engine}\nbits: {bits}\n{_backends.explain(device=self.binding.device.type)}"
+        return f"engine: {engine}\ncompute: {self._compute()}\nbits: {bits}\n{_backends.explain(device=self.binding.device.type)}"
+
+
+    def _compute(self) -> str:
+        """In which arithmetic linear layers run, by which rule, and what a short measurement says of it."""
+        root = self.binding.root
+        fp32, why = chosen(self.binding.compute, root)
+        stored = stored_dtype(root)
+        way = f"fp32 on {str(stored)[6:]} weights" if fp32 else f"torch's own, {str(stored)[6:]} weights"
+        witness = f"; {measured(stored)}" if self.binding.device.type == "cpu" and stored != torch.float64 else ""
+        return f"{way} ({why}{witness})"
 
 
 def _normalize(normalize: tuple[Any, Any], labels: int) -> tuple[Tensor, Tensor]:

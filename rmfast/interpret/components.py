@@ -81,7 +81,7 @@ class Components:
                 f"Expected layers of {type(binding.root).__name__} whose stream is what its head reads, "
                 f"{binding.width} wide, got {width}: what they add to it goes through a projection first"
             )
-        self._stored = next(p.dtype for p in binding.root.parameters() if p.is_floating_point())
+        self._stored = binding.stream_dtype
         self.direction, self.constant, self.dtype = self.head.direction, self.head.constant, self.head.dtype
         engine = rm.packed_engine() if packed and binding is rm.binding else "padded"
         self.packed = packed

@@ -1,6 +1,7 @@
 """The ops: schema, checks, fakes and autograd. Which kernel runs `rmfast.backends` decides."""
 
 from rmfast.ops._binned_mmd import binned_mmd
+from rmfast.ops._linear import linear
 from rmfast.ops._neuron_stats import neuron_stats
 from rmfast.ops._patch_rows import patch_rows
 from rmfast.ops._reward_head import reward_head
@@ -12,6 +13,7 @@ from rmfast.ops._topk_encode import topk_encode
 __all__ = [
     "binned_mmd",
     "gated_activation",
+    "linear",
     "neuron_stats",
     "patch_rows",
     "reward_head",

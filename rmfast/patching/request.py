@@ -294,7 +294,7 @@ class Request:
             arrays += [pair.other.ids] if pair.other is not None else []
         arrays += [tensor.detach().double().cpu().numpy() for tensor in (self.given or {}).values()]
         dtypes = sorted({str(p.dtype) for p in self.binding.root.parameters()})
-        digest.update(f"{fingerprint(self.binding.root)} {dtypes}".encode())
+        digest.update(f"{fingerprint(self.binding.root)} {dtypes} {self.binding.in_fp32}".encode())
         for array in arrays:
             digest.update(f"{array.shape}".encode() + np.ascontiguousarray(array).tobytes())
         return digest.hexdigest()

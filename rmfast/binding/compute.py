@@ -1,0 +1,204 @@
+"""In which arithmetic a session runs linear layers: torch's in the weights' own dtype, or `rmfast.ops.linear`'s fp32.
+
+A CPU without units for 16 bits multiplies in them many times slower than in fp32 (a Zen 3: 7 times), and AMD's run
+MKL's fp32 at half of what `linear` reaches. So a session may hold `Fp32`: weights stay as they are stored, and
+everything that is made of them is fp32, as in the same model after `.float()`.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+from rmfast import backends as _backends
+from rmfast.arguments import word
+from rmfast.ops import linear
+
+COMPUTE = ("auto", "native", "fp32")
+_LOW = (torch.bfloat16, torch.float16)
+_PLAIN = (Tensor, nn.Parameter)
+
+
+def stored_dtype(root: nn.Module) -> torch.dtype:
+    """Of a model's weights: what most of their elements have."""
+    counts: dict[torch.dtype, int] = {}
+    for p in root.parameters():
+        if p.is_floating_point():
+            counts[p.dtype] = counts.get(p.dtype, 0) + p.numel()
+    return max(counts, key=lambda dtype: counts[dtype], default=torch.float32)
+
+
+def checked_compute(compute: Any) -> str:
+    return word("compute", compute, COMPUTE)
+
+
+def chosen(compute: str, root: nn.Module) -> tuple[bool, str]:
+    """Whether sessions of a model hold `Fp32`, and why.
+
+    A rule on the device, dtype, vendor and features, which is the same in every process; `measured` is its witness.
+
+    Raises:
+        ValueError: "fp32" for weights that are not ordinary tensors in float32, bfloat16 or float16.
+    """
+    parameters = [p for p in root.parameters() if p.is_floating_point()]
+    stored = stored_dtype(root)
+    name = str(stored)[6:]
+    why_not = (
+        "its weights are quantised, and multiply by themselves" if _is_quantised(root)
+        else "some of its weights are offloaded" if any(p.is_meta for p in parameters)
+        else "its weights are float64" if stored == torch.float64
+        else None
+    )  # fmt: skip
+    if compute == "fp32" and why_not is not None:
+        raise ValueError(f'Expected compute to be "native" or "auto", got "fp32": {why_not}')
+    if compute != "auto":
+        return compute == "fp32", "as was asked for"
+    if why_not is not None:
+        return False, why_not
+    devices = {p.device.type for p in parameters}
+    if devices != {"cpu"}:
+        return False, f"{name} is multiplied on {' and '.join(sorted(devices)) or 'no device'}"
+    return _backends.fp32_linear_pays(stored)
+
+
+def _is_quantised(root: nn.Module) -> bool:
+    """Whether parameters are tensors of another class (torchao) or integers (bitsandbytes), or layers of a kernel
+    library hold them (GPTQ, AWQ)."""
+    if getattr(getattr(root, "config", None), "quantization_config", None) is not None:
+        return True
+    return any(type(p.data) is not Tensor or (p.numel() and not p.is_floating_point()) for p in root.parameters())
+
+
+def measured(dtype: torch.dtype) -> str:
+    """What `linear` and torch's own product reach on this CPU now, for `explain`: a few milliseconds."""
+    x, weight = torch.randn(256, 512), torch.randn(512, 512).to(dtype)
+    native = x.to(dtype)
+    ways: list[Callable[[], Tensor]] = [lambda: linear(x, weight), lambda: nn.functional.linear(native, weight)]
+    best = [float("inf")] * 2
+    for _ in range(3):
+        for i, way in enumerate(ways):
+            start = time.perf_counter()
+            way()
+            best[i] = min(best[i], time.perf_counter() - start)
+    ours, native_rate = (2e-9 * 256 * 512 * 512 / seconds for seconds in best)
+    return f"here now {ours:.0f} GFLOP/s, torch's {str(dtype)[6:]} {native_rate:.0f}"
+
+
+def is_ours(weight: Any) -> bool:
+    """Whether `Fp32` multiplies by a weight with `linear`."""
+    return (
+        type(weight) in _PLAIN
+        and weight.dim() == 2
+        and weight.dtype in (torch.float32, *_LOW)
+        and (weight.stride(1) == 1 or weight.size(1) == 1)
+    )
+
+
+class Fp32(TorchFunctionMode):
+    """Runs linear layers by `linear`, and all that takes 16-bit weights beside fp32 activations in fp32.
+
+    A mode, and no forward on modules: it holds for this thread alone, in any module and whatever calls it, and leaves
+    nothing behind. What asks for 16 bits by name (`x.to(weight.dtype)`) gets fp32.
+    """
+
+    def __torch_function__(self, func: Any, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None) -> Any:
+        handler = _HANDLERS.get(func)
+        return func(*args, **kwargs or {}) if handler is None else handler(func, args, kwargs or {})
+
+
+def holds() -> bool:
+    """Whether this thread is in a session that holds `Fp32`."""
+    return any(isinstance(mode, Fp32) for mode in torch.overrides._get_current_function_mode_stack())
+
+
+def _wide(value: Any) -> Any:
+    if isinstance(value, Tensor):
+        return value.float() if value.dtype in _LOW and type(value) in _PLAIN else value
+    return type(value)(map(_wide, value)) if isinstance(value, list | tuple) else value
+
+
+def _widened(func: Any, args: tuple, kwargs: dict[str, Any]) -> Any:
+    """What takes no two dtypes at once."""
+    return func(*map(_wide, args), **{name: _wide(value) for name, value in kwargs.items()})
+
+
+def _linear(func: Any, args: tuple, kwargs: dict[str, Any]) -> Any:
+    def parts(input: Any, weight: Any, bias: Any = None) -> Any:
+        x = _wide(input)
+        if not is_ours(weight) or x.dtype != torch.float32 or x.device != weight.device:
+            return func(x, weight, bias)
+        return _product(x, weight, bias, across=False)
+
+    return parts(*args, **kwargs)
+
+
+def _addmm(func: Any, args: tuple, kwargs: dict[str, Any]) -> Any:
+    """transformers' Conv1D."""
+    if len(args) == 3 and not kwargs and is_ours(args[2]) and isinstance(args[2], nn.Parameter):
+        bias, x, weight = args
+        x = _wide(x)
+        if bias.dim() == 1 and x.dtype == torch.float32:
+            return _product(x, weight, bias, across=True)
+    return _widened(func, args, kwargs)
+
+
+def _product(x: Tensor, weight: Tensor, bias: Tensor | None, across: bool) -> Tensor:
+    rows = x.reshape(-1, x.size(-1))
+    rows = rows if rows.stride(-1) == 1 else rows.contiguous()
+    # A session asks for no gradient of parameters.
+    out = linear(rows, weight.detach(), None if bias is None else bias.detach(), across=across)
+    return out.view(*x.shape[:-1], out.size(-1))
+
+
+def _embedding(func: Any, args: tuple, kwargs: dict[str, Any]) -> Any:
+    return _wide(func(*args, **kwargs))
+
+
+def _kept(func: Any, args: tuple, kwargs: dict[str, Any]) -> Any:
+    """A cast: to fp32 where it is to 16 bits."""
+
+    def target(value: Any) -> Any:
+        if isinstance(value, torch.dtype):
+            return torch.float32 if value in _LOW else value
+        return value
+
+    x, *rest = args
+    if rest and isinstance(rest[0], Tensor) and rest[0].dtype in _LOW:  # x.to(other), x.type_as(other)
+        other = rest[0]
+        return x.to(other.device, torch.float32)
+    if isinstance(other := kwargs.get("other"), Tensor) and other.dtype in _LOW:
+        return x.to(other.device, torch.float32)
+    return func(x, *map(target, rest), **{name: target(value) for name, value in kwargs.items()})
+
+
+def _to_fp32(func: Any, args: tuple, kwargs: dict[str, Any]) -> Any:
+    return args[0].float()
+
+
+# torch's product of a mixture's experts, where this torch has it.
+_GROUPED = (getattr(torch, "_grouped_mm", None), getattr(nn.functional, "grouped_mm", None))
+
+_HANDLERS: dict[Any, Callable[[Any, tuple, dict[str, Any]], Any]] = {
+    nn.functional.linear: _linear,
+    torch.addmm: _addmm,
+    nn.functional.embedding: _embedding,
+    Tensor.to: _kept,
+    Tensor.type_as: _kept,
+    Tensor.bfloat16: _to_fp32,
+    Tensor.half: _to_fp32,
+    **dict.fromkeys(
+        (
+            nn.functional.layer_norm, nn.functional.rms_norm, nn.functional.group_norm, nn.functional.batch_norm,
+            torch.layer_norm, torch.rms_norm, torch.group_norm, nn.functional.scaled_dot_product_attention,
+            nn.functional.bilinear, torch.conv1d, torch.conv2d, torch.mm, torch.bmm, torch.matmul, torch.baddbmm,
+            torch.addbmm, torch.mv, torch.einsum, Tensor.matmul, Tensor.__matmul__, Tensor.__rmatmul__, Tensor.mm,
+            Tensor.bmm, Tensor.addmm, Tensor.baddbmm, *filter(None, _GROUPED),
+        ),
+        _widened,
+    ),
+}  # fmt: skip
