@@ -148,11 +148,12 @@ def _addmm(func: Any, args: tuple, kwargs: dict[str, Any]) -> Any:
 
 
 def _product(x: Tensor, weight: Tensor, bias: Tensor | None, across: bool) -> Tensor:
-    rows = x.reshape(-1, x.size(-1))
+    rows = x if x.dim() == 2 else x.reshape(-1, x.size(-1))
     rows = rows if rows.stride(-1) == 1 else rows.contiguous()
-    # A session asks for no gradient of parameters.
-    out = linear(rows, weight.detach(), None if bias is None else bias.detach(), across=across)
-    return out.view(*x.shape[:-1], out.size(-1))
+    if torch.is_grad_enabled():  # a session asks for no gradient of parameters
+        weight, bias = weight.detach(), None if bias is None else bias.detach()
+    out = linear(rows, weight, bias, across=across)
+    return out if x.dim() == 2 else out.view(*x.shape[:-1], out.size(-1))
 
 
 def _embedding(func: Any, args: tuple, kwargs: dict[str, Any]) -> Any:

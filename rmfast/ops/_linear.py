@@ -39,20 +39,37 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, across: boo
         TypeError: a dtype that is not supported, or an argument that is no tensor.
         rmfast.BackendError: a backend asked for by name cannot run (there are C++ and eager).
     """
+    across = flag("across", across)
+    if not _fits(x, weight, across):
+        _refuse(x, weight, across)
+    if bias is not None:
+        checked(bias, "bias", (weight.size(1 if across else 0),), x)
+        bias = bias.float().contiguous()
+    args = x, weight, bias, across
+    return _linear(*args) if direct(args) else torch.ops.rmfast.linear(*args)
+
+
+def _fits(x: Tensor, weight: Tensor, across: bool) -> bool:
+    """What `_refuse` says one by one, in 2 µs."""
+    return (
+        isinstance(x, Tensor) and isinstance(weight, Tensor) and x.dtype == torch.float32 and weight.dtype in WEIGHTS
+        and x.dim() == weight.dim() == 2 and x.size(1) == weight.size(0 if across else 1) and x.device == weight.device
+        and x.stride(1) == 1 and weight.stride(1) == 1
+    )  # fmt: skip
+
+
+def _refuse(x: Tensor, weight: Tensor, across: bool) -> None:
+    """The error of what does not fit, by name."""
     if not isinstance(x, Tensor):
         raise TypeError(f"Expected x to be a torch.Tensor, got {type(x).__name__}")
     expect_dtype(x.dtype == torch.float32, "x", "float32", x.dtype)
     expect(x.dim() == 2, "x", "of shape (n, d)", tuple(x.shape))
     if not isinstance(weight, Tensor):
         raise TypeError(f"Expected weight to be a torch.Tensor, got {type(weight).__name__}")
-    across = flag("across", across)
     checked(weight, "weight", (x.size(1), None) if across else (None, x.size(1)), x)
     expect_dtype(weight.dtype in WEIGHTS, "weight", "float32, bfloat16 or float16", weight.dtype)
-    checked(bias, "bias", (weight.size(1 if across else 0),), x)
     for name, value in (("x", x), ("weight", weight)):
         expect(value.stride(1) == 1 or value.size(1) == 1, name, "contiguous in its last dimension", value.stride())
-    args = x, weight, None if bias is None else bias.float().contiguous(), across
-    return _linear(*args) if direct(args) else torch.ops.rmfast.linear(*args)
 
 
 def _linear(x, weight, bias, across):
