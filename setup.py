@@ -213,6 +213,7 @@ setup(
         "rmfast.training",
         "rmfast.kernels",
         "rmfast.kernels.binned_mmd",
+        "rmfast.kernels.linear",
         "rmfast.kernels.neuron_stats",
         "rmfast.kernels.patch_rows",
         "rmfast.kernels.reward_head",

@@ -38,9 +38,9 @@ class RewardModel(Scorer):
         invariant: True for rewards that have the same bits in any batch (docs/reliability.md), and an error of any run
             that can't promise them; False for runs that don't pad their rows for it. None, the default, pads on CPUs,
             where it costs 1% of a batch, and promises what `explain` says.
-        compute: "native" multiplies in the dtype that the weights are stored in; "fp32" in fp32, without a copy of 16-bit
-            weights, so that rewards are those of the same weights after `model.float()`. "auto", the default, takes what
-            is faster on this CPU (`explain` says which and why); native on other devices.
+        compute: "native" multiplies in the dtype that the weights are stored in; "fp32" in fp32, without a copy of
+            16-bit weights, so that rewards are those of the same weights after `model.float()`. "auto", the default,
+            takes what is faster on this CPU (`explain` says which and why); native on other devices.
 
     Attributes:
         num_labels: K, the rewards of one token.

@@ -33,8 +33,8 @@ def stored_dtype(root: nn.Module) -> torch.dtype:
     return max(counts, key=lambda dtype: counts[dtype], default=torch.float32)
 
 
-def checked_compute(compute: Any) -> str:
-    return word("compute", compute, COMPUTE)
+def checked_compute(compute: Any) -> None:
+    word("compute", compute, COMPUTE)
 
 
 def chosen(compute: str, root: nn.Module) -> tuple[bool, str]:
@@ -151,7 +151,7 @@ def _product(x: Tensor, weight: Tensor, bias: Tensor | None, across: bool) -> Te
     rows = x if x.dim() == 2 else x.reshape(-1, x.size(-1))
     rows = rows if rows.stride(-1) == 1 else rows.contiguous()
     if torch.is_grad_enabled():  # a session asks for no gradient of parameters
-        weight, bias = weight.detach(), None if bias is None else bias.detach()
+        weight, bias = weight.detach(), bias.detach() if isinstance(bias, Tensor) else None
     out = linear(rows, weight, bias, across=across)
     return out if x.dim() == 2 else out.view(*x.shape[:-1], out.size(-1))
 

@@ -48,6 +48,10 @@ class ModelOptions:
     dtype: Annotated[
         Literal["float32", "bfloat16", "float16", "float64"] | None, typer.Option(help="Default: as it is saved.")
     ] = None
+    compute: Annotated[
+        Literal["auto", "native", "fp32"],
+        typer.Option(help="Linear layers in the weights' dtype, in fp32 on weights as they are, or the faster one."),
+    ] = "auto"
     device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, ...; default: a GPU if there is one.")] = None
     batch_tokens: Annotated[int | None, typer.Option(min=1, help="Most tokens that run at once.")] = None
     backend: Annotated[
@@ -164,6 +168,7 @@ def load_model(options: ModelOptions) -> Any:
         pooling=pooling,
         trust_remote_code=options.trust_remote_code,
         invariant=options.invariant or None,
+        compute=options.compute,
         **{name: value for name, value in given.items() if value is not None},
     )
 

@@ -40,7 +40,7 @@ class Run:
         self.count, digest = count_and_digest(self.source, self.kind)
         local = Path(options.model)
         self.encoding = encoding_of(options)
-        fixed = ("columns", "pooling", "num_labels", "dtype", "revision", "gguf_file")
+        fixed = ("columns", "pooling", "num_labels", "dtype", "compute", "revision", "gguf_file")
         names = [field.name for field in dataclasses.fields(Options) if field.name.endswith("_column")]
         self.run = {
             "rmfast": rmfast.__version__,

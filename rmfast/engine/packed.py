@@ -144,7 +144,7 @@ class Engine:
 
     def affordable_tokens(self) -> int:
         """Rows of a chunk that fit into half of the free memory, K/V rows kept for the next chunk included."""
-        config, body = self.binding.config, self.binding.body
+        config = self.binding.config
         try:
             d, heads = int(config.hidden_size), int(config.num_attention_heads)
             head_dim = int(getattr(config, "head_dim", None) or d // heads)

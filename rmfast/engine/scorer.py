@@ -70,7 +70,7 @@ class Scorer:
         pooling = checked_pooling(pooling)
         if invariant is not None:
             arguments.flag("invariant", invariant)
-        compute = checked_compute(compute)
+        checked_compute(compute)
         self.binding = bind(model, pooling, tuple(getattr(tokenizer, "all_special_ids", None) or ()))
         chosen(compute, self.binding.root)
         self.binding.compute = compute
@@ -400,8 +400,8 @@ class Scorer:
             engine = f"packed, {packed.mode} layers" + (f" ({packed.why})" if packed.why else "")
         moves = self.moves()
         bits = "the same in any batch" if moves is None else f"may move with the batch ({moves})"
-        return f"engine: {engine}\ncompute: {self._compute()}\nbits: {bits}\n{_backends.explain(device=self.binding.device.type)}"
-
+        backends = _backends.explain(device=self.binding.device.type)
+        return f"engine: {engine}\ncompute: {self._compute()}\nbits: {bits}\n{backends}"
 
     def _compute(self) -> str:
         """In which arithmetic linear layers run, by which rule, and what a short measurement says of it."""

@@ -14,9 +14,7 @@ WEIGHTS = (torch.float32, torch.bfloat16, torch.float16)
 
 define("linear", "(Tensor x, Tensor weight, Tensor? bias, bool across) -> Tensor")
 
-_backends.register(
-    "linear", cpp=lambda: torch.ops.rmfast_native.linear.default, eager=lambda: _reference.linear
-)
+_backends.register("linear", cpp=lambda: torch.ops.rmfast_native.linear.default, eager=lambda: _reference.linear)
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, across: bool = False) -> Tensor:
@@ -82,7 +80,7 @@ def _linear_fake(x, weight, bias, across):
 
 
 def _setup_context(ctx, inputs, output):
-    x, weight, bias, ctx.across = inputs
+    x, weight, _, ctx.across = inputs
     ctx.save_for_backward(x, weight)
 
 

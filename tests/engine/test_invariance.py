@@ -42,8 +42,9 @@ def threads(request):
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("family", FAMILIES)
-def test_rewards_and_values_have_the_bits_that_their_text_has_alone(family, dtype, threads):
-    rm = RewardModel(M.decoder(family, num_labels=3).to(dtype), invariant=True)
+@pytest.mark.parametrize("compute", ["native", "fp32"])
+def test_rewards_and_values_have_the_bits_that_their_text_has_alone(family, dtype, threads, compute):
+    rm = RewardModel(M.decoder(family, num_labels=3).to(dtype), invariant=True, compute=compute)
     some = texts(13)
     assert rm.moves() is None, rm.moves()
     alone = torch.cat([rm.score([text]) for text in some])
