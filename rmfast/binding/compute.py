@@ -169,11 +169,9 @@ def _kept(func: Any, args: tuple, kwargs: dict[str, Any]) -> Any:
         return value
 
     x, *rest = args
-    if rest and isinstance(rest[0], Tensor) and rest[0].dtype in _LOW:  # x.to(other), x.type_as(other)
-        other = rest[0]
-        return x.to(other.device, torch.float32)
-    if isinstance(other := kwargs.get("other"), Tensor) and other.dtype in _LOW:
-        return x.to(other.device, torch.float32)
+    like = rest[0] if rest else kwargs.get("other")  # x.to(other), x.type_as(other)
+    if isinstance(like, Tensor) and like.dtype in _LOW:
+        return x.to(like.device, torch.float32)
     return func(x, *map(target, rest), **{name: target(value) for name, value in kwargs.items()})
 
 
