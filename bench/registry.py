@@ -18,6 +18,7 @@ OPS = (
     "patch_rows",
     "neuron_stats",
     "topk_encode",
+    "linear",
     "tcrm",
     "binned_mmd",
     "scoring",

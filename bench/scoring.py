@@ -5,6 +5,8 @@ forward (SDPA, right-padded, the same weights and dtype):
 - batch 8: in the order given, as most scoring loops run;
 - sorted: by length, at the batch size from 1 to 32 that was fastest on every n-th batch just before;
 - batch: each batch size in the order given, where sorting changes nothing; the fastest counts;
+- fp32 copy: our packed engine on a copy of the model in fp32, by torch's products (`compute="native"`), for models
+  stored in 16 bits that run in fp32 (`compute="fp32"`);
 - CrossEncoder: sentence-transformers' `predict` of the same model where that is installed, tokenizing included.
 """
 
@@ -35,13 +37,17 @@ PAD, FIRST, LAST = 0, 10, 49000  # padding, and the range of the texts' random t
 BATCHES = (1, 2, 4, 8, 16, 32)
 SAMPLE = 16  # texts compared with the fp64 truth, the longest among them
 # Of the reward scale ‖γ⊙w‖ (DESIGN: fp32 rewards of this model differ from fp64 by up to 5e-5, bf16 by some percent).
-TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 0.1}
+TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 0.1, torch.float16: 0.02}
 # Tokens of (prompt, chosen, rejected) of the first 256 pairs of HH-RLHF harmless-base, test split, in SmolLM2's tokens.
 LENGTHS = Path(__file__).parent / "data" / "hh_lengths.json"
 
 # A random model for quick runs.
 TINY = json.dumps({"hidden_size": 48, "intermediate_size": 80, "num_hidden_layers": 2, "num_attention_heads": 4,
                    "num_key_value_heads": 2})  # fmt: skip
+
+# As wide as models of 1 to 2 B, and no deeper than a benchmark has time for.
+WIDE = json.dumps({"hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 8, "num_attention_heads": 16,
+                   "num_key_value_heads": 8})  # fmt: skip
 
 Texts = list[np.ndarray]
 
@@ -85,10 +91,12 @@ def texts(shape: Shape) -> Texts:
 class Scoring(Problem):
     """A model and the texts that it scores."""
 
+    compute: Any = "auto"
+
     def __init__(self, shape: Shape, device: torch.device, rotate: int) -> None:
         self.device, self.dtype = device, getattr(torch, shape["dtype"])
         self.model = load(shape, device)
-        self.rm = rmfast.RewardModel(self.model)
+        self.rm = rmfast.RewardModel(self.model, compute=self.compute)
         self.inputs = [texts(shape)]
         every = self.inputs[0]
         self.input_bytes = sum(t.nbytes for t in every)
@@ -123,6 +131,21 @@ class Scoring(Problem):
         longest = int(np.argmax([len(t) for t in every]))
         start = max(0, min(longest // 8 * 8 - 24, len(every) - 64))
         return every[start : start + 64]
+
+
+class Stored(Scoring):
+    """A model stored in 16 bits that runs in fp32, within fp32's tolerance of its own weights' truth."""
+
+    compute = "fp32"
+
+    def __init__(self, shape: Shape, device: torch.device, rotate: int) -> None:
+        super().__init__(shape, device, rotate)
+        self.tolerance = TOLERANCE[torch.float32]
+        self.wide = rmfast.RewardModel(copy.deepcopy(self.model).float(), compute="native")
+
+
+def fp32_copy(p: Stored) -> Callable[[Texts], Tensor]:
+    return p.wide.score
 
 
 def ours(p: Scoring) -> Callable[[Texts], Tensor]:
@@ -232,7 +255,31 @@ def _row(
 _PEERS = {"CrossEncoder": {"": cross_encoder}} if importlib.util.find_spec("sentence_transformers") else {}
 _SIZES = {f"{size}": given(size) for size in BATCHES}
 
+
+def _stored(name: str, model: str, texts: int) -> list[Benchmark]:
+    rows = []
+    for short, dtype in (("bf16", "bfloat16"), ("fp16", "float16")):
+        shape = {"model": model, "dtype": dtype, "workload": "equal", "texts": texts, "tokens": 128}
+        rows.append(
+            Benchmark(
+                f"scoring/{name}-{short}-in-fp32",
+                shape,
+                shape | {"model": TINY, "texts": 16, "tokens": 12},
+                Stored,
+                ours,
+                {"fp32 copy": {"": fp32_copy}, "native": {"": given(8)}},
+                targets={"cpu": {"fp32 copy": 0.95}},
+                rounds=(2, 20),
+                memory="native",
+                limit={"cpu": "gemm"},
+                devices=("cpu",),
+            )
+        )
+    return rows
+
+
 BENCHMARKS = [
+    *_stored("smollm2", "SmolLM2-135M", 24), *_stored("wide", WIDE, 16),
     *_row(
         "hh", {"workload": "hh", "texts": 512}, {"batch 8": {"": given(8)}, "sorted": {"": best_sorted}},
         {"fp32": {"batch 8": 3, "sorted": 1.6, "memory": 0.6}, "bf16": {"batch 8": 5, "sorted": 3, "memory": 0.6}},
