@@ -21,6 +21,7 @@ from rmfast.ops import linear
 
 COMPUTE = ("auto", "native", "fp32")
 _LOW = (torch.bfloat16, torch.float16)
+_FLOATS = (torch.float64, torch.float32, *_LOW)
 _PLAIN = (Tensor, nn.Parameter)
 
 
@@ -67,11 +68,11 @@ def chosen(compute: str, root: nn.Module) -> tuple[bool, str]:
 
 
 def _is_quantised(root: nn.Module) -> bool:
-    """Whether parameters are tensors of another class (torchao) or integers (bitsandbytes), or layers of a kernel
-    library hold them (GPTQ, AWQ)."""
-    if getattr(getattr(root, "config", None), "quantization_config", None) is not None:
+    """Whether weights are tensors of another class (torchao), or are packed into small integers or 8-bit floats, as
+    parameters (bitsandbytes, FP8) or as buffers (GPTQ, AWQ)."""
+    if any(type(p.data) is not Tensor or p.dtype not in _FLOATS for p in root.parameters()):
         return True
-    return any(type(p.data) is not Tensor or (p.numel() and not p.is_floating_point()) for p in root.parameters())
+    return any(buffer.dtype not in (*_FLOATS, torch.int64, torch.bool) for buffer in root.buffers())
 
 
 def measured(dtype: torch.dtype) -> str:
