@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from rmfast.debias.interventions import DirectionRemoval as DirectionRemoval
     from rmfast.debias.interventions import LengthPenalty as LengthPenalty
     from rmfast.debias.interventions import NeuronClamp as NeuronClamp
+    from rmfast.heads.tokens import TokenHead as TokenHead
     from rmfast.interpret.attribution import Attribution as Attribution
     from rmfast.interpret.comparison import Comparison as Comparison
     from rmfast.interpret.comparison import Estimate as Estimate
@@ -53,6 +54,7 @@ _HOME = {
     "RewardModel": "rmfast.reward_model",
     "SAE": "rmfast.interpret.sae",
     "SAEAttribution": "rmfast.interpret.sae_attribution",
+    "TokenHead": "rmfast.heads.tokens",
     "load": "rmfast.reward_model",
 }
 
@@ -72,11 +74,13 @@ __all__ = [
     "ResponseValues",
     "RewardModel",
     "SAEAttribution",
+    "TokenHead",
     "__version__",
     "backend",
     "compare",
     "debias",
     "explain",
+    "heads",
     "load",
     "losses",
     "ops",
@@ -84,7 +88,7 @@ __all__ = [
 
 
 def __getattr__(name: str):
-    if name in ("debias", "losses", "ops"):
+    if name in ("debias", "heads", "losses", "ops"):
         return importlib.import_module(f"rmfast.{name}")
     if name in _HOME:
         if name == "explain":

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from torch import Tensor
 
+from rmfast.arguments import word
 from rmfast.engine.options import Encoding, RunOptions, ScoreOptions, takes
 from rmfast.engine.scorer import Scorer, checked_pooling
 from rmfast.loading import load_checkpoint
@@ -41,6 +42,10 @@ class RewardModel(Scorer):
         compute: "native" multiplies in the dtype that the weights are stored in; "fp32" in fp32, without a copy of
             16-bit weights, so that rewards are those of the same weights after `model.float()`. "auto", the default,
             takes what is faster on this CPU (`explain` says which and why); native on other devices.
+        head: in place of the model's own: a head of `rmfast.heads`, a `rmfast.TokenHead`, or a function of the final
+            normed hidden states (M, d) of the tokens that are read, which gives (M,) or (M, K)
+            (`rmfast.heads.FunctionHead` for one of all tokens of a text). The model may then be a bare body or a
+            language model (docs/heads.md).
 
     Attributes:
         num_labels: K, the rewards of one token.
@@ -61,11 +66,12 @@ class RewardModel(Scorer):
         inputs: Sequence[Any],
         *,
         positions: Sequence[int] | None = None,
-        normalize: tuple[Any, Any] | None = None,
+        normalize: tuple[Any, Any] | Literal["own"] | None = None,
         interventions: Sequence[Intervention | None] | None = None,
         intervention_index: Sequence[int] | None = None,
+        output: Literal["rewards", "all"] = "rewards",
         **options: Unpack[ScoreOptions],
-    ) -> Tensor:
+    ) -> Any:
         """One reward (or K) for each input: the head's raw output.
 
         Args:
@@ -74,12 +80,16 @@ class RewardModel(Scorer):
                 1-D array or tensor), in any mixture; or a tokenizer's result, whose padding is left out. With a chat
                 template a pair is a user and an assistant turn (the prompt may also be a list of messages). Without
                 one an encoder gets its tokenizer's pair encoding, a decoder prompt + response.
-            normalize: (mean, std), numbers or K of each; the result is (reward − mean) / std.
+            normalize: (mean, std), numbers or K of each; the result is (reward − mean) / std. "own": those that the
+                checkpoint brings (OpenRLHF).
             positions: the token at which each input is read, after truncation, negative from the end; in place of
                 pooling.
             interventions: V of them (`rmfast.interventions`; None for none): the rewards under each, on top of the
                 model's own. Those that clamp the same neurons, or none, share one pass of the body.
             intervention_index: the one of them that each input gets, −1 for none, in place of all.
+            output: "all" for a dict of all that the head makes: "scores", which are what is returned else; "rewards"
+                (N, A), the attributes or labels, with their "names"; and by the kind of head "gates" (N, G),
+                "quantiles" (N, Q), "spreads", "bins", "logits" (docs/heads.md). Not with interventions or normalize.
             options: max_length, truncation, format, chat_template_kwargs, tools, batch_tokens, progress, engine
                 (`rmfast.engine.options`).
 
@@ -92,6 +102,11 @@ class RewardModel(Scorer):
                 vocabulary, or lacks the pooling token. `.index` is its position.
             ValueError, TypeError: an argument is wrong.
         """
+        word("output", output, ("rewards", "all"))
+        if output == "all":
+            if any(each is not None for each in (normalize, interventions, intervention_index)):
+                raise ValueError('Expected no normalize, interventions or intervention_index with output="all"')
+            return super().outputs(inputs, positions=positions, **options)
         variants = None
         if interventions is None and intervention_index is not None:
             raise ValueError("Expected interventions with intervention_index, got None")
@@ -102,8 +117,12 @@ class RewardModel(Scorer):
         return super().score(inputs, positions=positions, normalize=normalize, variants=variants, **options)
 
     @takes(ScoreOptions)
-    def token_values(
-        self, inputs: Sequence[Any], *, normalize: tuple[Any, Any] | None = None, **options: Unpack[ScoreOptions]
+    def token_values(  # type: ignore[override]
+        self,
+        inputs: Sequence[Any],
+        *,
+        normalize: tuple[Any, Any] | Literal["own"] | None = None,
+        **options: Unpack[ScoreOptions],
     ) -> list[Tensor]:
         """The reward read at every token of every input, from one pass of the body.
 
@@ -431,17 +450,20 @@ def load(
     pooling: str | int = "auto",
     invariant: bool | None = None,
     compute: Literal["auto", "native", "fp32"] = "auto",
+    head: Any = None,
     **kw: Any,
 ) -> RewardModel:
     """Load a reward model and its tokenizer with transformers.
 
     Args:
-        path_or_id: a folder or hub id of a sequence- or token-classification checkpoint, or of a peft adapter on
-            one, or on a language model to which it brings a head.
+        path_or_id: a folder or hub id of a sequence- or token-classification checkpoint, of one with a head that is
+            known by its tensors (docs/heads.md), or of a peft adapter on one, or on a language model to which it brings
+            a head.
         dtype: a torch dtype or its name; default the checkpoint's own.
         device: where the weights go; default a CUDA GPU where there is one, else the CPU. Not with device_map.
         trust_remote_code: run the checkpoint's own Python code.
-        pooling, invariant, compute: as for `RewardModel`.
+        pooling, invariant, compute, head: as for `RewardModel`; head may also be the name of a Linear, or of layers with
+            ReLU between them, in the checkpoint ("v_head").
         **kw: passed to from_pretrained: device_map, quantization_config, revision, subfolder, num_labels, ...
 
     Raises:
@@ -450,7 +472,9 @@ def load(
         OSError: there is no such checkpoint (from transformers).
     """
     checked_pooling(pooling)  # before gigabytes are loaded
-    model, tokenizer = load_checkpoint(
-        path_or_id, dtype=dtype, device=device, trust_remote_code=trust_remote_code, **kw
+    model, tokenizer, found = load_checkpoint(
+        path_or_id, dtype=dtype, device=device, trust_remote_code=trust_remote_code, head=head, **kw
     )
-    return RewardModel(model, tokenizer, pooling=pooling, invariant=invariant, compute=compute)
+    return RewardModel(
+        model, tokenizer, pooling=pooling, invariant=invariant, compute=compute, head=found
+    )

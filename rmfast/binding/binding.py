@@ -15,6 +15,7 @@ from rmfast.binding.modules import (
     active,
     call_arguments,
     calls_of,
+    fingerprint,
     hidden_state_of,
     input_embedding,
     is_readable,
@@ -29,6 +30,8 @@ from rmfast.binding.norms import eps_of, gain_of, known_kind
 from rmfast.binding.rope import fresh_rope, kept_rope, length_group
 from rmfast.binding.session import Clamp, eval_mode, lock_of, passing_through, with_clamps
 from rmfast.ops import reward_head
+
+_NO_NORM = "Expected a final norm that nothing is put on, for directions to be removed before it"
 
 
 @dataclass(frozen=True, eq=False)
@@ -55,8 +58,9 @@ class Binding:
         norm: the final norm, left out of the body's run, or None where there is none to leave out.
         norm_kind: "rms", "gemma_rms" or "layer"; None where `norm` is none of these or its weights can't be read, and
             the module itself is then run on the rows that are scored.
-        head: the modules that are applied, one after the other, to the normed rows. Empty for a model that pools by
-            itself (BERT's pooler), whose own forward is then run.
+        head: the modules that are applied, one after the other, to the normed rows. Without them and a program the
+            model pools by itself (BERT's pooler), and its own forward is run.
+        program: a head as data (`rmfast.heads.Head`), in place of modules.
         num_labels: K.
         causal: whether a token sees only those before it.
         width: d, of the hidden states that the head is given.
@@ -79,6 +83,7 @@ class Binding:
     width: int
     outermost: nn.Module
     find: Callable[..., Binding]  # what made it, `rmfast.binding.find.bind`
+    program: Any = None
     pooling: str | int = "auto"
     avoid: tuple[int, ...] = ()
     reading: str = "last"
@@ -115,6 +120,16 @@ class Binding:
     @property
     def head(self) -> list[nn.Module]:
         return [self.root.get_submodule(name) for name in self.head_names]
+
+    @property
+    def fingerprint(self) -> str:
+        """Of the architecture and a sample of the weights, a program's included."""
+        return fingerprint(self.root, None if self.program is None else self.program.tensors())
+
+    @property
+    def reads_rows(self) -> bool:
+        """Whether rewards are made of tokens' rows, by the head's modules or a program."""
+        return self.program is not None or bool(self.head_names)
 
     @property
     def vocab_size(self) -> int:
@@ -230,30 +245,48 @@ class Binding:
         return self.norm is not None and all(map(is_untouched, (self.norm, active(self.norm), self.body)))
 
     def rewards(self, hidden: Tensor, rows: Tensor) -> Tensor:
-        """Rewards (M, K) of the flat rows (M,) int64 of hidden (B, T, d); fp32, or fp64 for fp64 hidden states."""
-        if self.before is not None and not self.leaves_norm_out:
-            raise ValueError("Expected a final norm that nothing is put on, for directions to be removed before it")
+        """Rewards (M, K) of the flat rows (M,) int64 of hidden (B, T, d); fp32, or fp64 for fp64 hidden states.
+
+        Raises:
+            ValueError: the head is a program that reads more of a text than one token.
+        """
+        if self.program is not None:
+            return self._labelled(self.program.rewards(self.row_values(hidden, rows)), rows.numel())
         linear = plain_linear(self.head)
-        if linear is not None and (not self.leaves_norm_out or (self.norm_kind and is_readable(active(self.norm)))):
-            on = hidden.device
-            removed: dict[str, Any] = {}
-            # Taking a part of the normed row away is taking it from the head.
-            weight = linear.weight
-            if self.after is not None:
-                weight = self.after.of(weight if weight.dtype == torch.float64 else weight.float())
-            if self.before is not None:
-                p = self.before.directions.to(on)
-                removed = {"directions": p, "strengths": p.new_full((1, p.size(0)), self.before.strength)}
-            out = reward_head(
-                hidden,
-                weight.to(on),
-                None if linear.bias is None else linear.bias.to(on),
-                rows=rows,
-                **self.norm_arguments(on),
-                **removed,
-            )
-            return self._labelled(out if self.before is None else out[:, 0], rows.numel())
+        if linear is not None and self._fuses_norm:
+            return self._labelled(self.linear(hidden, rows, linear.weight, linear.bias), rows.numel())
+        if self.before is not None and not self.leaves_norm_out:
+            raise ValueError(_NO_NORM)
         return self._labelled(self.apply_head(self.normed(hidden, rows)), rows.numel())
+
+    def row_values(self, hidden: Tensor, rows: Tensor) -> Tensor:
+        """(M, V), what the program keeps of the flat rows (M,) of hidden (B, T, d)."""
+        return self.program.values(
+            lambda weight, bias: self.linear(hidden, rows, weight, bias), lambda: self.normed(hidden, rows)[0]
+        )
+
+    @property
+    def _fuses_norm(self) -> bool:
+        return not self.leaves_norm_out or bool(self.norm_kind and is_readable(active(self.norm)))
+
+    def linear(self, hidden: Tensor, rows: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        """(M, C) of the flat rows (M,) of hidden (B, T, d): weight (C, d) and bias (C,) or None, norm and removals
+        included; one op where the norm is known."""
+        if self.before is not None and not self.leaves_norm_out:
+            raise ValueError(_NO_NORM)
+        on = hidden.device
+        bias = None if bias is None else bias.to(on)
+        if not self._fuses_norm:
+            return reward_head(self.normed(hidden, rows)[0], weight.to(on), bias)
+        removed: dict[str, Any] = {}
+        # Taking a part of the normed row away is taking it from the head.
+        if self.after is not None:
+            weight = self.after.of(weight if weight.dtype == torch.float64 else weight.float())
+        if self.before is not None:
+            p = self.before.directions.to(on)
+            removed = {"directions": p, "strengths": p.new_full((1, p.size(0)), self.before.strength)}
+        out = reward_head(hidden, weight.to(on), bias, rows=rows, **self.norm_arguments(on), **removed)
+        return out if self.before is None else out[:, 0]
 
     def _labelled(self, out: Tensor, count: int) -> Tensor:
         """(count, K), in fp32 at least; ValueError where the head gives another number of labels than it did."""

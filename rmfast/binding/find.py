@@ -13,6 +13,8 @@ scaling, another pooling) is refused when it is bound rather than scored wrongly
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -38,13 +40,14 @@ _PROBE_TOKENS = 7
 _PROBES = 3  # tries at tokens whose logits are finite
 
 
-def bind(model: nn.Module, pooling: str | int = "auto", avoid: tuple[int, ...] = ()) -> Binding:
+def bind(model: nn.Module, pooling: str | int = "auto", avoid: tuple[int, ...] = (), program: Any = None) -> Binding:
     """Find a reward model's parts.
 
     Args:
         model: a transformers model with a reward head; may be wrapped by peft or torch.compile.
         pooling: as for `rmfast.RewardModel`; a token id is put last in the probe.
         avoid: special token ids kept out of the probe for parts, and put into that for the reading rule.
+        program: a head (`rmfast.heads.Head`) in place of the model's own, which may be a bare body.
 
     Raises:
         ValueError: no body or head was found, or they do not reproduce the model's own logits.
@@ -53,10 +56,10 @@ def bind(model: nn.Module, pooling: str | int = "auto", avoid: tuple[int, ...] =
         raise TypeError(f"Expected model to be a torch.nn.Module, got {type(model).__name__}")
     root, outermost = unwrap(model), uncompiled(model)
     with lock_of(root), torch.inference_mode(), eval_mode(root), kept_rope(rope_modules(root)):
-        return _bind(root, outermost, pooling, avoid)
+        return _bind(root, outermost, pooling, avoid, program)
 
 
-def _bind(root: nn.Module, outermost: nn.Module, pooling: str | int, avoid: tuple[int, ...]) -> Binding:
+def _bind(root: nn.Module, outermost: nn.Module, pooling: str | int, avoid: tuple[int, ...], program: Any) -> Binding:
     if not callable(getattr(root, "get_input_embeddings", None)):
         raise ValueError(
             f"{type(root).__name__} is not a transformers model: rmfast looks for get_input_embeddings(), a body that "
@@ -86,7 +89,10 @@ def _bind(root: nn.Module, outermost: nn.Module, pooling: str | int, avoid: tupl
             )
 
     body = _find_body(calls)
-    if body is None and getattr(own, "last_hidden_state", None) is not None:
+    bare = body is None and getattr(own, "last_hidden_state", None) is not None
+    if bare and program is not None:
+        body = calls[-1]
+    elif bare:
         raise ValueError(
             f"{type(root).__name__} is a body without a head: it returns hidden states, and no reward. Expected a "
             "model with a reward head, as AutoModelForSequenceClassification makes it (or, where the head is in the "
@@ -97,19 +103,21 @@ def _bind(root: nn.Module, outermost: nn.Module, pooling: str | int, avoid: tupl
             f"No body found in {where}: rmfast looks for a module inside it that returns last_hidden_state (B, T, d)"
         )
     logits = logits_of(own)
-    if logits is None:
+    if program is not None:
+        logits = None if logits is None else logits.reshape(-1, logits.size(-1))
+    elif logits is None:
         raise ValueError(
             f"No logits found in what {where} returns: rmfast looks for .logits, or a tensor, of shape (B, K) or "
             f"(B, T, K); got {type(own).__name__}"
         )
-    if logits.numel() > 4096 * _PROBE_TOKENS or logits.size(-1) == vocab_size:
+    elif logits.numel() > 4096 * _PROBE_TOKENS or logits.size(-1) == vocab_size:
         raise ValueError(
             f"{where} is a language model, not a reward model: its logits have shape {tuple(logits.shape)}. rmfast "
             "looks for a head with a few outputs (sequence or token classification)"
         )
     states = hidden_state_of(body.result)
     norm = _find_norm(calls, body, states)
-    chain = _find_head(calls, body, states)
+    chain = None if program is not None else _find_head(calls, body, states)
     bound = Binding(
         find=bind,
         root=root,
@@ -146,6 +154,9 @@ def _bind(root: nn.Module, outermost: nn.Module, pooling: str | int, avoid: tupl
     rounding = max(torch.finfo(hidden.dtype).eps, 1e-5)
     bound.causal = bool((first[0] - first[1]).abs().max() <= rounding * first.abs().max())
 
+    if program is not None:
+        return _with_program(bound, program, rows, logits)
+    assert logits is not None
     if chain is not None and _try_head(bound, chain, logits, rows):
         if logits.isfinite().all():
             _try_rules(bound, ids, logits)
@@ -166,6 +177,18 @@ def _bind(root: nn.Module, outermost: nn.Module, pooling: str | int, avoid: tupl
         f"Body: {body.name}; final norm: {norm.name if norm else 'none'}; head: {tail}. Running these did not give the "
         "model's own logits"
     )
+
+
+def _with_program(bound: Binding, program: Any, hidden: Tensor, logits: Tensor | None) -> Binding:
+    """The binding with a program as its head, given the hidden states (1, T, d) of the probe, and a model's own logits
+    (T, vocabulary)."""
+    at = torch.arange(hidden.size(-2), device=hidden.device)
+    rows = bound.normed(hidden, at)[0]
+    bound.program = program.on(rows, logits if logits is not None and len(logits) == len(rows) else None)
+    bound.num_labels = bound.program.num_labels
+    if bound.pooling == "auto":
+        bound.reading = program.reading
+    return bound
 
 
 def _try_rules(bound: Binding, ids: Tensor, logits: Tensor) -> None:
@@ -212,7 +235,7 @@ def _find_body(calls: list[Call]) -> Call | None:
 def _find_norm(calls: list[Call], body: Call, states: Tensor) -> Call | None:
     """The call whose output is the body's, if its module is a norm: (1, T, d) -> (1, T, d). Outermost first, so that a
     wrapper that switches between norms (peft) is it."""
-    inside = [call for call in calls if call.name.startswith(body.name + ".")]
+    inside = [call for call in calls if call.name.startswith(body.name + "." if body.name else "") and call is not body]
     for call in reversed(inside):
         module = active(call.module)
         if not isinstance(call.result, Tensor) or not _same(call.result, states) or isinstance(module, PASSIVE):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
@@ -173,13 +173,14 @@ def logits_of(out: Any) -> Tensor | None:
     return found if isinstance(found, Tensor) and found.dim() >= 1 else None
 
 
-def fingerprint(root: nn.Module) -> str:
-    """Of an architecture and a sample of its weights: 64 to 127 values of each parameter (or all of fewer), in bf16.
+def fingerprint(root: nn.Module, more: Mapping[str, Tensor] | None = None) -> str:
+    """Of an architecture and a sample of its weights: 64 to 127 values of each parameter (or all of fewer), in bf16;
+    `more` are tensors beside them.
 
     In bf16, so that what was made with a model in fp32 is known as the same one's in bf16.
     """
     digest = hashlib.sha256(type(root).__name__.encode())
-    for name, p in root.named_parameters():
+    for name, p in [*root.named_parameters(), *(more or {}).items()]:
         digest.update(f"{name} {tuple(p.shape)}".encode())
         if p.numel() and not p.is_meta and p.is_floating_point():
             some = p.detach().reshape(-1)[:: max(1, p.numel() // 64)].bfloat16().double().cpu().numpy()

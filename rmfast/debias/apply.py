@@ -19,6 +19,7 @@ from rmfast.binding.layer_list import layer_list
 from rmfast.binding.modules import is_plain, is_readable, structure_of
 from rmfast.binding.session import Clamp, lock_of, share_lock
 from rmfast.debias.interventions import LWR, DirectionRemoval, Intervention, NeuronClamp, combined
+from rmfast.engine.programs import run_heads
 from rmfast.engine.scorer import Scorer
 from rmfast.texts.inputs import Encoded
 
@@ -119,7 +120,7 @@ def _check(rm: Scorer, total: Intervention) -> None:
     known: dict[str, int] | None = None
     for part in total.parts:
         if isinstance(part, NeuronClamp):
-            if part.positions == "last" and not binding.head:
+            if part.positions == "last" and not binding.reads_rows:
                 raise ValueError(f'{name} pools by itself, so that it has no last token: expected positions="all"')
             known = projections(rm) if known is None else known
             for module, (indices, _) in part.neurons.items():
@@ -130,7 +131,7 @@ def _check(rm: Scorer, total: Intervention) -> None:
                 if len(indices) and int(indices[-1]) >= known[module]:
                     raise ValueError(f"Expected neurons of {module} in [0, {known[module]}), got {int(indices[-1])}")
         elif isinstance(part, DirectionRemoval):
-            if not binding.head:
+            if not binding.reads_rows:
                 raise ValueError(f"{name} pools by itself, so that no stream of a token makes its reward")
             if part.norm == "before" and binding.norm is None:
                 raise ValueError(f'Expected norm="after" for {name}, in which rmfast finds no final norm')
@@ -186,7 +187,11 @@ def _same_model(binding: Binding, copied: nn.Module, clamps: list[Clamp]) -> boo
     states = []
     for bound in (binding, replace(binding, clamps=tuple(clamps)), replace(binding, root=copied)):
         with bound.session():
-            out = bound.hidden(ids, torch.ones_like(ids)) if binding.head else bound.pooled(ids, torch.ones_like(ids))
+            out = (
+                bound.hidden(ids, torch.ones_like(ids))
+                if binding.reads_rows
+                else bound.pooled(ids, torch.ones_like(ids))
+            )
             states.append(out.double().cpu())
     plain, wanted, got = states
     rounding = 1e-5 if binding.stream_dtype.itemsize > 2 else 1e-2
@@ -262,12 +267,8 @@ def variants_of(rm: Scorer, interventions: Sequence[Any], index: Sequence[int] |
                 continue
             items = [encoded[n] for n in some]
             heads = [models[i].binding for i in group]
-
-            def head(hidden: Tensor, rows: Tensor, heads: list[Binding] = heads) -> Tensor:
-                return torch.cat([binding.rewards(hidden, rows) for binding in heads], 1)
-
             reads = [read[n] for n in some]
-            values = models[group[0]].run(items, reads, batch_tokens, progress, engine, head)
+            values = run_heads(models[group[0]], heads, items, reads, (batch_tokens, progress, engine))
             rewards = torch.cat(values) if values else torch.empty(0, rm.num_labels * len(group))
             one_each = rewards.size(1) == rm.num_labels  # a model that pools by itself runs no head of ours
             for j, i in enumerate(group):

@@ -73,7 +73,7 @@ class LastTokenRuns:
     ):
         instance("rm", rm, Scorer)
         batch_tokens = checked_run(batch_tokens, progress)
-        if not rm.binding.head:
+        if not rm.binding.reads_rows:
             raise ValueError(f"{type(rm.binding.root).__name__} pools by itself, so that it has no last token to rerun")
         self.rm = rm
         self.widths = projections(rm)

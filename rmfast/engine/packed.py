@@ -53,7 +53,7 @@ class Engine:
     def __init__(self, binding: Binding, invariant: bool = True):
         if not binding.causal:
             raise Unsupported("its attention sees later tokens too")
-        if not binding.head:
+        if not binding.reads_rows:
             raise Unsupported("it pools by itself")
         hooked = [name or "the body" for name, module in binding.body.named_modules() if has_hooks(module)]
         if hooked:

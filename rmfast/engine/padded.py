@@ -81,7 +81,7 @@ def run_batch(
     # A decoder that takes token types (GPT-2) looks them up as words; only encoders have them in their inputs.
     typed = not binding.causal and any(item.types is not None for item in items)
     args = [torch.from_numpy(x).to(device) for x in (ids, mask, *([types] if typed else []))]
-    if not binding.head:
+    if not binding.reads_rows:
         return binding.pooled(*args)
     rows = torch.from_numpy(np.concatenate([i * longest + r for i, r in enumerate(read)])).to(device)
     with reading(ids.size, rows):

@@ -19,7 +19,7 @@ from rmfast import backends as _backends
 from rmfast.binding.binding import Binding
 from rmfast.binding.compute import checked_compute, chosen, measured, stored_dtype
 from rmfast.binding.find import bind
-from rmfast.binding.modules import fingerprint, has_hooks
+from rmfast.binding.modules import has_hooks
 from rmfast.binding.proof import read_at
 from rmfast.binding.session import lock_of, share_lock
 from rmfast.engine.attention import Unsupported
@@ -27,6 +27,8 @@ from rmfast.engine.layers import settings
 from rmfast.engine.options import Encoding, checked_run
 from rmfast.engine.packed import Engine, run_packed
 from rmfast.engine.padded import run_padded
+from rmfast.engine.programs import outputs, run_heads
+from rmfast.heads.given import head_of
 from rmfast.texts.inputs import FORMATS, Encoded, Format, InputError, Truncation, encode
 
 if TYPE_CHECKING:
@@ -63,7 +65,7 @@ class Scorer:
 
     def __init__(
         self, model: nn.Module, tokenizer: Any = None, *, pooling: str | int = "auto", invariant: bool | None = None,
-        compute: Literal["auto", "native", "fp32"] = "auto",
+        compute: Literal["auto", "native", "fp32"] = "auto", head: Any = None,
     ):  # fmt: skip
         if tokenizer is not None and not (callable(tokenizer) and hasattr(tokenizer, "decode")):
             raise TypeError(f"Expected tokenizer to be one of transformers, or None, got {arguments.shown(tokenizer)}")
@@ -71,7 +73,10 @@ class Scorer:
         if invariant is not None:
             arguments.flag("invariant", invariant)
         checked_compute(compute)
-        self.binding = bind(model, pooling, tuple(getattr(tokenizer, "all_special_ids", None) or ()))
+        program = None if head is None else head_of(head, model, tokenizer)
+        if program is not None and pooling == "auto" and not isinstance(program.reading, str):
+            pooling = program.reading
+        self.binding = bind(model, pooling, tuple(getattr(tokenizer, "all_special_ids", None) or ()), program)
         chosen(compute, self.binding.root)
         self.binding.compute = compute
         self.model = model
@@ -80,8 +85,8 @@ class Scorer:
         self.num_labels = self.binding.num_labels
         self.table = _position_table(self.binding)
         self.max_length = _max_length(self.binding, tokenizer)
-        if not self.binding.head and pooling != "auto":
-            name = type(self.binding.root).__name__
+        if self.pools and pooling != "auto":
+            name = "The head" if self.binding.reads_rows else type(self.binding.root).__name__
             raise ValueError(f'{name} pools by itself: expected pooling to be "auto", got {pooling!r}')
         self.invariant = invariant
         self.interventions: Any = None
@@ -90,9 +95,14 @@ class Scorer:
         self._engine: tuple[tuple, list[Any], Engine | str] | None = None
 
     @property
+    def pools(self) -> bool:
+        """Whether a text's reward is not read at one of its tokens: by the model, or by a head of its own."""
+        return not self.binding.reads_rows or (self.binding.program is not None and self.binding.program.pools)
+
+    @property
     def fingerprint(self) -> str:
         """Of the architecture and a sample of the weights, by which interventions know their model."""
-        return fingerprint((self.base or self).binding.root)
+        return (self.base or self).binding.fingerprint
 
     def __repr__(self) -> str:
         bound = self.binding
@@ -169,7 +179,7 @@ class Scorer:
         warnings.warn(
             f"A text ends with token {pad}, this model's pad_token_id{' and eos_token_id' if same else ''}. As in "
             'transformers, the reward is read at the last token that is not; pooling="last" reads the very last',
-            stacklevel=6,
+            stacklevel=7,
         )
 
     def _warn_padded(self, encoded: Sequence[Any]) -> None:
@@ -187,7 +197,7 @@ class Scorer:
             first, second, *_, before, last = item.ids[[0, 1, -2, -1]].tolist()
             # One such token may begin a text where padding is also BOS, or end it where it is EOS; two are padding.
             left = first in pads and (first not in starts or second == first)
-            right = last in pads and last == before and (self.pooling != "auto" or not self.binding.head)
+            right = last in pads and last == before and (self.pooling != "auto" or not self.binding.reads_rows)
             if left or right:
                 self.warned.add("ids")
                 warnings.warn(
@@ -202,7 +212,7 @@ class Scorer:
         inputs: Sequence[Any],
         *,
         positions: Sequence[int] | None = None,
-        normalize: tuple[Any, Any] | None = None,
+        normalize: tuple[Any, Any] | str | None = None,
         variants: Callable[[], Callable[..., Tensor]] | None = None,
         batch_tokens: int | None = None,
         progress: bool = False,
@@ -214,19 +224,10 @@ class Scorer:
         Args:
             variants: makes what runs in place of the model's own rewards: of `run`'s first five arguments, (..., N, K).
         """
-        scale = None if normalize is None else _normalize(normalize, self.num_labels)
+        scale = None if normalize is None else self._scale(normalize)
         varied = None if variants is None else variants()
         encoded = self.encode(inputs, **encoding)
-        if positions is not None:
-            positions = arguments.wholes("positions", positions, len(encoded))
-        if not self.binding.head:
-            if positions is not None:
-                raise ValueError(f"{type(self.binding.root).__name__} pools by itself and can't be read at positions")
-            read = [np.zeros(1, np.int64)] * len(encoded)  # one row each; its own forward picks the tokens
-        else:
-            read = []
-            for i, item in enumerate(encoded):
-                read.append(np.array([self.position(item.ids, i, None if positions is None else positions[i])]))
+        read = self.reads(encoded, positions)
         if varied is None:
             values = self.run(encoded, read, batch_tokens, progress, engine)
             out = self.corrected(torch.cat(values) if values else torch.empty(0, self.num_labels), encoded)
@@ -236,23 +237,56 @@ class Scorer:
             out = (out - scale[0].to(out)) / scale[1].to(out)
         return out[..., 0] if self.num_labels == 1 else out
 
+    def reads(self, encoded: list[Encoded], positions: Sequence[int] | None = None) -> list[np.ndarray]:
+        """(1,) for each text, the token where its reward is read: one of `positions`, or by `pooling`."""
+        if positions is not None:
+            positions = arguments.wholes("positions", positions, len(encoded))
+        if self.pools:
+            if positions is not None:
+                name = "The head" if self.binding.reads_rows else type(self.binding.root).__name__
+                raise ValueError(f"{name} pools by itself and can't be read at positions")
+            return [np.zeros(1, np.int64)] * len(encoded)  # one row each; which tokens is not ours to say
+        read = []
+        for i, item in enumerate(encoded):
+            read.append(np.array([self.position(item.ids, i, None if positions is None else positions[i])]))
+        return read
+
+    def outputs(
+        self,
+        inputs: Sequence[Any],
+        *,
+        positions: Sequence[int] | None = None,
+        batch_tokens: int | None = None,
+        progress: bool = False,
+        engine: Literal["packed", "padded"] | None = None,
+        **encoding: Unpack[Encoding],
+    ) -> dict[str, Any]:
+        """See `RewardModel.score` with output="all"."""
+        if self.interventions is not None and self.interventions.lengths:
+            raise ValueError(
+                f'Expected a model without corrections by length for output="all", got {self.interventions}'
+            )
+        encoded = self.encode(inputs, **encoding)
+        return outputs(self, encoded, self.reads(encoded, positions), (batch_tokens, progress, engine))
+
     def token_values(
         self,
         inputs: Sequence[Any],
         *,
-        normalize: tuple[Any, Any] | None = None,
+        normalize: tuple[Any, Any] | str | None = None,
         batch_tokens: int | None = None,
         progress: bool = False,
         engine: Literal["packed", "padded"] | None = None,
         **encoding: Unpack[Encoding],
     ) -> list[Tensor]:
         """See `RewardModel.token_values`."""
-        if not self.binding.head:
+        if self.pools:
+            name = "The head" if self.binding.reads_rows else type(self.binding.root).__name__
             raise ValueError(
-                f"{type(self.binding.root).__name__} pools the whole text by itself, so its tokens have no rewards of "
+                f"{name} pools the whole text by itself, so its tokens have no rewards of "
                 "their own; token_values needs a head that is applied to each token"
             )
-        scale = None if normalize is None else _normalize(normalize, self.num_labels)
+        scale = None if normalize is None else self._scale(normalize)
         encoded = self.encode(inputs, **encoding)
         values = self.run(encoded, [np.arange(len(item)) for item in encoded], batch_tokens, progress, engine)
         if self.interventions is not None and self.interventions.lengths:  # of a text one length, for all its tokens
@@ -276,6 +310,8 @@ class Scorer:
         With `head`, a function of hidden states (B, T, d) and flat rows (M,) of them, what that gives (M, C) in their
         place.
         """
+        if head is None and self.binding.program is not None:
+            return run_heads(self, [self.binding], encoded, read, (batch_tokens, progress, engine))
         if engine is not None:
             arguments.word("engine", engine, ("packed", "padded"))
         batch_tokens = checked_run(batch_tokens, progress)
@@ -300,6 +336,16 @@ class Scorer:
             flat = torch.cat(results).cpu() if results else torch.empty(0, self.num_labels)
         # A clone made outside of inference mode is an ordinary tensor, which autograd may save.
         return list(flat.clone().split(counts))
+
+    def _scale(self, normalize: Any) -> tuple[Tensor, Tensor]:
+        """Mean and std of `normalize`, or "own" ones."""
+        if isinstance(normalize, str) and normalize == "own":
+            normalize = getattr(self.binding.program, "normalization", None)
+            if normalize is None:
+                raise ValueError(
+                    'Expected (mean, std): the model brings no mean and std of its own for normalize="own"'
+                )
+        return _normalize(normalize, self.num_labels)
 
     def corrected(self, rewards: Tensor, encoded: list[Encoded]) -> Tensor:
         """Rewards (N, K) less what the length corrections among `interventions` take off for each input's response."""
@@ -338,7 +384,9 @@ class Scorer:
     def moves(self) -> str | None:
         """Why a text's reward may have other bits beside other texts; None where a self-test says that it has not."""
         packed = self.packed_engine()
-        return f"padded runs: {packed}" if isinstance(packed, str) else packed.moves()
+        if isinstance(packed, str):
+            return f"padded runs: {packed}"
+        return getattr(self.binding.program, "moves", None) or packed.moves()
 
     def _parts(self) -> tuple:
         """The body's modules, and what would make them run otherwise than they are: a key for its engine."""

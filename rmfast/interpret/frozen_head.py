@@ -101,7 +101,7 @@ class FrozenHead:
 def linear_head(binding: Binding) -> nn.Linear:
     """The one readable nn.Linear that the head is; ValueError for any other."""
     name = type(binding.root).__name__
-    if not binding.head:
+    if not binding.reads_rows:
         raise ValueError(f"{name} pools by itself: expected a head that reads one token's stream, a single nn.Linear")
     linear = plain_linear(binding.head)
     if linear is None:

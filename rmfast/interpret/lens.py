@@ -253,7 +253,7 @@ def lens(
     """See `RewardModel.lens`."""
     word("positions", positions, ("last", "all"))
     word("norm", norm, ("final", "frozen", "raw"))
-    if not rm.binding.head:
+    if not rm.binding.reads_rows:
         raise ValueError(
             f"{type(rm.binding.root).__name__} pools by itself: lens needs a head that reads one token's stream"
         )

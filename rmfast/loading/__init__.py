@@ -11,15 +11,18 @@ from torch import nn
 
 from rmfast import arguments
 from rmfast.loading.adapters import is_adapter, load_adapter
-from rmfast.loading.models import has_file, load_model
+from rmfast.loading.files import has_file
+from rmfast.loading.heads import beside, load_body, wants_program
+from rmfast.loading.models import load_model
 
 _HUB_ARGUMENTS = ("cache_dir", "gguf_file", "local_files_only", "revision", "subfolder", "token")
 
 
 def load_checkpoint(
-    path: Any, *, dtype: Any = None, device: Any = None, trust_remote_code: bool = False, **kw: Any
-) -> tuple[nn.Module, Any]:
-    """A reward model and its tokenizer (None where there is none, with a warning): see `rmfast.load`."""
+    path: Any, *, dtype: Any = None, device: Any = None, trust_remote_code: bool = False, head: Any = None, **kw: Any
+) -> tuple[nn.Module, Any, Any]:
+    """A reward model, its tokenizer (None where there is none, with a warning), and its head where that is not the
+    model's own: see `rmfast.load`."""
     if not isinstance(path, str | os.PathLike) or not os.fspath(path):
         raise TypeError(f"Expected path_or_id to be a folder or a hub id, got {arguments.shown(path)}")
     arguments.flag("trust_remote_code", trust_remote_code)
@@ -36,11 +39,15 @@ def load_checkpoint(
     if device is None and kw.get("device_map") is None and torch.cuda.is_available():
         device = "cuda"
     if not is_adapter(path, shared):
-        return load_model(path, shared, options, device), _load_tokenizer(path, shared)
-    model, base, base_shared = load_adapter(path, shared, options, device)
-    if has_file(path, "tokenizer_config.json", shared):
-        return model, _load_tokenizer(path, shared)
-    return model, _load_tokenizer(base, base_shared)
+        if not wants_program(path, shared, head):
+            return load_model(path, shared, options, device), _load_tokenizer(path, shared), None
+        tokenizer = _load_tokenizer(path, shared)
+        model, head = load_body(path, shared, options, device, head, tokenizer)
+        return model, tokenizer, head
+    tokenizer = _load_tokenizer(path, shared) if has_file(path, "tokenizer_config.json", shared) else None
+    head = beside(path, shared, head, {}, tokenizer)
+    model, base, base_shared = load_adapter(path, shared, options, device, headed=head is not None)
+    return model, tokenizer or _load_tokenizer(base, base_shared), head
 
 
 def _load_tokenizer(path: Any, shared: dict[str, Any]) -> Any:

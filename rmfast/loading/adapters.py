@@ -8,10 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from rmfast.loading.models import TASKS, has_file, load_model
+from rmfast.loading.files import WEIGHTS, has_file
+from rmfast.loading.models import TASKS, load_model
 from rmfast.loading.weights import listed
 
-_WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
 _PREFIX = "base_model.model."  # of names in an adapter's file
 _AUTO = dict(zip(("SEQ_CLS", "TOKEN_CLS"), (f"AutoModelFor{task}" for task in TASKS)))
 _PLACEMENT = ("device_map", "max_memory", "offload_folder", "offload_dir")
@@ -21,7 +21,7 @@ def is_adapter(path: Any, shared: dict[str, Any]) -> bool:
     """Whether a folder or hub id holds an adapter; the base's config.json and a tokenizer may lie beside it."""
     if "gguf_file" in shared or not has_file(path, "adapter_config.json", shared):
         return False
-    whole = [name for name in _WEIGHTS if has_file(path, name, shared)]
+    whole = [name for name in WEIGHTS if has_file(path, name, shared)]
     if whole:  # of which transformers makes one with the other on top
         raise ValueError(
             f"{path} holds a whole model ({whole[0]}) and an adapter (adapter_config.json): which of them "
@@ -31,9 +31,12 @@ def is_adapter(path: Any, shared: dict[str, Any]) -> bool:
 
 
 def load_adapter(
-    path: Any, shared: dict[str, Any], options: dict[str, Any], device: Any
+    path: Any, shared: dict[str, Any], options: dict[str, Any], device: Any, headed: bool = False
 ) -> tuple[nn.Module, str, dict[str, Any]]:
-    """The base model with the adapter in it; the base's path, and its `shared`."""
+    """The base model with the adapter in it; the base's path, and its `shared`.
+
+    headed: whether a head comes from elsewhere, so that the base may be a language model.
+    """
     import peft
 
     hub = {name: value for name, value in shared.items() if name != "trust_remote_code"}
@@ -41,17 +44,17 @@ def load_adapter(
     base, task = config.base_model_name_or_path, config.task_type
     if not base:
         raise ValueError(f"{path} is an adapter that does not say of which model: no base_model_name_or_path")
-    if task not in (None, "FEATURE_EXTRACTION", *_AUTO):
+    if task not in (None, "FEATURE_EXTRACTION", *_AUTO, *(["CAUSAL_LM"] if headed else [])):
         raise ValueError(
             f"{path} is not a reward model: Expected an adapter of task_type {', '.join(_AUTO)}, got {task}"
         )
     base_shared = {name: value for name, value in shared.items() if name not in ("revision", "subfolder")}
     base_shared["revision"] = config.revision or "main"
-    auto = _auto_class(task, config)
+    auto = "AutoModelForCausalLM" if headed else _auto_class(task, config)
     weights = peft.load_peft_weights(path, device="cpu", **hub)
     saved = {name.removeprefix(_PREFIX): tensor for name, tensor in weights.items()}
     try:
-        if "num_labels" not in options and auto is not None:
+        if "num_labels" not in options and auto is not None and not headed:
             options = {**options, **_head_size(auto, base, base_shared, saved)}
         model: Any = load_model(base, base_shared, options, device, auto, replaced=frozenset(saved))
     except (OSError, ValueError) as error:

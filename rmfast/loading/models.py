@@ -69,18 +69,3 @@ def _auto_class(path: Any, config: Any) -> str:
         "AutoModel, in auto_map (with trust_remote_code=True); or for a peft adapter (adapter_config.json). "
         "For a model with a head of your own: rmfast.RewardModel(model, tokenizer)"
     )
-
-
-def has_file(path: Any, name: str, shared: dict[str, Any]) -> bool:
-    """Whether a folder, or a repository of the hub, has this file."""
-    from transformers.utils import cached_file
-
-    found = cached_file(
-        path,
-        name,
-        _raise_exceptions_for_gated_repo=False,
-        _raise_exceptions_for_missing_entries=False,
-        _raise_exceptions_for_connection_errors=False,
-        **{key: value for key, value in shared.items() if key not in ("gguf_file", "trust_remote_code")},
-    )
-    return found is not None

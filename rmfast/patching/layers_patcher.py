@@ -242,7 +242,7 @@ class LayersPatcher:
         # A decoder that takes token types (GPT-2) looks them up as words; only encoders have them in their inputs.
         if types is not None and not binding.causal:
             args.append(torch.from_numpy(types).expand(*ids.shape).to(ids.device))
-        if not binding.head:
+        if not binding.reads_rows:
             return binding.pooled(*args)
         batch, length = ids.shape
         rows = torch.arange(batch, device=ids.device) * length + read

@@ -12,7 +12,6 @@ import torch
 from torch import Tensor
 
 from rmfast import arguments
-from rmfast.binding.modules import fingerprint
 from rmfast.engine.scorer import Scorer
 from rmfast.patching.grid import PatchSweep
 from rmfast.patching.layers_patcher import LayersPatcher
@@ -165,7 +164,7 @@ class Request:
         partner, other_read = aligned(base.ids, other.ids, self.align, self.mode == "noising"), self._read(other, index)
         if self.causal:
             partner[partner > other_read] = -1  # behind the token that is read nothing is run
-        if isinstance(self.align, str) and self.align == "auto" and self.binding.head:
+        if isinstance(self.align, str) and self.align == "auto" and self.binding.reads_rows:
             partner[read] = other_read  # also where texts end in other words, or one goes on where the other ends
         shared = min(len(base), len(other))
         alike = (base.ids[:shared] == other.ids[:shared]) & (partner[:shared] == np.arange(shared))
@@ -176,7 +175,7 @@ class Request:
 
     def _read(self, text: Encoded, index: int) -> int:
         """Where the reward is read; a model that pools by itself reads where it does."""
-        return self.rm.position(text.ids, index) if self.binding.head else 0
+        return self.rm.position(text.ids, index) if self.binding.reads_rows else 0
 
     def grid(self, pair: Pair) -> Grid:
         tokens, spans = len(pair.base), spans_of(self.positions, len(pair.base))
@@ -294,7 +293,7 @@ class Request:
             arrays += [pair.other.ids] if pair.other is not None else []
         arrays += [tensor.detach().double().cpu().numpy() for tensor in (self.given or {}).values()]
         dtypes = sorted({str(p.dtype) for p in self.binding.root.parameters()})
-        digest.update(f"{fingerprint(self.binding.root)} {dtypes} {self.binding.in_fp32}".encode())
+        digest.update(f"{self.binding.fingerprint} {dtypes} {self.binding.in_fp32}".encode())
         for array in arrays:
             digest.update(f"{array.shape}".encode() + np.ascontiguousarray(array).tobytes())
         return digest.hexdigest()
