@@ -120,7 +120,7 @@ def _check(rm: Scorer, total: Intervention) -> None:
     known: dict[str, int] | None = None
     for part in total.parts:
         if isinstance(part, NeuronClamp):
-            if part.positions == "last" and not binding.reads_rows:
+            if part.positions == "last" and rm.pools:
                 raise ValueError(f'{name} pools by itself, so that it has no last token: expected positions="all"')
             known = projections(rm) if known is None else known
             for module, (indices, _) in part.neurons.items():

@@ -444,7 +444,7 @@ def _merged_clamps(clamps: list[NeuronClamp], positions: Positions, fingerprint:
 def _streams(rm: Scorer, inputs: Sequence[Any], side: Side, encoding: dict[str, Any]) -> Tensor:
     """(N, d): the stream before or after the final norm where `score` reads."""
     binding = rm.binding
-    if not binding.reads_rows:
+    if rm.pools:
         raise ValueError(
             f"{type(binding.root).__name__} pools by itself, so that no stream of a token makes its reward"
         )

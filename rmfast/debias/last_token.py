@@ -28,6 +28,7 @@ from rmfast.engine.options import checked_run
 from rmfast.engine.packed import Engine, planning_windows
 from rmfast.engine.padded import batches, run_batch
 from rmfast.engine.planner import plan
+from rmfast.engine.programs import run_gated
 from rmfast.engine.scorer import Scorer
 from rmfast.ops import suffix_attention
 from rmfast.texts.inputs import Format, Truncation
@@ -73,7 +74,7 @@ class LastTokenRuns:
     ):
         instance("rm", rm, Scorer)
         batch_tokens = checked_run(batch_tokens, progress)
-        if not rm.binding.reads_rows:
+        if rm.pools:
             raise ValueError(f"{type(rm.binding.root).__name__} pools by itself, so that it has no last token to rerun")
         self.rm = rm
         self.widths = projections(rm)
@@ -86,6 +87,7 @@ class LastTokenRuns:
             tools=tools,
         )
         self._read = rm.positions(self._encoded)
+        self._gates = self._gate_rows() if rm.gated else None
         engine = rm.packed_engine() if self._encoded else "no texts"
         self._engine = None if isinstance(engine, str) else engine
         self._batch_tokens = rm.default_batch_tokens(self._engine) if batch_tokens is None else batch_tokens
@@ -145,7 +147,7 @@ class LastTokenRuns:
 
     def _run(self, binding: Binding, names: Sequence[str], found: dict[str, Tensor] | None = None) -> Tensor:
         """Rewards (n, K); outputs of the projections `names` (n, m) go to `found`."""
-        out = torch.empty(len(self), self.rm.num_labels)
+        values = torch.empty(len(self), self.rm.num_labels)
         parts: list[tuple[np.ndarray, Tensor]] = []
         with binding.session(), ExitStack() as stack:
             texts: list[Tensor] = []  # those that run, as an index
@@ -158,10 +160,23 @@ class LastTokenRuns:
                 texts[:] = [torch.from_numpy(some)]
                 parts.append((some, run()))
             if parts:
-                values = torch.cat([value for _, value in parts]).cpu()
-                out = values.new_empty(out.shape)
-                out[torch.from_numpy(np.concatenate([some for some, _ in parts]))] = values
-        return out.clone()
+                found_values = torch.cat([value for _, value in parts]).cpu()
+                values = torch.empty_like(found_values)
+                values[torch.from_numpy(np.concatenate([some for some, _ in parts]))] = found_values
+            if self._gates is not None and parts:
+                gates = binding.row_values(self._gates[None], torch.arange(len(self), device=self._gates.device)).cpu()
+                values = binding.program.rewards(values, gates)
+        return values.clone()
+
+    def _gate_rows(self) -> Tensor:
+        """(n, d), the stream at the token that a gated head's gate reads: one before the token that is run again."""
+        nothing = [np.array([at]) for at in self._read]
+        found = run_gated(
+            self.rm, self._encoded, nothing, (None, False, None),
+            lambda hidden, rows: hidden.reshape(-1, hidden.size(-1))[rows],
+        )  # fmt: skip
+        rows = [gate for _, gate in found] or [torch.empty(0, self.rm.binding.width)]
+        return torch.cat(rows).to(self.rm.binding.device)
 
     def _recording(self, name: str, original: Callable, texts: list[Tensor], found: dict[str, Tensor]) -> Callable:
         def forward(*args: Any, **kwargs: Any) -> Any:
@@ -178,15 +193,16 @@ class LastTokenRuns:
         return forward
 
     def _runs(self, binding: Binding) -> Iterator[tuple[np.ndarray, Callable[[], Tensor]]]:
-        """Batches of texts and what runs each: rewards (m, K)."""
+        """Batches of texts and what runs each: rewards (m, K), of a gated head the rows' values."""
+        head = binding.rewards if self._gates is None else binding.row_values
         if self._engine is not None:
             for batch in self._batches:
-                yield batch.texts, lambda batch=batch: batch.run(self._engine, binding)  # type: ignore[misc]
+                yield batch.texts, lambda batch=batch: batch.run(self._engine, binding, head)  # type: ignore[misc]
             return
         for some in batches([len(item) for item in self._encoded], self._batch_tokens, 64, binding.length_group):
             items = [self._encoded[i] for i in some]
             read = [np.array([self._read[i]]) for i in some]
-            yield np.array(some), lambda items=items, read=read: run_batch(binding, items, read, binding.rewards)  # type: ignore[misc]
+            yield np.array(some), lambda items=items, read=read: run_batch(binding, items, read, head)  # type: ignore[misc]
 
     # The cache -----------------------------------------------------------------------------------------------------
 
@@ -310,8 +326,8 @@ class _Batch:
     store: _Store
     groups: list[_Group]
 
-    def run(self, engine: Engine, binding: Binding) -> Tensor:
-        """Rewards (m, K), inside `binding.session()`."""
+    def run(self, engine: Engine, binding: Binding, head: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
+        """What the head makes of the rows, (m, K), inside `binding.session()`."""
         device, m = binding.device, len(self.ids)
         rows = padded(np.arange(m), engine.tile)
         tokens, positions = (torch.from_numpy(x[rows].astype(np.int64)).to(device) for x in (self.ids, self.positions))
@@ -320,7 +336,7 @@ class _Batch:
         forwards = [fused for _, fused in engine.layers]
         with reading(len(rows), None):
             hidden = engine.body(tokens, positions, run, forwards, self.longest)
-        return binding.rewards(hidden[None], torch.arange(len(rows), device=hidden.device))[:m]
+        return head(hidden[None], torch.arange(len(rows), device=hidden.device))[:m]
 
 
 @dataclass

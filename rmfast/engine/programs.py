@@ -42,23 +42,20 @@ def _together(heads: list[Callable[[Tensor, Tensor], Tensor]]) -> Callable[[Tens
     return heads[0] if len(heads) == 1 else lambda hidden, rows: torch.cat([head(hidden, rows) for head in heads], 1)
 
 
-def gate_positions(binding: Binding, encoded: Sequence[Encoded]) -> list[int]:
-    """The token that the gate of a gated head reads, of each text.
+def gate_position(binding: Binding, item: Encoded, index: int) -> int:
+    """The token of a text (index among the inputs, for its error) that the gate of a gated head reads.
 
     Raises:
-        InputError: a text lacks the pattern that ends a prompt.
+        InputError: the text lacks the pattern that ends a prompt.
     """
-    found = []
-    for i, item in enumerate(encoded):
-        at = last_occurrence(item.ids, binding.program.pattern)
-        if at is None:
-            raise InputError(
-                i,
-                f"the ids {list(binding.program.pattern)}, which stand between a prompt and its response, are not in "
-                f"it, and the gate of {binding.program.kind} reads where they begin",
-            )
-        found.append(at)
-    return found
+    at = last_occurrence(item.ids, binding.program.pattern)
+    if at is None:
+        raise InputError(
+            index,
+            f"the ids {list(binding.program.pattern)}, which stand between a prompt and its response, are not in it, "
+            f"and the gate of {binding.program.kind} reads where they begin",
+        )
+    return at
 
 
 def run_gated(
@@ -72,7 +69,8 @@ def run_gated(
 
     Where prefixes are shared, a prompt is a text of its own, which costs a row for all of its responses.
     """
-    binding, gates = scorer.binding, gate_positions(scorer.binding, encoded)
+    binding = scorer.binding
+    gates = [gate_position(binding, item, i) for i, item in enumerate(encoded)]
     if binding.clamps_last:  # what a clamp does at the token that is read is not done at the gate's
         free = scorer.moved(replace(binding, clamps=tuple(clamp for clamp in binding.clamps if not clamp.last)))
         values = scorer.run(encoded, read, *running, head)

@@ -100,6 +100,11 @@ class Scorer:
         return not self.binding.reads_rows or (self.binding.program is not None and self.binding.program.pools)
 
     @property
+    def gated(self) -> bool:
+        """Whether the head reads the prompt's end beside the token of the reward."""
+        return self.binding.program is not None and self.binding.program.gated
+
+    @property
     def fingerprint(self) -> str:
         """Of the architecture and a sample of the weights, by which interventions know their model."""
         return (self.base or self).binding.fingerprint

@@ -48,7 +48,7 @@ class Gated(Head):
     scale: float = 1.0
     pattern: tuple[int, ...] = ()
 
-    gated = True
+    gated = mixes = True
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -34,6 +34,8 @@ class Gaussian(Head):
     bias: Tensor | None = None
     gate: Layers
 
+    mixes = True
+
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.weight.size(0) != 2 * self.gate.out:

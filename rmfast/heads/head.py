@@ -48,6 +48,8 @@ class Head:
 
     #: Whether the head reads a second token, the end of the prompt.
     gated = False
+    #: Whether `linear` is a map of attributes, of which each text, or token, has a mixture of its own.
+    mixes = False
     #: Whether it reads all of a text's tokens at once, and so has no value of one of them.
     pools = False
     #: Why a row's bits may depend on the rows beside it; None where they do not.
@@ -85,7 +87,8 @@ class Head:
             raise ValueError(
                 f"Expected a head for hidden states of width {rows.size(-1)}, got {self.kind} of width {self.width}"
             )
-        return self.to(rows.device)
+        with torch.inference_mode(False):  # kept, and autograd may save its tensors
+            return self.to(rows.device)
 
     def to(self, device: torch.device) -> Self:
         """The head with its tensors on a device."""
@@ -116,6 +119,15 @@ class Head:
     def mixed(self, values: Tensor, gates: Tensor | None = None) -> Tensor | None:
         """(M, K, A): what each output of `linear` counts in the rewards, the gate frozen; None: K = A, each itself."""
         return None
+
+    def mix(self, parts: Tensor, values: Tensor, gates: Tensor | None = None) -> Tensor:
+        """What makes the outputs of `linear`, (M, ..., A), as what makes the rewards, (M, ..., K), by `mixed`."""
+        weights = self.mixed(values, gates)
+        if weights is None:
+            return parts
+        weights = weights.to(parts)
+        weights = weights.reshape(len(parts), *[1] * (parts.dim() - 2), *weights.shape[1:])
+        return (weights @ parts[..., None])[..., 0]
 
     def tensors(self) -> dict[str, Tensor]:
         """Its tensors by name."""

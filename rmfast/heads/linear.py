@@ -26,8 +26,9 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
 def stacked(*layers: tuple[Tensor, Tensor | None]) -> tuple[Tensor, Tensor]:
     """Weights (n_i, d) and biases (n_i,) or None of several layers on the same rows, as one layer's."""
     dtype = torch.promote_types(layers[0][0].dtype, layers[-1][0].dtype)
-    biases = [weight.new_zeros(weight.size(0)) if bias is None else bias for weight, bias in layers]
-    return torch.cat([weight.to(dtype) for weight, _ in layers]), torch.cat([bias.to(dtype) for bias in biases])
+    with torch.inference_mode(False):  # kept, and autograd may save them
+        biases = [weight.new_zeros(weight.size(0)) if bias is None else bias for weight, bias in layers]
+        return torch.cat([weight.to(dtype) for weight, _ in layers]), torch.cat([bias.to(dtype) for bias in biases])
 
 
 @dataclass(eq=False, kw_only=True)

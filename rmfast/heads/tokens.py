@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from rmfast.arguments import is_whole, shown
+from rmfast.arguments import flag, is_whole, shown
 from rmfast.binding.modules import active, is_readable, is_untouched, text_config
 from rmfast.heads import rowwise
 from rmfast.heads.head import Apply, Head, LinearMap
@@ -34,7 +34,7 @@ class TokenHead:
         if len(set(tokens)) < len(tokens):
             raise ValueError(f"Expected tokens to be different, got {shown(tokens)}")
         self.tokens = tokens
-        self.difference = len(tokens) == 2 if difference is None else difference
+        self.difference = len(tokens) == 2 if difference is None else flag("difference", difference)
         if self.difference and len(tokens) != 2:
             raise ValueError(f"Expected two tokens for a difference, got {len(tokens)}")
 

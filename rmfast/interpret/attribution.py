@@ -232,10 +232,10 @@ def _attributions(parts: Components, texts: list[Encoded], every: bool) -> list[
         sizes |= dict.fromkeys(GIVES[name], (layers, None))
         if name in WHOLE:
             sizes[name] = layers, parts.patcher.units(name)[0]
-    labels = len(parts.constant)
+    labels = parts.rm.num_labels
     counts = [labels * (layers or 1) * (units or 1) for layers, units in sizes.values()]
-    constant = _result(parts.constant[None], labels, False)[0].cpu()
-    ends = np.cumsum([len(at) * sum(counts) for at in rows])  # numbers of the texts up to each
+    most_each = sum(counts) * len(parts.constant) // labels
+    ends = np.cumsum([len(at) * most_each for at in rows])  # numbers of the texts up to each
     found: list[Attribution] = []
     while (first := len(found)) < len(texts):
         # All neurons of all tokens are many numbers: some texts at a time.
@@ -243,7 +243,11 @@ def _attributions(parts: Components, texts: list[Encoded], every: bool) -> list[
         some = slice(first, max(first + 1, int(np.searchsorted(ends, most, side="right"))))
         values = parts.run(texts[some], rows[some], parts.contributions)
         for text, at, each in zip(texts[some], read[some], values):
-            rewards, *pieces = each.split([labels, *counts], 1)
+            rewards, *pieces, constants = each.split([labels, *counts, labels], 1)
+            if parts.mixes and not torch.allclose(constants, constants[:1], atol=1e-6):
+                kind = parts.binding.program.kind
+                raise ValueError(f'Expected positions="last": the constant of {kind} differs from token to token')
+            constant = _result(constants[:1], labels, False)[0]
             results = {
                 name: _result(part, labels, every, *size, unit=UNITS.get(name))
                 for (name, size), part in zip(sizes.items(), pieces, strict=True)
@@ -252,7 +256,7 @@ def _attributions(parts: Components, texts: list[Encoded], every: bool) -> list[
                 Attribution(
                     contributions={name: x for name, (x, _) in results.items()},
                     axes={name: axes for name, (_, axes) in results.items()},
-                    constant=constant.clone(),
+                    constant=constant,
                     rewards=_result(rewards, labels, every)[0],
                     norm=parts.norm,
                     read=at,

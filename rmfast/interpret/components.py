@@ -74,6 +74,9 @@ class Components:
         self.patcher = LayersPatcher(rm.binding)
         self.binding = binding = self.patcher.binding
         self.head = FrozenHead.of(binding, norm)
+        # Of a head that mixes attributes, each text in its own way, all below is of the attributes, A in place of K.
+        self.mixes: bool = binding.program is not None and binding.program.mixes
+        self._values = 0  # of a row, by which they are mixed
         for kind in ("attn_out", "mlp_out", *(name for name in names if name in WHOLE)):
             self.patcher.units(kind)
         if (width := self.patcher.units("resid_post")[1]) != binding.width:
@@ -126,7 +129,7 @@ class Components:
         return FrozenNorm.of(self.dtype, kind, gain, bias, eps_of(module))
 
     def contributions(self, stream: Tensor, scale: Tensor, rewards: Tensor) -> Tensor:
-        """(m, C): rewards, and the contributions of the names in their order, each (layers, units, K)."""
+        """(m, C): rewards, the contributions of the names in their order, each (layers, units, K), and the constant."""
 
         def layers(name: str) -> Tensor:
             count = 1 if name == "embedding" else self.patcher.layers
@@ -139,7 +142,7 @@ class Components:
                 units, bias = parts
                 self._check_sum(component, units, bias, layers(WHOLE[component]))
             columns += [part.flatten(1) * scale for part in parts]
-        return torch.cat(columns, 1)
+        return torch.cat([*columns, self.constant.to(scale).expand(len(scale), -1)], 1)
 
     # Running ----------------------------------------------------------------------------------------------------------
 
@@ -157,16 +160,27 @@ class Components:
         """
 
         def read(hidden: Tensor, at: Tensor) -> Tensor:
-            stream, rewards = hidden.reshape(-1, hidden.size(-1))[at], self.binding.rewards(hidden, at)
+            made = self.binding.row_values if self.mixes else self.binding.rewards
+            stream, rewards = hidden.reshape(-1, hidden.size(-1))[at], made(hidden, at)
+            self._values = rewards.size(1)
             if not self.fused:
                 self._check_stream(stream.to(self._sum))
             scale = self.head.scale(stream)
             return use(stream, scale, rewards.to(scale))
 
-        return run_watched(
+        found = run_watched(
             self.rm, self.binding, [*self._taps(), *taps], texts, rows, read, self.batch_tokens, self.progress,
             self.packed,
         )  # fmt: skip
+        return [self._mixed(*values) if self.mixes else values[0] for values in found]
+
+    def _mixed(self, values: Tensor, gates: Tensor | None) -> Tensor:
+        """What `contributions` gives of a text's rows for attributes, for its rewards."""
+        program = self.binding.program
+        own, parts = values.split([self._values, values.size(1) - self._values], 1)
+        gate = None if gates is None else gates[:, : self._values]
+        mixed = program.mix(parts.unflatten(1, (-1, len(self.constant))), own, gate)
+        return torch.cat([program.rewards(own, gate).to(mixed), mixed.flatten(1)], 1)
 
     def _taps(self) -> Iterator[tuple[Point, Callable[[Tensor], None]]]:
         points, layers = self.patcher.points, range(self.patcher.layers)

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from rmfast.binding.binding import Binding, Removal
 from rmfast.binding.modules import active, is_readable, plain_linear
@@ -57,6 +57,8 @@ class FrozenHead:
 
     Directions that the model loses before or after the norm (`Binding.before`, `after`) are taken from `direction`.
 
+    Of a program with a gate it is the map before the gate, of A attributes in place of K rewards.
+
     Attributes:
         norm: the final norm; one that does nothing for norm="raw", whose scale is 1.
         direction: (K, d), γ⊙w, less its own mean for a layer norm: h need not be centred.
@@ -78,7 +80,7 @@ class FrozenHead:
         Raises:
             ValueError: the head is not a single readable nn.Linear, or the norm is of no known kind or hooked.
         """
-        linear = linear_head(binding)
+        linear: Any = linear_head(binding)
         check_norm(binding, norm)
         stored = next(p.dtype for p in binding.root.parameters() if p.is_floating_point())
         dtype = torch.float64 if stored == torch.float64 else torch.float32
@@ -98,17 +100,26 @@ class FrozenHead:
         return self.norm.scale(stream, self.dtype)
 
 
-def linear_head(binding: Binding) -> nn.Linear:
-    """The one readable nn.Linear that the head is; ValueError for any other."""
+def linear_head(binding: Binding) -> Any:
+    """The one readable nn.Linear that the head is, or what a program is but for its gate (`rmfast.heads.Head.linear`);
+    ValueError for any other."""
     name = type(binding.root).__name__
+    if binding.program is not None:
+        found = binding.program.linear()
+        if found is None:
+            raise ValueError(
+                f"Expected a head of {name} that is linear in one token's stream, but for a gate, got "
+                f'{binding.program.kind}, which is not; the lens with norm="final" and patching need no such head'
+            )
+        return found
     if not binding.reads_rows:
         raise ValueError(f"{name} pools by itself: expected a head that reads one token's stream, a single nn.Linear")
     linear = plain_linear(binding.head)
     if linear is None:
-        found = ", ".join(type(active(module)).__name__ for module in binding.head)
+        kinds = ", ".join(type(active(module)).__name__ for module in binding.head)
         raise ValueError(
             f"Expected the head of {name} to be a single nn.Linear with a readable weight and no hooks, so that the "
-            f"reward is linear in the stream but for its norm, got {found}"
+            f"reward is linear in the stream but for its norm, got {kinds}"
         )
     if linear.weight.size(0) != binding.num_labels:
         raise ValueError(

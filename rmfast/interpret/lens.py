@@ -253,7 +253,7 @@ def lens(
     """See `RewardModel.lens`."""
     word("positions", positions, ("last", "all"))
     word("norm", norm, ("final", "frozen", "raw"))
-    if not rm.binding.reads_rows:
+    if rm.pools:
         raise ValueError(
             f"{type(rm.binding.root).__name__} pools by itself: lens needs a head that reads one token's stream"
         )
@@ -268,9 +268,11 @@ def lens(
     read = rm.positions(texts)
     every = positions == "all"
     rows = [np.arange(len(text)) if every else np.array([at]) for text, at in zip(texts, read)]
-    streams = _Streams(bound, layers, linear, norm == "frozen")
+    mixes = bound.program is not None and (rm.gated or (bound.program.mixes and linear is not None))
+    streams = (_MixedStreams if mixes else _Streams)(bound, layers, linear, norm == "frozen")
     found = run_watched(rm, bound, streams.taps, texts, rows, streams.read, batch_tokens, progress)
-    squeezed = [value[..., 0] if rm.num_labels == 1 else value for value in found]  # (reads, L + 2[, K])
+    finished = [streams.finished(*values) for values in found]
+    squeezed = [value[..., 0] if rm.num_labels == 1 else value for value in finished]  # (reads, L + 2[, K])
     layered_rewards, scores = [value[:, :-1] for value in squeezed], [value[:, -1] for value in squeezed]
     shape = (0, len(layers) + 1, *([] if rm.num_labels == 1 else [rm.num_labels]))
     return Lens(
@@ -318,19 +320,63 @@ class _Streams:
         with ExitStack() as stack:
             if self.bound.norm is not None and self.bound.leaves_norm_out:
                 stack.enter_context(replaced_forward(self.bound.norm, cast(Callable, self.own_norm)))
-            return self.bound.rewards(stream[None], torch.arange(stream.size(0), device=stream.device))
+            return self._made(stream[None], torch.arange(stream.size(0), device=stream.device))
+
+    def _made(self, hidden: Tensor, rows: Tensor) -> Tensor:
+        return self.bound.rewards(hidden, rows)
+
+    def _taken(self, device: torch.device) -> list[Tensor]:
+        """What has been seen of each layer, once."""
+        if absent := set(range(len(self.taps))) - set(self.seen):
+            raise ValueError(self._expected(min(absent), "to be called as a module, which hooks see, got no call"))
+        seen = [self.seen[index].to(device) for index in range(len(self.taps))]
+        self.seen = {}
+        return seen
 
     def read(self, hidden: Tensor, rows: Tensor) -> Tensor:
         """(M, L + 2, K): the reward at every layer, and the model's own; what `Scorer.run` takes as head."""
         scores = self.bound.rewards(hidden, rows)
-        last = scores
-        if absent := set(range(len(self.taps))) - set(self.seen):
-            raise ValueError(self._expected(min(absent), "to be called as a module, which hooks see, got no call"))
-        seen = [self.seen[index].to(scores.device) for index in range(len(self.taps))]
-        self.seen = {}
+        last, seen = scores, self._taken(scores.device)
         if self.linear is not None:
             stream = hidden.reshape(-1, hidden.size(-1))[rows]
             scale, constant = self.linear.scale(stream), self.linear.constant.to(scores.device)
             seen = [value * scale + constant for value in seen]
             last = scores if self.frozen else self._rewards(stream) + constant
         return torch.stack([*seen, last, scores], 1)
+
+    def finished(self, values: Tensor, gates: Tensor | None) -> Tensor:
+        """(n, L + 2, K) of what `read` has made of a text's rows."""
+        return values
+
+
+class _MixedStreams(_Streams):
+    """The same of a head whose rewards are a mixture of attributes: its gate is what it is in the last layer."""
+
+    width = 0  # of a row's values
+
+    def _made(self, hidden: Tensor, rows: Tensor) -> Tensor:
+        return self.bound.row_values(hidden, rows)
+
+    def read(self, hidden: Tensor, rows: Tensor) -> Tensor:
+        """(M, (L + 1) · n + V): of every layer the row's values or, with a linear map, attributes; the row's values."""
+        own = self._made(hidden, rows)
+        self.width, seen = own.size(1), self._taken(own.device)
+        if self.linear is None:
+            return torch.cat([*seen, own, own], 1)
+        stream = hidden.reshape(-1, hidden.size(-1))[rows]
+        scale, constant = self.linear.scale(stream), self.linear.constant.to(own.device)
+        return torch.cat([*(value * scale + constant for value in [*seen, self._rewards(stream)]), own], 1)
+
+    def finished(self, values: Tensor, gates: Tensor | None) -> Tensor:
+        program, layers = self.bound.program, len(self.taps) + 1
+        every, own = values.split([values.size(1) - self.width, self.width], 1)
+        gate = None if gates is None else gates[:, -self.width :]
+        scores = program.rewards(own, gate)[:, None]
+        every = every.unflatten(1, (layers, -1))
+        if self.linear is not None:
+            rewards = program.mix(every, own, gate)
+        else:
+            rewards = program.rewards(every.flatten(0, 1), gate).unflatten(0, (-1, layers))
+        if self.linear is None or self.frozen:
+            rewards = torch.cat([rewards[:, :-1], scores], 1)  # which they are but for rounding
+        return torch.cat([rewards, scores], 1)

@@ -222,6 +222,11 @@ class _Features:
         self.sae, self.layer, self.site, self.norm = sae, layer, site, norm
         # Inside of layers, the packed engine's fused parts pass some sites by.
         self.parts = parts = Components(rm, [], norm, batch_tokens, progress, packed=site.startswith("resid_p"))
+        if parts.mixes:
+            raise ValueError(
+                f"Expected a head of one direction for all texts, got {parts.binding.program.kind}, which mixes "
+                "attributes, each text in its own way"
+            )
         whole("layer", layer, 0, parts.patcher.layers - 1)
         parts.patcher.units(site)
         width = parts.direction.size(-1)

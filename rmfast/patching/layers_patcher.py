@@ -22,6 +22,7 @@ from rmfast.binding.find import probe_ids
 from rmfast.binding.layer_list import layered
 from rmfast.binding.session import reading, replaced_forward
 from rmfast.engine.memory import out_of_memory
+from rmfast.heads.given import last_occurrence
 from rmfast.patching.points import PLACES, Point, given, points
 from rmfast.patching.sites import KINDS, Edits, Values
 from rmfast.texts.inputs import Encoded
@@ -245,10 +246,17 @@ class LayersPatcher:
         if not binding.reads_rows:
             return binding.pooled(*args)
         batch, length = ids.shape
-        rows = torch.arange(batch, device=ids.device) * length + read
+        first = torch.arange(batch, device=ids.device) * length
+        rows = first + read
         with reading(ids.numel(), rows):
             hidden = binding.hidden(*args)
-        return binding.rewards(hidden, rows.to(hidden.device))
+        rows = rows.to(hidden.device)
+        program = binding.program
+        if program is None or not program.gated:
+            return binding.rewards(hidden, rows)
+        # What is edited are activations and not ids: the prompt ends where it did. On the probe's tokens it has no end.
+        gate = last_occurrence(ids[0].cpu().numpy(), program.pattern) or 0
+        return program.rewards(binding.row_values(hidden, rows), binding.row_values(hidden, first.to(rows) + gate))
 
     def _values(self, values: Values, kind: int, layer: int, length: int) -> Tensor:
         new, shape = values(KINDS[kind], layer), (length, *self.units(KINDS[kind]))

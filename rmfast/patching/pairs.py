@@ -39,6 +39,7 @@ class Pair:
     other_read: int
     partner: np.ndarray  # (T,) the other run's position for each of the base's, or -1
     first: int  # tokens before it are the same in both runs
+    gates: tuple[int, int] | None = None  # where the gate of a gated head reads, in the base and in the other run
 
 
 def spans_of(positions: Any, tokens: int) -> list[list[int]]:

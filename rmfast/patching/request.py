@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from rmfast import arguments
+from rmfast.engine.programs import gate_position
 from rmfast.engine.scorer import Scorer
 from rmfast.patching.grid import PatchSweep
 from rmfast.patching.layers_patcher import LayersPatcher
@@ -155,8 +156,13 @@ class Request:
 
     def _pair(self, index: int, base: Encoded, other: Encoded | None) -> Pair:
         read = self._read(base, index)
+        gates = None
+        if self.rm.gated:
+            two = (base, base if other is None else other)
+            gate, other_gate = (gate_position(self.binding, text, index) for text in two)
+            gates = gate, other_gate
         if other is None:
-            return Pair(base, None, read, 0, np.arange(len(base)), 0)
+            return Pair(base, None, read, 0, np.arange(len(base)), 0, gates)
         if np.array_equal(base.ids, other.ids):
             raise ValueError(
                 f"Expected clean and corrupted to differ in at least one token: those of pair {index} are the same"
@@ -166,12 +172,14 @@ class Request:
             partner[partner > other_read] = -1  # behind the token that is read nothing is run
         if isinstance(self.align, str) and self.align == "auto" and self.binding.reads_rows:
             partner[read] = other_read  # also where texts end in other words, or one goes on where the other ends
+            if gates is not None:
+                partner[gates[0]] = gates[1]
         shared = min(len(base), len(other))
         alike = (base.ids[:shared] == other.ids[:shared]) & (partner[:shared] == np.arange(shared))
         first = int(np.append(alike, False).argmin())
         if self.binding.length_group(len(base)) != self.binding.length_group(len(other)):
             first = 0  # other rotary frequencies: the runs differ from the first token on
-        return Pair(base, other, read, other_read, partner, first)
+        return Pair(base, other, read, other_read, partner, first, gates)
 
     def _read(self, text: Encoded, index: int) -> int:
         """Where the reward is read; a model that pools by itself reads where it does."""
@@ -192,6 +200,8 @@ class Request:
             groups[:, : pair.first] = False
         reaches = np.asarray(groups.any(1))
         at_last = groups[:, pair.base_read] if self.causal else reaches
+        if pair.gates is not None:
+            at_last = at_last | groups[:, pair.gates[0]]
 
         width = max(map(len, self.units.values()))
         shape = (len(self.kinds), len(self.layers), len(spans), width)

@@ -11,6 +11,7 @@ import numpy as np
 from torch import Tensor
 
 from rmfast.binding.binding import Binding
+from rmfast.engine.programs import run_gated
 from rmfast.engine.scorer import Scorer
 from rmfast.patching.points import Point
 from rmfast.texts.inputs import Encoded
@@ -45,11 +46,17 @@ def run_watched(
     batch_tokens: int | None = None,
     progress: bool = False,
     packed: bool = True,
-) -> list[Tensor]:
-    """`Scorer.run` with a head, while `taps` see what comes by at their points; `bound` is `layered`'s."""
+) -> list[tuple[Tensor, Tensor | None]]:
+    """`Scorer.run` with a head, while `taps` see what comes by at their points; `bound` is `layered`'s.
+
+    Returns:
+        For each text what the head makes of its rows, and for a gated head of the one that its gate reads.
+    """
     scorer.packed_engine()  # before hooks are in the layers, which would rule it out; kept by the scorer
     watched = copy.copy(scorer)
     watched.binding = Watched.of(bound, taps)
     # A norm that stays in the body is one that the packed engine leaves out.
     engine = None if packed and bound is scorer.binding else "padded"
-    return watched.run(encoded, read, batch_tokens, progress, engine, head)
+    if scorer.gated:
+        return [*run_gated(watched, encoded, read, (batch_tokens, progress, engine), head)]
+    return [(values, None) for values in watched.run(encoded, read, batch_tokens, progress, engine, head)]

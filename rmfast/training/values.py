@@ -116,7 +116,7 @@ def values_and_reward(
 ) -> ResponseValues:
     """`RewardModel.values_and_reward`, which says what arguments and result are."""
     binding = rm.binding
-    if not binding.reads_rows or not binding.causal or rm.num_labels != 1:
+    if rm.pools or not binding.causal or rm.num_labels != 1:
         raise ValueError(
             "Expected a causal model with a head of one label, which every token can be read with, got "
             f"{type(binding.root).__name__} with {rm.num_labels} labels"

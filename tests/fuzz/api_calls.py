@@ -7,7 +7,7 @@ import math
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -232,11 +232,13 @@ def _models(w: SimpleNamespace) -> Iterator[Call]:
     yield call(
         "RewardModel", rmfast.RewardModel, model=(rm.model, instance(torch.nn.Module)),
         tokenizer=(rm.tokenizer, optional(lambda x: hasattr(x, "decode"))),
-        pooling=("auto", either(one_of("auto", "last"), whole(0, 271))),
+        pooling=("auto", either(one_of("auto", "last"), whole(0, 271))), head=(None, anything),
     )  # fmt: skip
+    yield call("TokenHead", partial(rmfast.TokenHead, 1, 2), difference=(None, optional(flag)))
     yield call(
         "load", rmfast.load, path_or_id=(w.folder / "model", path), dtype=(None, anything), device=(None, anything),
         trust_remote_code=(False, flag), pooling=("auto", either(one_of("auto", "last"), whole(0))),
+        head=(None, anything),
     )  # fmt: skip
     yield call("explain", rmfast.explain, op=(None, optional(instance(str))), device=(None, optional(instance(str))))
     yield call("backend", _under, backend=("eager", optional(one_of("eager", "cpp", "triton", "cuda"))))
@@ -249,6 +251,7 @@ def _models(w: SimpleNamespace) -> Iterator[Call]:
         "score, of one intervention each", rm.score, inputs=(TEXTS, texts), interventions=([w.clamp, None], anything),
         intervention_index=([0, -1], optional(all_of(whole(-1, 1)))),
     )  # fmt: skip
+    yield call("score of all", rm.score, **inputs, output=("all", one_of("rewards", "all")), **OPTIONS, **ENGINE)
     yield call("score of 3", w.three.score, **inputs, **NORMALIZE)
     yield call("token_values", rm.token_values, **inputs, **NORMALIZE, **OPTIONS, **ENGINE)
     responses = {k: v for k, v in OPTIONS.items() if k != "truncation"}
