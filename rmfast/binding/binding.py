@@ -254,16 +254,26 @@ class Binding:
             return self._labelled(self.program.rewards(self.row_values(hidden, rows)), rows.numel())
         linear = plain_linear(self.head)
         if linear is not None and self._fuses_norm:
-            return self._labelled(self.linear(hidden, rows, linear.weight, linear.bias), rows.numel())
+            return self._labelled(self._fused(hidden, rows, linear.weight, linear.bias), rows.numel())
         if self.before is not None and not self.leaves_norm_out:
             raise ValueError(_NO_NORM)
         return self._labelled(self.apply_head(self.normed(hidden, rows)), rows.numel())
 
-    def row_values(self, hidden: Tensor, rows: Tensor) -> Tensor:
-        """(M, V), what the program keeps of the flat rows (M,) of hidden (B, T, d)."""
-        return self.program.values(
+    def row_values(self, hidden: Tensor, rows: Tensor, gates: Tensor | None = None) -> Tensor:
+        """(M, V), what the program keeps of the flat rows (M,) of hidden (B, T, d).
+
+        gates: (G,) int64, which of `rows` the gate of a gated head reads; None: any. Of others its values are 0.
+        """
+        values = self.program.values(
             lambda weight, bias: self.linear(hidden, rows, weight, bias), lambda: self.normed(hidden, rows)[0]
         )
+        if not self.program.gated:
+            return values
+        at = rows if gates is None else rows[gates]
+        made = self.program.gate_values(lambda weight, bias: self.linear(hidden, at, weight, bias))
+        if gates is not None:
+            made = made.new_zeros(len(rows), made.size(1)).index_copy(0, gates, made)
+        return torch.cat([values, made], 1)
 
     @property
     def _fuses_norm(self) -> bool:
@@ -272,12 +282,15 @@ class Binding:
     def linear(self, hidden: Tensor, rows: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         """(M, C) of the flat rows (M,) of hidden (B, T, d): weight (C, d) and bias (C,) or None, norm and removals
         included; one op where the norm is known."""
+        if self._fuses_norm:
+            return self._fused(hidden, rows, weight, bias)
+        on = hidden.device
+        return reward_head(self.normed(hidden, rows)[0], weight.to(on), None if bias is None else bias.to(on))
+
+    def _fused(self, hidden: Tensor, rows: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         if self.before is not None and not self.leaves_norm_out:
             raise ValueError(_NO_NORM)
         on = hidden.device
-        bias = None if bias is None else bias.to(on)
-        if not self._fuses_norm:
-            return reward_head(self.normed(hidden, rows)[0], weight.to(on), bias)
         removed: dict[str, Any] = {}
         # Taking a part of the normed row away is taking it from the head.
         if self.after is not None:
@@ -285,7 +298,14 @@ class Binding:
         if self.before is not None:
             p = self.before.directions.to(on)
             removed = {"directions": p, "strengths": p.new_full((1, p.size(0)), self.before.strength)}
-        out = reward_head(hidden, weight.to(on), bias, rows=rows, **self.norm_arguments(on), **removed)
+        out = reward_head(
+            hidden,
+            weight.to(on),
+            None if bias is None else bias.to(on),
+            rows=rows,
+            **self.norm_arguments(on),
+            **removed,
+        )
         return out if self.before is None else out[:, 0]
 
     def _labelled(self, out: Tensor, count: int) -> Tensor:

@@ -173,7 +173,7 @@ class LastTokenRuns:
         nothing = [np.array([at]) for at in self._read]
         found = run_gated(
             self.rm, self._encoded, nothing, (None, False, None),
-            lambda hidden, rows: hidden.reshape(-1, hidden.size(-1))[rows],
+            lambda hidden, rows: hidden.reshape(-1, hidden.size(-1))[rows], told=False,
         )  # fmt: skip
         rows = [gate for _, gate in found] or [torch.empty(0, self.rm.binding.width)]
         return torch.cat(rows).to(self.rm.binding.device)

@@ -11,6 +11,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -29,6 +30,7 @@ from rmfast.engine.attention import ChainedPool, Run, Unsupported, attention_con
 from rmfast.engine.invariance import padding, tile_of
 from rmfast.engine.layers import Layer, structure
 from rmfast.engine.memory import free_memory, out_of_memory, reuse_freed_memory
+from rmfast.engine.padded import marked_rows
 from rmfast.engine.planner import Chunk, plan, windows
 from rmfast.texts.inputs import Encoded
 
@@ -350,6 +352,7 @@ def run_packed(
     batch_tokens: int,
     bar: tqdm,
     head: Callable,
+    marks: list[np.ndarray] | None = None,
 ) -> list[Tensor]:
     """What `head` makes of each text's rows read[i], on the device; inside `binding.session()`."""
     results: list[Any] = [None] * len(encoded)
@@ -366,10 +369,16 @@ def run_packed(
                 shared[cu[:-1] + positions] += binding.vocab_size
             planned = plan(shared, cu, batch_tokens=batch_tokens, read=positions)  # type: ignore[arg-type]
             values: list[Tensor] = []
+            marked = None
+            if marks is not None:  # a row may be several texts'
+                marked = np.zeros(planned.cu_reads[-1], bool)
+                np.logical_or.at(marked, planned.read_index, np.concatenate([marks[i] for i in todo]))
             try:
-                for chunk, hidden in engine.run(ids, planned, longest):
+                chunks = engine.run(ids, planned, longest)
+                for (first, last), (chunk, hidden) in zip(pairwise(planned.cu_reads), chunks):
                     rows = torch.arange(hidden.size(0), device=hidden.device)
-                    values.append(head(hidden[None], rows)[: len(chunk.read_rows)])
+                    told = marked_rows(None if marked is None else [marked[first:last]], hidden.device)
+                    values.append(head(hidden[None], rows, *told)[: len(chunk.read_rows)])
                     bar.update(len(chunk.inputs))
             except RuntimeError as error:
                 if batch_tokens <= _LEAST_BATCH_TOKENS or not out_of_memory(error):

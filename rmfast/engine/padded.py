@@ -22,8 +22,9 @@ _BATCH_COST_ACCELERATOR = 1024
 
 
 def run_padded(
-    binding: Binding, encoded: list[Encoded], read: list[np.ndarray], batch_tokens: int, bar: tqdm, head: Callable
-) -> list[Tensor]:
+    binding: Binding, encoded: list[Encoded], read: list[np.ndarray], batch_tokens: int, bar: tqdm, head: Callable,
+    marks: list[np.ndarray] | None = None,
+) -> list[Tensor]:  # fmt: skip
     """What `head` makes of each text's rows read[i], on the device; inside `binding.session()`."""
     results: list[Any] = [None] * len(encoded)
     cost = _BATCH_COST.get(binding.device.type, _BATCH_COST_ACCELERATOR)
@@ -31,7 +32,8 @@ def run_padded(
     while pending:
         batch = pending.pop()
         try:
-            values = run_batch(binding, [encoded[i] for i in batch], [read[i] for i in batch], head)
+            marked = None if marks is None else [marks[i] for i in batch]
+            values = run_batch(binding, [encoded[i] for i in batch], [read[i] for i in batch], head, marked)
         except RuntimeError as error:
             if len(batch) == 1 or not out_of_memory(error):
                 raise
@@ -65,8 +67,9 @@ def batches(lengths: list[int], batch_tokens: int, cost: int, group: Callable[[i
 
 
 def run_batch(
-    binding: Binding, items: list[Encoded], read: list[np.ndarray], head: Callable[[Tensor, Tensor], Tensor]
-) -> Tensor:
+    binding: Binding, items: list[Encoded], read: list[np.ndarray], head: Callable[..., Tensor],
+    marks: list[np.ndarray] | None = None,
+) -> Tensor:  # fmt: skip
     """Rewards (sum of len(read), K) of one right-padded batch."""
     longest = max(map(len, items))
     device = binding.device
@@ -86,4 +89,9 @@ def run_batch(
     rows = torch.from_numpy(np.concatenate([i * longest + r for i, r in enumerate(read)])).to(device)
     with reading(ids.size, rows):
         hidden = binding.hidden(*args)
-    return head(hidden, rows.to(hidden.device))
+    return head(hidden, rows.to(hidden.device), *marked_rows(marks, hidden.device))
+
+
+def marked_rows(marks: list[np.ndarray] | None, device: torch.device) -> list[Tensor]:
+    """Where the marks of some rows are set, (G,) int64, for a head that is told of them."""
+    return [] if marks is None else [torch.from_numpy(np.flatnonzero(np.concatenate(marks))).to(device)]

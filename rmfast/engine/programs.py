@@ -38,8 +38,8 @@ def run_heads(
     return results
 
 
-def _together(heads: list[Callable[[Tensor, Tensor], Tensor]]) -> Callable[[Tensor, Tensor], Tensor]:
-    return heads[0] if len(heads) == 1 else lambda hidden, rows: torch.cat([head(hidden, rows) for head in heads], 1)
+def _together(heads: list[Callable[..., Tensor]]) -> Callable[..., Tensor]:
+    return heads[0] if len(heads) == 1 else lambda *given: torch.cat([head(*given) for head in heads], 1)
 
 
 def gate_position(binding: Binding, item: Encoded, index: int) -> int:
@@ -59,34 +59,40 @@ def gate_position(binding: Binding, item: Encoded, index: int) -> int:
 
 
 def run_gated(
-    scorer: Any,
-    encoded: list[Encoded],
-    read: list[np.ndarray],
-    running: Running,
-    head: Callable[[Tensor, Tensor], Tensor],
-) -> list[tuple[Tensor, Tensor]]:
+    scorer: Any, encoded: list[Encoded], read: list[np.ndarray], running: Running, head: Callable[..., Tensor],
+    told: bool = True,
+) -> list[tuple[Tensor, Tensor]]:  # fmt: skip
     """What `head` makes of each text's rows read[i], and of the one that the gate of a gated head reads, (1, ...).
 
     Where prefixes are shared, a prompt is a text of its own, which costs a row for all of its responses.
+
+    Args:
+        told: whether the head is given which rows are the gates' (`Scorer.run`), as `Binding.row_values` may be.
     """
     binding = scorer.binding
     gates = [gate_position(binding, item, i) for i, item in enumerate(encoded)]
+
+    def run(texts: list[Encoded], rows: list[np.ndarray], marks: list[np.ndarray]) -> list[Tensor]:
+        return scorer.run(texts, rows, *running, head, marks if told else None)
+
     if binding.clamps_last:  # what a clamp does at the token that is read is not done at the gate's
         free = scorer.moved(replace(binding, clamps=tuple(clamp for clamp in binding.clamps if not clamp.last)))
         values = scorer.run(encoded, read, *running, head)
         return list(zip(values, free.run(encoded, [np.array([gate]) for gate in gates], *running, head)))
     if any(len(rows) != 1 for rows in read):  # all tokens, the gate's among them
-        every = scorer.run(encoded, [np.arange(len(item)) for item in encoded], *running, head)
-        return [(value[rows], value[gate : gate + 1]) for value, rows, gate in zip(every, read, gates)]
+        every = [np.arange(len(item)) for item in encoded]
+        values = run(encoded, every, [rows == gate for rows, gate in zip(every, gates)])
+        return [(value[rows], value[gate : gate + 1]) for value, rows, gate in zip(values, read, gates)]
     if running[2] == "padded" or isinstance(scorer.packed_engine(), str):
-        values = scorer.run(encoded, [np.append(gate, rows) for gate, rows in zip(gates, read)], *running, head)
+        two = [np.append(gate, rows) for gate, rows in zip(gates, read)]
+        values = run(encoded, two, [np.array([True, False])] * len(two))
         return [(value[1:], value[:1]) for value in values]
     texts: list[Encoded] = []
     rows: list[np.ndarray] = []
     for item, own, gate in zip(encoded, read, gates):  # a prompt beside its texts, as texts are planned in windows
         texts += [item, replace(item, ids=item.ids[: gate + 1])]
         rows += [own, np.array([gate])]
-    values = scorer.run(texts, rows, *running, head)
+    values = run(texts, rows, [np.array([False]), np.array([True])] * len(encoded))
     return list(zip(values[::2], values[1::2]))
 
 

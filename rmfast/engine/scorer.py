@@ -24,6 +24,7 @@ from rmfast.binding.proof import read_at
 from rmfast.binding.session import lock_of, share_lock
 from rmfast.engine.attention import Unsupported
 from rmfast.engine.layers import settings
+from rmfast.engine.limits import longest_text, position_table
 from rmfast.engine.options import Encoding, checked_run
 from rmfast.engine.packed import Engine, run_packed
 from rmfast.engine.padded import run_padded
@@ -83,8 +84,8 @@ class Scorer:
         self.tokenizer = tokenizer
         self.pooling = pooling
         self.num_labels = self.binding.num_labels
-        self.table = _position_table(self.binding)
-        self.max_length = _max_length(self.binding, tokenizer)
+        self.table = position_table(self.binding)
+        self.max_length = longest_text(self.binding, tokenizer)
         if self.pools and pooling != "auto":
             name = "The head" if self.binding.reads_rows else type(self.binding.root).__name__
             raise ValueError(f'{name} pools by itself: expected pooling to be "auto", got {pooling!r}')
@@ -137,12 +138,15 @@ class Scorer:
             arguments.word("format", format, FORMATS)
         arguments.word("errors", errors, ("raise", "return"))
         arguments.expect_dimension("inputs", inputs)
+        limits = (self.table, self.max_length if max_length is None else max_length)
+        most = min((limit for limit in limits if limit is not None), default=None)
+        last = getattr(self.binding.program, "append", None)
         encoded = encode(
             inputs,
             self.tokenizer,
             causal=self.binding.causal,
             vocab_size=self.binding.vocab_size,
-            max_length=_least(self.table, self.max_length if max_length is None else max_length),
+            max_length=most if most is None or last is None else max(1, most - 1),
             truncation=truncation,
             format=format,
             chat_template_kwargs=chat_template_kwargs,
@@ -150,7 +154,11 @@ class Scorer:
             errors=errors,
         )
         self._warn_padded(encoded)
-        return encoded
+        return (
+            encoded
+            if last is None
+            else [item.ending_in(last) if isinstance(item, Encoded) else item for item in encoded]
+        )
 
     def position(self, ids: np.ndarray, index: int, given: int | None = None) -> int:
         """The token at which an input (index among the inputs, for its error) is read: `given`, or by `pooling`."""
@@ -308,12 +316,13 @@ class Scorer:
         batch_tokens: int | None = None,
         progress: bool = False,
         engine: str | None = None,
-        head: Callable[[Tensor, Tensor], Tensor] | None = None,
+        head: Callable[..., Tensor] | None = None,
+        marks: list[np.ndarray] | None = None,
     ) -> list[Tensor]:
         """Rewards (len(read[i]), K) of each input at its tokens read[i], on the CPU.
 
         With `head`, a function of hidden states (B, T, d) and flat rows (M,) of them, what that gives (M, C) in their
-        place.
+        place. With `marks`, (len(read[i]),) bool each, it is given which of the rows are marked, (G,) int64, as well.
         """
         if head is None and self.binding.program is not None:
             return run_heads(self, [self.binding], encoded, read, (batch_tokens, progress, engine))
@@ -337,7 +346,8 @@ class Scorer:
             read = [r[i : i + 1] for r in read for i in range(len(r))]
         with self.binding.session(), tqdm(total=len(encoded), unit="text", disable=not progress) as bar:
             run = run_padded if packed is None else partial(run_packed, packed)
-            results: list[Tensor] = run(self.binding, encoded, read, batch_tokens, bar, head or self.binding.rewards)
+            head = head or self.binding.rewards
+            results: list[Tensor] = run(self.binding, encoded, read, batch_tokens, bar, head, marks)
             flat = torch.cat(results).cpu() if results else torch.empty(0, self.num_labels)
         # A clone made outside of inference mode is an ordinary tensor, which autograd may save.
         return list(flat.clone().split(counts))
@@ -475,33 +485,3 @@ def _normalize(normalize: tuple[Any, Any], labels: int) -> tuple[Tensor, Tensor]
     if not bool((std > 0).all()):
         raise ValueError(f"Expected the std in normalize to be above 0, got {std.tolist()}")
     return mean, std
-
-
-def _least(*limits: int | None) -> int | None:
-    return min((limit for limit in limits if limit is not None), default=None)
-
-
-def _position_table(binding: Binding) -> int | None:
-    """Most tokens that a table of learned positions has rows for: beyond it the model would crash."""
-    rows = []
-    for name, module in binding.body.named_modules():
-        if not isinstance(module, nn.Embedding):
-            continue
-        if name.endswith("position_embeddings"):
-            # RoBERTa counts positions from padding_idx + 1, so its table holds fewer texts' tokens than rows.
-            rows.append(module.num_embeddings - (0 if module.padding_idx is None else module.padding_idx + 1))
-        elif name.endswith(("wpe", "embed_positions")):
-            rows.append(module.num_embeddings - int(getattr(module, "offset", 0)))  # OPT's table begins at row 2
-    return min(rows, default=None)
-
-
-def _max_length(binding: Binding, tokenizer: Any) -> int | None:
-    """The smaller of the model's positions and the tokenizer's limit, where they are stated."""
-    limits = [table] if (table := _position_table(binding)) is not None else []
-    positions = getattr(binding.config, "max_position_embeddings", None)
-    if isinstance(positions, int) and positions > 0:
-        limits.append(positions)
-    stated = getattr(tokenizer, "model_max_length", None)
-    if isinstance(stated, int) and 0 < stated < 10**9:  # unset, it is 10^30
-        limits.append(stated)
-    return min(limits, default=None)

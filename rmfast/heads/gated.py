@@ -4,14 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from functools import cached_property
 
-import torch
 from torch import Tensor
 
 from rmfast.heads import rowwise
 from rmfast.heads.head import Apply, Head, LinearMap
-from rmfast.heads.linear import Layers, stacked
+from rmfast.heads.linear import Layers
 
 # The attributes of ArmoRM's 19 rewards, in order.
 ARMORM = (
@@ -71,16 +69,11 @@ class Gated(Head):
     def width(self) -> int:
         return self.weight.size(1)
 
-    @cached_property
-    def _stacked(self) -> tuple[Tensor, Tensor]:
-        return stacked((self.weight, self.bias), self.gate.first)
-
     def values(self, apply: Apply, rows: Callable[[], Tensor]) -> Tensor:
-        # Of every row, read or gate: which it is only the text knows, and beside a body the gate is nothing (ArmoRM's
-        # has 7 million weights, of 8 billion).
-        out = apply(*self._stacked)
-        kept = self.weight.size(0)
-        return torch.cat([self._attributes(out[:, :kept]), self.gate.above(out[:, kept:])], 1)
+        return self._attributes(apply(self.weight, self.bias))
+
+    def gate_values(self, apply: Apply) -> Tensor:
+        return self.gate.above(apply(*self.gate.first))
 
     def _attributes(self, out: Tensor) -> Tensor:
         return out

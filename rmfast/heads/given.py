@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from difflib import SequenceMatcher
 from typing import Any
 
 import numpy as np
@@ -21,7 +22,7 @@ PATTERNS = {
     "llama": (128009, 128006, 78191, 128007, 271),  # <|eot_id|><|start_header_id|>assistant<|end_header_id|>\n\n
     "gemma2": (107, 108, 106, 2516, 108),  # <end_of_turn>\n<start_of_turn>model\n
 }
-_PROMPT, _RESPONSE = "qPROMPTq", "qRESPONSEq"
+_PROMPT, _RESPONSE = "qPROMPTq", "qRESPONSEq"  # which no template has
 
 
 def head_of(given: Any, model: nn.Module, tokenizer: Any) -> Head:
@@ -55,8 +56,11 @@ def pattern_of(tokenizer: Any, model_type: str | None) -> tuple[int, ...]:
             [{"role": "user", "content": _PROMPT}, {"role": "assistant", "content": _RESPONSE}]
         )
         between = text.partition(_PROMPT)[2].partition(_RESPONSE)[0]
-        if ids := tokenizer.encode(between, add_special_tokens=False):
-            return tuple(ids)
+        # Between other words: a tokenizer may begin a text by itself with a space of its own.
+        one, two = (tokenizer.encode(f"{a}{between}{b}", add_special_tokens=False) for a, b in ("ab", "cd"))
+        same = SequenceMatcher(None, one, two, autojunk=False).find_longest_match()
+        if same.size:
+            return tuple(one[same.a : same.a + same.size])
     if model_type in PATTERNS:
         return PATTERNS[model_type]
     raise ValueError(

@@ -4,7 +4,7 @@ A program goes in steps, each in one place so that every engine and workload can
 
     reads     which tokens of a text: the one where the reward is read, and for some heads the end of the prompt
     linears   one stacked weight, so that all of them are one `reward_head` call over the rows, final norm included
-    values    what is kept of a row: (M, V)
+    values    what is kept of a row: (M, V); of a gate's, what its gate makes of it
     rewards   gate and reduction: of a row's values, and of those at the gate's token, (M, K)
 """
 
@@ -38,11 +38,13 @@ class Head:
 
     Attributes:
         reading: where pooling="auto" reads a text: a rule in `rmfast.binding.proof.READINGS`, or a token's id.
+        append: a token that texts are to end in, and are given where they do not; ids are left as they are.
         normalization: (mean, std) that come with the head, applied where `score` is asked for normalize="own".
         names: of the attributes that `rewards` holds in `score(..., output="all")`.
     """
 
     reading: str | int = "last"
+    append: int | None = None
     normalization: tuple[float, float] | None = None
     names: tuple[str, ...] = ()
 
@@ -102,6 +104,10 @@ class Head:
             apply: a linear map of the rows, as one op with the final norm.
             rows: gives the normed rows (M, d), for what is no linear map.
         """
+        raise NotImplementedError
+
+    def gate_values(self, apply: Apply) -> Tensor:
+        """(M, G), what a gated head keeps of rows that its gate reads: the last of its values."""
         raise NotImplementedError
 
     def rewards(self, values: Tensor, gates: Tensor | None = None) -> Tensor:

@@ -114,6 +114,7 @@ class Kind:
         make: the head of what was found.
         architecture: a regular expression that the config's architectures must have somewhere.
         body: what must stand before the body's names.
+        model_type: the config's.
     """
 
     of: str
@@ -121,21 +122,22 @@ class Kind:
     make: Callable[[Found], Head]
     architecture: str = ""
     body: str | None = None
+    model_type: str | None = None
 
     def fits(self, found: Found) -> bool:
         there = found.names.issuperset(self.tensors) and re.search(self.architecture, found.architecture) is not None
-        return there and self.body in (None, found.body)
+        return there and self.body in (None, found.body) and self.model_type in (None, found.config.get("model_type"))
 
 
-def chain(name: str, reading: str | int = "last") -> Callable[[Found], Head]:
+def chain(name: str, reading: str | int = "last", append: int | None = None) -> Callable[[Found], Head]:
     """A Linear, or layers with ReLU between them, of that name."""
 
     def make(found: Found) -> Head:
-        normalization = _normalization(found.config)
+        given: dict[str, Any] = {"reading": reading, "append": append, "normalization": _normalization(found.config)}
         if f"{name}.weight" in found.names:
             weight, bias = found.layer(name)
-            return Linear(weight=weight, bias=bias, reading=reading, normalization=normalization)
-        return MLP(layers=found.layers(name), reading=reading, normalization=normalization)
+            return Linear(weight=weight, bias=bias, **given)
+        return MLP(layers=found.layers(name), **given)
 
     return make
 
@@ -205,8 +207,8 @@ TABLE = (
     Kind("INF-ORM", ("score.0.weight", "score.2.weight"), chain("score", "before pad"), "INFORM"),
     Kind("GRM", ("v_head.summary.0.weight",), chain("v_head.summary")),
     Kind("GRM, TRL, LlamaFactory, Skywork-o1-PRM", ("v_head.summary.weight",), chain("v_head.summary")),
-    Kind("Athene", ("v_head.weight",), chain("v_head", 128003), "Athene"),
-    Kind("Starling", ("v_head.weight",), chain("v_head", "before pad"), body="transformer."),
+    Kind("Athene", ("v_head.weight",), chain("v_head", 128003, 128003), "Athene"),
+    Kind("Starling", ("v_head.weight",), chain("v_head", "before pad"), body="transformer.", model_type="llama"),
     Kind("UltraRM, Eurus", ("regression_head.weight",), chain("regression_head")),
     Kind("OpenRLHF", ("value_head.weight",), chain("value_head"), _OPENRLHF),
     Kind("OpenRLHF", ("score.weight",), chain("score"), _OPENRLHF),

@@ -100,6 +100,8 @@ class TokenRows(Head):
 
     def _rows(self) -> tuple[Tensor, Tensor | None]:
         used: Any = active(self.module)
+        if not is_untouched(used):
+            raise ValueError(f"Expected {type(used).__name__}, whose rows are the head, to be without hooks, as it was")
         bias = getattr(used, "bias", None)
         wide = torch.promote_types(used.weight.dtype, torch.float32)
         weight = used.weight[self.ids].to(wide) * self.scale

@@ -50,11 +50,11 @@ def load_adapter(
         )
     base_shared = {name: value for name, value in shared.items() if name not in ("revision", "subfolder")}
     base_shared["revision"] = config.revision or "main"
-    auto = "AutoModelForCausalLM" if headed else _auto_class(task, config)
+    auto = _auto_class(task, config) or ("AutoModelForCausalLM" if headed else None)
     weights = peft.load_peft_weights(path, device="cpu", **hub)
     saved = {name.removeprefix(_PREFIX): tensor for name, tensor in weights.items()}
     try:
-        if "num_labels" not in options and auto is not None and not headed:
+        if "num_labels" not in options and auto is not None and auto in _AUTO.values():
             options = {**options, **_head_size(auto, base, base_shared, saved)}
         model: Any = load_model(base, base_shared, options, device, auto, replaced=frozenset(saved))
     except (OSError, ValueError) as error:

@@ -15,7 +15,7 @@ from rmfast.loading.models import TASKS, load_model
 from rmfast.loading.weights import listed
 
 # Heads over the vocabulary, which may lie beside a reward head.
-_LANGUAGE = ("lm_head.", "embed_out.", "output.")
+_LANGUAGE = re.compile(r"(^|\.)(lm_head|embed_out|output)\.")
 _NAME_IT = (
     'Name a head: rmfast.load(..., head="NAME") for NAME.weight, or NAME.0.weight, NAME.2.weight and so on with ReLU '
     "between; rmfast.TokenHead(...) for rows of a language model's head; one of rmfast.heads with tensors of your own; "
@@ -135,7 +135,7 @@ def _program(path: Any, found: Found, name: str | None) -> Head:
             + (f". Its own code, {own} in auto_map, only runs with trust_remote_code=True" if own else "")
         )
     head = kind.make(found)
-    left = {name for name in found.names - found.used if not name.startswith(_LANGUAGE)}
+    left = {name for name in found.names - found.used if not _LANGUAGE.search(name)}
     if left:
         raise ValueError(
             f"{path} has a head like that of {kind.of}, and beside it {_shown(left)}, which are no part of one. "

@@ -58,5 +58,5 @@ def run_watched(
     # A norm that stays in the body is one that the packed engine leaves out.
     engine = None if packed and bound is scorer.binding else "padded"
     if scorer.gated:
-        return [*run_gated(watched, encoded, read, (batch_tokens, progress, engine), head)]
+        return [*run_gated(watched, encoded, read, (batch_tokens, progress, engine), head, told=False)]
     return [(values, None) for values in watched.run(encoded, read, batch_tokens, progress, engine, head)]

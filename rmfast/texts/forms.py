@@ -35,6 +35,12 @@ class Encoded:
     def __len__(self) -> int:
         return len(self.ids)
 
+    def ending_in(self, token: int) -> Encoded:
+        """A text with a token at its end, once; token ids as they are."""
+        if self.fixed is None or self.ids[-1] == token:
+            return self
+        return replace(self, ids=np.append(self.ids, token), fixed=np.append(self.fixed, True))
+
 
 @dataclass(frozen=True)
 class Text:

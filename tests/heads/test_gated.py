@@ -77,16 +77,24 @@ def test_all_responses_share_the_row_of_their_prompts_gate(tmp_path):
     armorm(tmp_path)
     rm = rmfast.load(tmp_path, device="cpu")
     seen = []
-    inner = rm.binding.row_values
 
     class Seen(type(rm.binding)):
-        def row_values(self, hidden, rows):
-            seen.append(len(rows))
-            return super().row_values(hidden, rows)
+        def row_values(self, hidden, rows, gates):
+            seen.append((len(rows), len(gates)))
+            return super().row_values(hidden, rows, gates)
 
     rm.binding.__class__ = Seen
-    rm.score([("one prompt", f"answer {i}") for i in range(40)])
-    assert inner is not None and 41 <= sum(seen) <= 41 + 2 * 16  # and padding
+    texts = [("one prompt", f"answer {i}") for i in range(40)]
+    together = rm.score(texts)
+    rows, gates = map(sum, zip(*seen))
+    assert 41 <= rows <= 41 + 2 * 16 and gates == 1  # and padding
+    assert torch.equal(together, rm.score(texts, batch_tokens=16))
+    seen.clear()
+    rm.score([texts[0], ("another", "text")], engine="padded")
+    assert seen == [(4, 2)] or seen == [(2, 1), (2, 1)]
+    seen.clear()
+    rm.token_values(texts[:2])
+    assert sum(gates for _, gates in seen) == 1
 
 
 def test_every_token_has_a_value_under_its_texts_gate(tmp_path):
@@ -114,12 +122,41 @@ def test_a_text_without_the_prompts_end_is_refused(tmp_path):
     assert caught.value.index == 1
 
 
+def published(vocabulary, template):
+    """A tokenizer of some words with the ids that they have in a published one's vocabulary."""
+    from tokenizers import Regex, Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    words = {**vocabulary, "[UNK]": 3, "user": 4, **{letter: 5 + i for i, letter in enumerate("abcd")}}
+    backend = Tokenizer(models.WordLevel(words, unk_token="[UNK]"))
+    backend.pre_tokenizer = pre_tokenizers.Split(Regex(r"\n+"), "isolated")
+    backend.add_special_tokens([word for word in vocabulary if word.startswith("<")])
+    made = PreTrainedTokenizerFast(tokenizer_object=backend, unk_token="[UNK]")
+    made.chat_template = template
+    return made
+
+
 def test_the_pattern_is_the_templates_or_that_of_the_model_type():
     assert pattern_of(M.tokenizer("decoder", chat=True), "llama") == (M.EOS, M.ASSISTANT)
     assert pattern_of(None, "llama") == (128009, 128006, 78191, 128007, 271)
     assert pattern_of(M.tokenizer(), "gemma2") == (107, 108, 106, 2516, 108)
     with pytest.raises(ValueError, match="chat template"):
         pattern_of(None, "qwen2")
+    for ids, words, template in (
+        (
+            (128009, 128006, 78191, 128007, 271),
+            ("<|eot_id|>", "<|start_header_id|>", "assistant", "<|end_header_id|>", "\n\n"),
+            "{% for m in messages %}<|start_header_id|>{{ m['role'] }}<|end_header_id|>\n\n{{ m['content'] }}<|eot_id|>"
+            "{% endfor %}",
+        ),
+        (
+            (107, 108, 106, 2516, 108),
+            ("<end_of_turn>", "\n", "<start_of_turn>", "model", "\n"),
+            "{% for m in messages %}<start_of_turn>{{ m['role'].replace('assistant', 'model') }}\n{{ m['content'] }}"
+            "<end_of_turn>\n{% endfor %}",
+        ),
+    ):
+        assert pattern_of(published(dict(zip(words, ids)), template), "qwen2") == ids
     ids = np.array([1, 2, 1, 2, 3])
     assert last_occurrence(ids, (1, 2)) == 2 and last_occurrence(ids, (3, 1)) is None
     assert last_occurrence(ids[:1], (1, 2)) is None

@@ -96,6 +96,10 @@ def test_athene_is_read_at_its_token(tmp_path):
     C.assert_alike(rm, texts, wanted(body, rm, texts, lambda x: weight[0].double() @ x))
     with pytest.raises(InputError, match="token id 128003"):
         rm.score(TEXTS)
+    encoded = rm.encode(["a text", ("a", "b")])  # texts end in it by themselves, once
+    assert all(item.ids[-1] == 128003 and item.ids[-2] != 128003 for item in encoded)
+    assert [len(item) for item in rm.encode(encoded)] == [len(item) for item in encoded]
+    assert len(rm.encode(["x" * 300], max_length=20, truncation="left")[0]) == 20
 
 
 def test_the_own_mean_and_std_are_applied_when_asked(tmp_path):

@@ -80,6 +80,9 @@ def test_the_rows_are_read_from_the_model_at_each_call():
     with torch.no_grad():
         model.lm_head.weight[3] *= 2
     torch.testing.assert_close(rm.score(TEXTS), 2 * before)
+    model.lm_head.register_forward_hook(lambda module, args, out: 2 * out)
+    with pytest.raises(ValueError, match="without hooks"):
+        rm.score(TEXTS)
 
 
 def test_an_adapter_on_a_language_model_takes_a_token_head(tmp_path):

@@ -124,6 +124,24 @@ def test_scores_are_the_formulas(name, family):
 
 
 @pytest.mark.parametrize("name", HEADS)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_a_text_has_the_same_bits_in_any_batch_in_every_dtype(name, dtype):
+    rm = rmfast.RewardModel(C.body().to(dtype), M.tokenizer("decoder", chat=True), head=HEADS[name]())
+    together = rm.score(C.PAIRS)
+    assert together.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
+    assert torch.equal(together, torch.cat([rm.score([pair]) for pair in C.PAIRS]))
+    assert (together - model(name).score(C.PAIRS)).abs().max() < (1e-5 if dtype == torch.float64 else 0.2)
+
+
+@pytest.mark.parametrize("name", HEADS)
+def test_eager_backends_give_the_same_up_to_rounding(name):
+    rm = model(name)
+    want = rm.score(C.PAIRS).double()
+    with rmfast.backend("eager"):
+        C.assert_near(rm.score(C.PAIRS), want)
+
+
+@pytest.mark.parametrize("name", HEADS)
 def test_the_lens_puts_the_head_on_every_layer_its_gate_frozen(name):
     rm = model(name)
     found = rm.lens(C.PAIRS)
