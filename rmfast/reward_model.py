@@ -462,8 +462,8 @@ def load(
         dtype: a torch dtype or its name; default the checkpoint's own.
         device: where the weights go; default a CUDA GPU where there is one, else the CPU. Not with device_map.
         trust_remote_code: run the checkpoint's own Python code.
-        pooling, invariant, compute, head: as for `RewardModel`; head may also be the name of a Linear, or of layers with
-            ReLU between them, in the checkpoint ("v_head").
+        pooling, invariant, compute, head: as for `RewardModel`; head may also be the name of a Linear, or of layers
+            with ReLU between them, in the checkpoint ("v_head").
         **kw: passed to from_pretrained: device_map, quantization_config, revision, subfolder, num_labels, ...
 
     Raises:
@@ -475,6 +475,4 @@ def load(
     model, tokenizer, found = load_checkpoint(
         path_or_id, dtype=dtype, device=device, trust_remote_code=trust_remote_code, head=head, **kw
     )
-    return RewardModel(
-        model, tokenizer, pooling=pooling, invariant=invariant, compute=compute, head=found
-    )
+    return RewardModel(model, tokenizer, pooling=pooling, invariant=invariant, compute=compute, head=found)
