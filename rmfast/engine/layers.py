@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from rmfast.binding.modules import is_plain, is_readable
+from rmfast.binding.modules import active, is_plain, is_readable
 from rmfast.binding.norms import Call, eps_of, norm_kind
 from rmfast.engine.attention import Run, current_run
 from rmfast.ops import gated_activation, rms_norm, rotary
@@ -29,20 +29,24 @@ _ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
 
 @dataclass
 class Norm:
-    """An RMS norm and its kind, "rms" or "gemma_rms"; calling it runs the fused op."""
+    """An RMS norm and its kind, "rms" or "gemma_rms"; calling it runs the fused op.
+
+    Attributes:
+        module: the norm, or peft's wrapper around several: which of them is active is looked up at each run.
+    """
 
     module: nn.Module
     kind: str
 
     def __call__(self, x: Tensor, residual: Tensor | None = None, post: Norm | None = None) -> Any:
         """norm(x); with a residual (norm(sum), sum) for sum = x + residual, or post(x) + residual."""
-        post_weight: Any = None if post is None else post.module.weight
+        post_weight = None if post is None else post.arguments["weight"]
         return rms_norm(x, residual=residual, post_weight=post_weight, **self.arguments)
 
     @property
     def arguments(self) -> dict[str, Any]:
         """Weight, eps and gemma, as the ops take them."""
-        norm: Any = self.module
+        norm: Any = active(self.module)
         return {"weight": norm.weight, "eps": eps_of(norm), "gemma": self.kind == "gemma_rms"}
 
 
@@ -53,7 +57,7 @@ class Layer:
     attn: Any
     mlp: Any
     norms: list[Norm]  # before attention, (after it), before the MLP, (after it)
-    head_norm: str | None  # kind of the norms of q and k heads
+    head_norms: list[Norm]  # of queries' heads and of keys', of one kind and eps; or none
     activation: str | None  # None: the MLP runs as the module that it is
     last: bool
     options: dict[str, Any] = field(default_factory=dict)  # scale, softcap and window, as the module itself gives them
@@ -75,8 +79,10 @@ class Layer:
 
     def moved(self, copies: Mapping[nn.Module, nn.Module]) -> Layer:
         """The same layer made of copies of its modules."""
-        norms = [Norm(copies[norm.module], norm.kind) for norm in self.norms]
-        return replace(self, attn=copies[self.attn], mlp=copies[self.mlp], norms=norms)
+        norms, head_norms = (
+            [Norm(copies[norm.module], norm.kind) for norm in some] for some in (self.norms, self.head_norms)
+        )
+        return replace(self, attn=copies[self.attn], mlp=copies[self.mlp], norms=norms, head_norms=head_norms)
 
     def enter(self, x: Tensor, delta: Tensor | None) -> tuple[Tensor, Tensor]:
         """The first norm's output and the stream, from the stream and what is yet to be added to it."""
@@ -137,11 +143,12 @@ class Layer:
 
     def turn(self, q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
         """Queries and keys after their norms and rotation; either may have no heads."""
-        attn, norms = self.attn, {}
-        if self.head_norm is not None:
-            norms = {"q_norm": attn.q_norm.weight, "k_norm": attn.k_norm.weight, "eps": eps_of(attn.q_norm),
-                     "gemma": self.head_norm == "gemma_rms"}  # fmt: skip
-        return rotary(q, k, cos, sin, **norms)
+        if not self.head_norms:
+            return rotary(q, k, cos, sin)
+        q_norm, k_norm = (norm.arguments for norm in self.head_norms)
+        return rotary(
+            q, k, cos, sin, q_norm=q_norm["weight"], k_norm=k_norm["weight"], eps=q_norm["eps"], gemma=q_norm["gemma"]
+        )
 
     def mlp_of(self, y: Tensor) -> Tensor:
         """What the MLP adds to the stream, from its normed rows."""
@@ -177,6 +184,11 @@ def _norm(module: Any, size: int) -> Norm | None:
     return Norm(module, kind) if kind in ("rms", "gemma_rms") else None
 
 
+def _alike(norms: list[Norm]) -> bool:
+    """Whether they are of one kind and eps, which the ops take for all."""
+    return len({(norm.kind, norm.arguments["eps"]) for norm in norms}) == 1
+
+
 def _function(mlp: Any) -> Any:
     return getattr(mlp, "act_fn", None) or getattr(mlp, "activation_fn", None)
 
@@ -203,7 +215,8 @@ def settings(layers: list[tuple[nn.Module, Layer]]) -> list[Any]:
     windows, functions. Compared one by one with `is`: a number that is set anew is another object."""
     held: list[Any] = []
     for module, layer in layers:
-        for part in (module, layer.attn, layer.mlp, _function(layer.mlp), *(norm.module for norm in layer.norms)):
+        norms = [each for norm in (*layer.norms, *layer.head_norms) for each in (norm.module, active(norm.module))]
+        for part in (module, layer.attn, layer.mlp, _function(layer.mlp), *norms):
             held += [value for name, value in getattr(part, "__dict__", {}).items() if name != "training"]
     return held
 
@@ -232,14 +245,12 @@ def structure(body: nn.Module) -> list[tuple[nn.Module, Layer]] | str:
             names += ["pre_feedforward_layernorm", "post_feedforward_layernorm"]
         size = getattr(layer.input_layernorm, "weight", torch.empty(0)).numel() if "input_layernorm" in parts else 0
         norms = [norm for name in names if (norm := _norm(getattr(layer, name, None), size)) is not None]
-        if len(norms) < len(names) or len({(norm.kind, eps_of(norm.module)) for norm in norms}) > 1:
+        if len(norms) < len(names) or not _alike(norms):
             return f"{where}: not all of {', '.join(names)} are RMS norms of one kind and eps"
-        head_norm = None
-        if "q_norm" in inside:
-            pair = [_norm(attn.q_norm, attn.head_dim), _norm(getattr(attn, "k_norm", None), attn.head_dim)]
-            if pair[0] is None or pair[1] is None or pair[0].kind != pair[1].kind:
-                return f"{where}: its q_norm and k_norm are not RMS norms over a head"
-            head_norm = pair[0].kind
+        pair = [getattr(attn, name, None) for name in ("q_norm", "k_norm") if name in inside]
+        head_norms = [norm for each in pair if (norm := _norm(each, attn.head_dim)) is not None]
+        if pair and (len(head_norms) < 2 or not _alike(head_norms)):
+            return f"{where}: its q_norm and k_norm are not RMS norms over a head, of one kind and eps"
         last = index == len(layers) - 1
-        found.append((layer, Layer(attn, mlp, norms, head_norm, _activation(mlp), last)))
+        found.append((layer, Layer(attn, mlp, norms, head_norms, _activation(mlp), last)))
     return found

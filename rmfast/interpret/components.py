@@ -192,7 +192,8 @@ class Components:
                 module, norm = self.fused[layer].adds(kind)
                 head = {}
                 if norm is not None:
-                    head = {"norm": norm.kind, "norm_weight": norm.module.weight, "eps": eps_of(norm.module)}
+                    of = norm.arguments
+                    head = {"norm": norm.kind, "norm_weight": of["weight"], "eps": of["eps"]}
                 yield Point(module, "out"), partial(self._added, kind, layer, head)
         for (kind, layer), units in self.units.items():
             yield units.given, partial(self._given, kind, layer)

@@ -72,7 +72,7 @@ class SuffixPatcher:
 
     def units(self, kind: str) -> tuple[int, int]:
         layer = self.engine.layers[0][1]
-        d = layer.norms[0].module.weight.numel()  # type: ignore[operator]
+        d = layer.norms[0].arguments["weight"].numel()
         head = layer.attn.head_dim
         if kind in ("head_out", "q"):
             return layer.attn.o_proj.in_features // head, head

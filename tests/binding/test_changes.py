@@ -197,6 +197,35 @@ def test_settings_of_attention_that_are_changed_in_place_are_followed(family, na
     assert_followed(reward_model, model, before, engine)
 
 
+@pytest.mark.parametrize("family, names, eps", [
+    ("llama", ["input_layernorm"], "variance_epsilon"),
+    ("qwen3", ["self_attn.q_norm"], "variance_epsilon"),
+    ("qwen3", ["self_attn.k_norm"], "variance_epsilon"),
+    ("qwen3", ["self_attn.q_norm", "self_attn.k_norm"], "variance_epsilon"),
+    ("gemma2", ["post_feedforward_layernorm"], "eps"),
+])  # fmt: skip
+@pytest.mark.parametrize("engine", ENGINES)
+def test_the_eps_of_norms_that_is_changed_in_place_is_followed(family, names, eps, engine):
+    model, reward_model = scored(family, **({"attn_implementation": "eager"} if family == "gemma2" else {}))
+    before = own_scores(model)
+    for layer in model.model.layers:
+        for name in names:
+            setattr(layer.get_submodule(name), eps, 0.5)
+    assert_followed(reward_model, model, before, engine)
+
+
+@pytest.mark.parametrize("names", [["input_layernorm"], ["q_norm", "k_norm"]])
+def test_the_eps_of_tuned_norms_is_their_own(names):
+    model = M.decoder("qwen3")
+    reward_model = RewardModel(tuned(model, *names))
+    reward_model.score(IDS)
+    before = own_scores(model)
+    for name, module in model.named_modules():
+        if name.endswith("ln_tuning_layers.default"):
+            module.variance_epsilon = 0.5
+    assert_followed(reward_model, model, before)
+
+
 def test_an_activation_that_is_replaced_in_place_is_followed():
     model, reward_model = scored()
     before = own_scores(model)
@@ -236,21 +265,39 @@ def train(wrapped):
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for name, p in wrapped.named_parameters():
-            if "ln_tuning" in name:
+            if "ln_tuning" in name or "modules_to_save" in name:
                 p.add_(torch.randn(p.shape, generator=generator))
 
 
+def saved(model, *names):
+    peft = pytest.importorskip("peft")
+    config = peft.LoraConfig(r=2, target_modules=["v_proj"], modules_to_save=list(names))
+    return peft.get_peft_model(model, config).eval()
+
+
 @pytest.mark.parametrize("when", ["before", "after"])
-@pytest.mark.parametrize("name", ["norm", "input_layernorm"])
-def test_tuned_norms_are_followed_on_off_and_merged(name, when):
-    model = M.decoder("llama")
+@pytest.mark.parametrize(
+    "family, names, wrap",
+    [
+        ("llama", ["norm"], tuned),
+        ("llama", ["input_layernorm"], tuned),
+        ("llama", ["input_layernorm", "post_attention_layernorm"], tuned),
+        ("qwen3", ["q_norm", "k_norm"], tuned),
+        ("qwen3", ["k_norm"], tuned),
+        ("gemma2", ["post_attention_layernorm", "post_feedforward_layernorm"], tuned),
+        ("qwen3", ["post_attention_layernorm", "q_norm"], saved),
+    ],
+)
+def test_tuned_norms_are_followed_on_off_and_merged(family, names, wrap, when):
+    model = M.decoder(family, **({"attn_implementation": "eager"} if family == "gemma2" else {}))
     before = own_scores(model)
     reward_model = RewardModel(model) if when == "after" else None
-    wrapped = tuned(model, name)
+    wrapped = wrap(model, *names)
     reward_model = reward_model or RewardModel(wrapped)
     M.assert_rewards(reward_model.score(IDS), before, 1.0)
     train(wrapped)
-    assert reward_model.binding.norm_kind == "rms"
+    assert reward_model.binding.norm_kind == ("gemma_rms" if family == "gemma2" else "rms")
+    assert "packed, fused" in reward_model.explain()
     assert_followed(reward_model, model, before)
     with wrapped.disable_adapter():
         M.assert_rewards(reward_model.score(IDS), before, 1.0)
