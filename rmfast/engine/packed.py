@@ -83,6 +83,10 @@ class Engine:
                 self._fuse(layers, 2 * error + (1e-5 if precise else 0.01))
 
     def _fuse(self, layers: list[tuple[nn.Module, Layer]], limit: float) -> None:
+        seen = sum(fused.attn in self._options for _, fused in layers)
+        if seen < len(layers):  # num_hidden_layers may be smaller than the number of layers held
+            self.why = f"the body runs only {seen} of the {len(layers)} layers that it holds"
+            return
         for _, fused in layers:
             fused.options = self._options[fused.attn]
         self.layers = layers

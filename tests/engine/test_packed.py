@@ -402,6 +402,21 @@ def test_layers_without_attention_of_their_own_are_not_packed_in_any_dtype():
     assert "only 2 of its 3 layers have attention of their own" in rmfast.RewardModel(model).explain()
 
 
+@pytest.mark.parametrize("when", ["before", "after"])
+def test_a_body_that_leaves_after_some_of_its_layers_runs_by_its_own(when):
+    model = decoder("llama", num_hidden_layers=3)
+    before = truths(model, texts())
+    rm = RewardModel(model)
+    if when == "after":
+        rm.score(texts())
+    model.config.num_hidden_layers = 1
+    rm = rm if when == "after" else RewardModel(model)
+    want = truths(model, texts())
+    assert (want - before).abs().max() > 1e-2
+    M.assert_rewards(rm.score(texts())[:, None], want, M.reward_scale(model))
+    assert "packed, modules layers (the body runs only 1 of the 3 layers that it holds)" in rm.explain()
+
+
 def test_a_forward_put_on_an_instance_later_is_seen():
     model = M.decoder("llama")
     rm, texts = rmfast.RewardModel(model), M.token_ids([5, 9])
