@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -27,7 +27,7 @@ from rmfast.binding.modules import (
     unwrap,
 )
 from rmfast.binding.norms import eps_of, gain_of, known_kind
-from rmfast.binding.rope import fresh_rope, kept_rope, length_group
+from rmfast.binding.rope import fresh_rope, kept_rope, length_groups, rope_modules
 from rmfast.binding.session import Clamp, eval_mode, lock_of, passing_through, with_clamps
 from rmfast.ops import reward_head
 
@@ -69,7 +69,6 @@ class Binding:
         reading: the rule by which the model reads a text's token: a name in `rmfast.binding.proof.READINGS`, or for a
             token id as pooling which of its occurrences, "first" or "last".
         compute: "native" for linear layers in the weights' own dtype, "fp32" (`rmfast.binding.compute`), or "auto".
-        rope: modules of the body whose rotary frequencies go by the longest text seen.
         clamps: outputs of modules that are set to values in every session.
         before, after: what rows lose before the final norm, and between it and the head.
     """
@@ -88,7 +87,6 @@ class Binding:
     avoid: tuple[int, ...] = ()
     reading: str = "last"
     compute: str = "native"
-    rope: list[nn.Module] = field(default_factory=list)
     clamps: tuple[Clamp, ...] = ()
     before: Removal | None = None
     after: Removal | None = None
@@ -130,6 +128,11 @@ class Binding:
     def reads_rows(self) -> bool:
         """Whether rewards are made of tokens' rows, by the head's modules or a program."""
         return self.program is not None or bool(self.head_names)
+
+    @property
+    def rope(self) -> list[nn.Module]:
+        """Modules of the body whose rotary frequencies go by the longest text seen."""
+        return rope_modules(self.body)
 
     @property
     def vocab_size(self) -> int:
@@ -348,9 +351,11 @@ class Binding:
         assert out is not None
         return self._labelled(out, input_ids.size(0))
 
-    def length_group(self, length: int) -> tuple[int, ...]:
-        """Texts may share a batch when this is equal: rotary frequencies that depend on the longest text then agree."""
-        return length_group(self.config, length)
+    @property
+    def length_group(self) -> Callable[[int], tuple[int, ...]]:
+        """A function of lengths. Texts may share a batch when it is equal: rotary frequencies that depend on the
+        longest text then agree."""
+        return length_groups(self.body, self.config)
 
     def apply_head(self, x: Tensor) -> Tensor:
         """The head's modules, one after the other."""

@@ -131,7 +131,6 @@ def _bind(root: nn.Module, outermost: nn.Module, pooling: str | int, avoid: tupl
         pooling=pooling,
         avoid=avoid,
         reading="last but pad" if pooling == "auto" else "last",
-        rope=rope_modules(body.module),
     )
     bound.tried_forward = bound.own_forward()
     if norm is not None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -16,17 +16,27 @@ def _rope_parameters(config: Any) -> list[dict[str, Any]]:
     return nested or ([found] if isinstance(found, dict) else [])
 
 
-def length_group(config: Any, length: int) -> tuple[int, ...]:
-    """Equal for lengths of texts that get the same rotary frequencies."""
-    key = []
-    for parameters in _rope_parameters(config):
-        kind = parameters.get("rope_type") or parameters.get("type") or ""
-        if kind in ("longrope", "su"):  # two sets of frequencies
-            limit = parameters.get("original_max_position_embeddings") or config.original_max_position_embeddings
-            key.append(int(length > limit))
-        elif "dynamic" in kind:  # a set for each length above the limit
-            key.append(length if length > config.max_position_embeddings else 0)
-    return tuple(key)
+def length_groups(body: nn.Module, config: Any) -> Callable[[int], tuple[int, ...]]:
+    """A function of a text's length, equal for lengths of texts that get the same rotary frequencies.
+
+    By the body's rotary modules as they are now, each of which has a configuration, and by the model's own.
+    """
+    switches: set[int] = set()  # beyond each of these lengths another set of frequencies
+    grows: set[int] = set()  # beyond each a set for each length
+    rotary = [module for module in body.modules() if hasattr(module, "rope_type")]
+    for held in (config, *(getattr(module, "config", config) for module in rotary)):
+        for parameters in _rope_parameters(held):
+            kind = parameters.get("rope_type") or parameters.get("type") or ""
+            if kind in ("longrope", "su"):
+                limit = parameters.get("original_max_position_embeddings")
+                switches.add(limit or held.original_max_position_embeddings)
+            elif "dynamic" in kind:
+                grows.add(held.max_position_embeddings)
+    grows.update(int(module.original_max_seq_len) for module in rope_modules(body))  # type: ignore[arg-type]
+    return lambda length: (
+        *(int(length > limit) for limit in sorted(switches)),
+        *(length if length > limit else 0 for limit in sorted(grows)),
+    )
 
 
 def rope_modules(body: nn.Module) -> list[nn.Module]:

@@ -94,7 +94,6 @@ def _under(rm: S, total: Intervention) -> S:
         before=before,
         after=after,
         copied_from=(source.binding.root, structure_of(source.binding.root)) if new else source.binding.copied_from,
-        rope=[new[module] if new else module for module in source.binding.rope],
     )
     made = source.moved(binding, new)
     made.model, made.interventions, made.base = root if new else source.model, total, rm.base or rm

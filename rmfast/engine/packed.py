@@ -404,8 +404,9 @@ def run_packed(
 def planning_windows(binding: Binding, encoded: list[Encoded]) -> Iterator[tuple[list[int], int]]:
     """Inputs to plan together, and the longest text by which their rotary frequencies go (0 for none)."""
     groups: dict[tuple, list[int]] = {}
+    group_of = binding.length_group
     for i, item in enumerate(encoded):
-        groups.setdefault(binding.length_group(len(item)), []).append(i)
+        groups.setdefault(group_of(len(item)), []).append(i)
     for key, group in groups.items():
         lengths = [len(encoded[i]) for i in group]
         # Of one key above 0 all are as long as the group's frequencies need.

@@ -55,8 +55,6 @@ class Scorer:
         tokenizer: or None.
         pooling: the rule by which `position` goes.
         num_labels: K, the rewards of one token.
-        max_length: most tokens of a text that the model and tokenizer are made for, or None.
-        table: most tokens that a table of learned positions has rows for, beyond which the model would crash, or None.
         binding: the parts found in the model.
         interventions: what the model is under (`rmfast.debias.apply.intervened`), or None.
         base: the scorer without them; None where this is it.
@@ -84,8 +82,6 @@ class Scorer:
         self.tokenizer = tokenizer
         self.pooling = pooling
         self.num_labels = self.binding.num_labels
-        self.table = position_table(self.binding)
-        self.max_length = longest_text(self.binding, tokenizer)
         if self.pools and pooling != "auto":
             name = "The head" if self.binding.reads_rows else type(self.binding.root).__name__
             raise ValueError(f'{name} pools by itself: expected pooling to be "auto", got {pooling!r}')
@@ -104,6 +100,16 @@ class Scorer:
     def gated(self) -> bool:
         """Whether the head reads the prompt's end beside the token of the reward."""
         return self.binding.program is not None and self.binding.program.gated
+
+    @property
+    def max_length(self) -> int | None:
+        """Most tokens of a text that the model and tokenizer are made for, or None."""
+        return longest_text(self.binding, self.tokenizer)
+
+    @property
+    def table(self) -> int | None:
+        """Most tokens that a table of learned positions has rows for, beyond which the model would crash, or None."""
+        return position_table(self.binding)
 
     @property
     def fingerprint(self) -> str:

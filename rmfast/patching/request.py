@@ -177,7 +177,8 @@ class Request:
         shared = min(len(base), len(other))
         alike = (base.ids[:shared] == other.ids[:shared]) & (partner[:shared] == np.arange(shared))
         first = int(np.append(alike, False).argmin())
-        if self.binding.length_group(len(base)) != self.binding.length_group(len(other)):
+        group_of = self.binding.length_group
+        if group_of(len(base)) != group_of(len(other)):
             first = 0  # other rotary frequencies: the runs differ from the first token on
         return Pair(base, other, read, other_read, partner, first, gates)
 

@@ -226,6 +226,37 @@ def test_the_eps_of_tuned_norms_is_their_own(names):
     assert_followed(reward_model, model, before)
 
 
+@pytest.mark.parametrize("family", ["llama-dynamic", "phi3-longrope"])
+@pytest.mark.parametrize("engine", ENGINES)
+def test_a_rotary_embedding_that_is_put_in_is_followed_text_by_text(family, engine):
+    source = M.decoder(
+        family
+    )  # with the configuration of whose embedding texts from 25 tokens on have other frequencies
+    prefix, kw = family.split("-")[0], {"max_position_embeddings": 128} if family == "llama-dynamic" else {}
+    texts = M.token_ids(M.LENGTHS)
+    model = M.decoder(prefix, **kw)
+    reward_model = RewardModel(model)
+    before = reward_model.score(texts)
+    model.model.rotary_emb = source.model.rotary_emb
+    want = M.own(model, texts)
+    assert (want - before).abs().max() > 1e-3
+    for order in (texts, texts[::-1]):
+        for batch_tokens in (None, 60):
+            got = reward_model.score(order, engine=engine, batch_tokens=batch_tokens)
+            M.assert_rewards(got, want if order is texts else want.flip(0), max(1.0, float(want.abs().max())))
+    assert torch.equal(torch.cat([reward_model.score([text]) for text in texts]), reward_model.score(texts))
+
+
+def test_a_table_of_positions_that_grows_is_seen():
+    model, reward_model = scored("gpt2")
+    assert (reward_model.table, reward_model.max_length) == (128, 128)
+    model.transformer.wpe = nn.Embedding(256, 48)
+    model.config.n_positions = 200
+    assert (reward_model.table, reward_model.max_length) == (256, 200)
+    text = M.token_ids([150])[0]
+    M.assert_rewards(reward_model.score([text]), M.alone(model, text), 1.0)
+
+
 def test_an_activation_that_is_replaced_in_place_is_followed():
     model, reward_model = scored()
     before = own_scores(model)

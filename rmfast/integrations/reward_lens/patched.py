@@ -69,7 +69,8 @@ def patched_rewards(
         the cells (n, K).
     """
     texts = [text for text in (base_text, other_text) if text is not None]
-    if any(any(rm.binding.length_group(len(ids))) for ids, _ in texts):
+    group_of = rm.binding.length_group
+    if any(any(group_of(len(ids))) for ids, _ in texts):
         raise Outside("rotary frequencies that depend on a text's length")
     patcher, (ids, read) = patcher_of(rm), base_text
     groups = np.zeros((1, len(ids)), bool)
