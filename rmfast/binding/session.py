@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import threading
 import weakref
 from collections.abc import Callable, Iterator
@@ -12,50 +13,59 @@ from typing import Any
 
 from torch import Tensor, nn
 
-_locks: weakref.WeakKeyDictionary[nn.Module, Any] = weakref.WeakKeyDictionary()
+_Lock = tuple[int, Any]  # a re-entrant lock, behind its place in the order in which locks are taken
+_locks: weakref.WeakKeyDictionary[nn.Module, _Lock] = weakref.WeakKeyDictionary()
 _locks_guard = threading.Lock()
+_numbers = itertools.count()
 
 
-def lock_of(module: nn.Module) -> Any:
-    """One re-entrant lock per model, kept outside of it so that the model can still be copied and pickled.
+@contextmanager
+def lock_of(module: nn.Module) -> Iterator[None]:
+    """A model for one thread, which may take it again. Locks are kept outside of it: it can be copied and pickled.
 
-    Models that share modules (two heads on one body) share it: a session changes those.
+    A module has one lock for life. Models that share modules (two heads on one body), which a session changes, wait for
+    each other by the locks of these: looked up each time, since modules may have come to be shared, by models that have
+    locks of their own.
     """
     with _locks_guard:
-        lock = _locks.get(module)
-        if lock is None:
-            parts = list(module.modules())
-            lock = next((_locks[part] for part in parts if part in _locks), None) or threading.RLock()
-            for part in parts:
-                _locks.setdefault(part, lock)
-        return lock
+        parts = list(module.modules())
+        found = {_locks[part] for part in parts if part in _locks} or {(next(_numbers), threading.RLock())}
+        for part in parts:
+            _locks.setdefault(part, min(found))
+    with ExitStack() as stack:
+        for _, lock in sorted(found):
+            stack.enter_context(lock)
+        yield
 
 
 def share_lock(module: nn.Module, copied: nn.Module) -> None:
-    """One lock for a model and one made of its parts, whose configuration and submodules a session changes."""
-    lock = lock_of(module)
-    with _locks_guard:
-        _locks[copied] = lock
+    """The locks of a model for a copy of it that has its parts: its configuration, or weights."""
+    with lock_of(module), _locks_guard:
+        for part, made in zip(module.modules(), copied.modules()):
+            _locks[made] = _locks[part]
 
 
 @contextmanager
 def replaced_forward(module: nn.Module, forward: Callable) -> Iterator[None]:
-    """Gives a module another forward, for this thread."""
+    """Gives a module another forward, for this thread, until the end; one that somebody else sets meanwhile stays."""
     own = module.__dict__.get("forward")  # accelerate and kernel libraries set one on the instance
     original, thread = module.forward, threading.get_ident()
+    ended = False
 
     def call(*args: Any, **kwargs: Any) -> Any:
-        return (forward if threading.get_ident() == thread else original)(*args, **kwargs)
+        return (original if ended or threading.get_ident() != thread else forward)(*args, **kwargs)
 
     call.instead_of = getattr(own, "instead_of", own)  # type: ignore[attr-defined]
     module.forward = call  # type: ignore[method-assign]
     try:
         yield
     finally:
-        if own is None:
-            del module.forward
-        else:
-            module.forward = own  # type: ignore[method-assign]
+        ended = True
+        if module.__dict__.get("forward") is call:
+            if own is None:
+                del module.forward
+            else:
+                module.forward = own  # type: ignore[method-assign]
 
 
 @contextmanager

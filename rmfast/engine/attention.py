@@ -6,6 +6,7 @@ themselves and a pool of K and V rows that stand before them.
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -143,20 +144,33 @@ def attention_configs(body: nn.Module) -> list[Any]:
     return list(found.values())
 
 
+_runs: dict[int, tuple[int, type]] = {}  # by a configuration's id: runs that are under way, and its own class
+_runs_guard = threading.Lock()
+
+
 @contextmanager
 def attention_of(body: nn.Module) -> Iterator[None]:
     """Makes the body's attention ours, for the thread that has a run; put back at the end.
 
-    The configuration gets a subclass of its own class, so that another thread's forward still sees its own choice.
+    The configuration gets a subclass of its own class, so that another thread's forward still sees its own choice. It
+    keeps it until the last run is over: two models may have one configuration, and run at once.
     """
-    saved = [(config, type(config)) for config in attention_configs(body)]
+    configs = attention_configs(body)
+    with _runs_guard:
+        for config in configs:
+            runs, kind = _runs.get(id(config), (0, type(config)))
+            _runs[id(config)] = runs + 1, kind
+            object.__setattr__(config, "__class__", _with_our_attention(kind))
     try:
-        for config, kind in saved:
-            object.__setattr__(config, "__class__", _with_our_attention(kind))  # type: ignore[arg-type]
         yield
     finally:
-        for config, kind in saved:
-            object.__setattr__(config, "__class__", kind)
+        with _runs_guard:
+            for config in configs:
+                runs, kind = _runs.pop(id(config))
+                if runs > 1:
+                    _runs[id(config)] = runs - 1, kind
+                else:
+                    object.__setattr__(config, "__class__", kind)
 
 
 @cache

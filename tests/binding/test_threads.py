@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from rmfast import RewardModel, interventions
-from rmfast.binding.session import eval_mode, lock_of
+from rmfast.binding.session import eval_mode, lock_of, replaced_forward
 
 IDS = M.token_ids([5, 33, 2, 17])
 
@@ -69,17 +69,86 @@ def test_a_copy_is_of_the_model_and_of_what_belongs_to_it():
     assert torch.equal(reward_model.score(IDS), want)
 
 
-def test_models_on_one_body_share_a_lock_and_score_at_once(busy):
-    first, second = M.decoder("llama"), M.decoder("llama", seed=1)
-    second.model = first.model
-    assert lock_of(first) is lock_of(second) and lock_of(first) is not lock_of(M.decoder("llama"))
+def waits(first, second):
+    """Whether a thread that wants one model waits while another has the other."""
+    taken = threading.Event()
+
+    def take():
+        with lock_of(second):
+            taken.set()
+
+    thread = threading.Thread(target=take)
+    with lock_of(first):
+        thread.start()
+        got = taken.wait(0.2)
+    thread.join()
+    return not got
+
+
+def one_body(how):
+    """Two models on one body, and their RewardModels."""
+    first, second, third = (M.decoder("llama", seed=seed) for seed in range(3))
+    if how == "before binding":
+        second.model = first.model
     models = [RewardModel(first), RewardModel(second)]
-    wants = [model.score(IDS) for model in models]
+    for reward_model in models:
+        reward_model.score(IDS)
+    if how == "after both scored":
+        second.model = first.model
+    elif how == "a body of a third":
+        first.model = third.model
+        models[1] = RewardModel(third)
+    return models
+
+
+@pytest.mark.parametrize("how", ["before binding", "after both scored", "a body of a third"])
+def test_models_on_one_body_wait_for_each_other_and_score_at_once(busy, how):
+    models = one_body(how)
+    first, second = (each.model for each in models)
+    assert waits(first, second) and waits(second, first) and not waits(first, M.decoder("llama"))
+    wants = [M.own(model, IDS) for model in (first, second)]
     for reward_model, want in zip(models, wants):
         busy(reward_model, want)
-    for _ in range(10):
+    for _ in range(40):
         for reward_model, want in zip(models, wants):
             assert torch.allclose(reward_model.score(IDS), want, rtol=0, atol=1e-5)
+    for model in (first, second):
+        with lock_of(model):
+            assert not forwards(model)
+
+
+def test_a_model_and_its_copy_under_interventions_wait_for_each_other():
+    models = one_body("after both scored")
+    clamp = interventions.NeuronClamp({"model.layers.0.mlp.up_proj": ([1], [0.5])}, positions="all")
+    changed = models[0].with_interventions(clamp)
+    assert changed.binding.root is not models[0].binding.root
+    assert all(waits(changed.binding.root, each.model) and waits(each.model, changed.binding.root) for each in models)
+
+
+def test_models_of_one_configuration_score_at_once(busy):
+    first = M.decoder("gpt2")
+    second = M.randomised(type(first)(first.config), 1)
+    kind, models = type(first.config), [RewardModel(first), RewardModel(second)]
+    assert first.config is second.config and "packed, modules" in models[0].explain()
+    wants = [M.own(model, IDS) for model in (first, second)]
+    for reward_model, want in zip(models, wants):
+        busy(reward_model, want)
+    for _ in range(60):
+        for reward_model, want in zip(models, wants):
+            assert torch.allclose(reward_model.score(IDS), want, rtol=0, atol=1e-5)
+    with lock_of(first), lock_of(second):
+        assert type(first.config) is kind
+
+
+def test_a_forward_that_is_set_during_a_run_stays_and_runs_the_modules_own():
+    module, x = nn.Linear(2, 2), torch.ones(1, 2)
+    want = module(x)
+    with replaced_forward(module, torch.zeros_like):
+        assert not module(x).any()
+        inner = module.forward
+        module.forward = lambda x: 2 * inner(x)
+        assert not module(x).any()
+    torch.testing.assert_close(module(x), 2 * want)
 
 
 def test_each_of_two_threads_scores_a_training_model_without_dropout_and_gives_its_mode_back(busy):
