@@ -25,6 +25,7 @@ from rmfast.binding.modules import (
     structure_of,
     text_config,
     unwrap,
+    wrappers,
 )
 from rmfast.binding.norms import eps_of, gain_of, known_kind
 from rmfast.binding.rope import fresh_rope, kept_rope, length_groups, rope_modules
@@ -64,7 +65,7 @@ class Binding:
         num_labels: K.
         causal: whether a token sees only those before it.
         width: d, of the hidden states that the head is given.
-        outermost: the model in its wrappers.
+        outermost: the model in its wrappers, as it was given.
         pooling, avoid: as they were given to `rmfast.binding.find.bind`.
         reading: the rule by which the model reads a text's token: a name in `rmfast.binding.proof.READINGS`, or for a
             token id as pooling which of its occurrences, "first" or "last".
@@ -189,12 +190,9 @@ class Binding:
 
     def own_forward(self) -> tuple:
         """What the model's own forward runs around its parts, as a key."""
-        return tuple(calls_of(module) for module in dict.fromkeys((self.outermost, unwrap(self.outermost), self.root)))
-
-    @property
-    def entry(self) -> nn.Module:
-        """What is called to run the model's own forward: its wrappers only where something is put on them."""
-        return self.root if is_untouched(self.outermost) else self.outermost
+        own = unwrap(self.outermost)  # of which `root` may be a copy
+        around = [self.outermost, *wrappers(self.outermost, own), own, self.root]
+        return tuple(calls_of(module) for module in dict.fromkeys(around))
 
     def renew(self) -> None:
         """Tries the model's own forward again where that has changed since: hooks on the model, torch's global ones, a

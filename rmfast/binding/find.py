@@ -23,11 +23,11 @@ from rmfast.binding.modules import (
     PASSIVE,
     active,
     calls_of,
+    entry_of,
+    expect_bare_compiled,
     hidden_state_of,
     input_embedding,
-    is_untouched,
     logits_of,
-    uncompiled,
     unwrap,
 )
 from rmfast.binding.norms import Call, norm_kind
@@ -54,9 +54,10 @@ def bind(model: nn.Module, pooling: str | int = "auto", avoid: tuple[int, ...] =
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"Expected model to be a torch.nn.Module, got {type(model).__name__}")
-    root, outermost = unwrap(model), uncompiled(model)
+    root = unwrap(model)
+    expect_bare_compiled(model)
     with lock_of(root), torch.inference_mode(), eval_mode(root), kept_rope(rope_modules(root)):
-        return _bind(root, outermost, pooling, avoid, program)
+        return _bind(root, model, pooling, avoid, program)
 
 
 def _bind(root: nn.Module, outermost: nn.Module, pooling: str | int, avoid: tuple[int, ...], program: Any) -> Binding:
@@ -76,7 +77,7 @@ def _bind(root: nn.Module, outermost: nn.Module, pooling: str | int, avoid: tupl
     device = torch.device("cpu") if embedding.weight.device.type == "meta" else embedding.weight.device
     for shift in range(_PROBES):
         ids = probe_ids(root, vocab_size, read_id, avoid, shift).to(device)
-        calls, own = record(root if is_untouched(outermost) else outermost, root, ids)
+        calls, own = record(entry_of(outermost, root), root, ids)
         if (seen := logits_of(own)) is None or seen.isfinite().all():
             break
     else:

@@ -38,6 +38,32 @@ def uncompiled(model: nn.Module) -> nn.Module:
     return getattr(model, "_orig_mod", model)
 
 
+def wrappers(model: nn.Module, root: nn.Module) -> list[nn.Module]:
+    """What is called around the transformers model `root` inside of `model`, outermost first: peft's wrappers, of which
+    there is one in another, but not torch.compile's."""
+    outer = uncompiled(model)
+    parts = next(name for name, module in outer.named_modules() if module is root).split(".")
+    around = (outer.get_submodule(".".join(parts[:i])) for i in range(len(parts)))
+    return [module for module in around if module is not root]
+
+
+def entry_of(model: nn.Module, root: nn.Module) -> nn.Module:
+    """What is called to run the model's own forward: its wrappers only where something is put on one of them."""
+    return root if all(map(is_untouched, wrappers(model, root))) else uncompiled(model)
+
+
+def expect_bare_compiled(model: nn.Module) -> None:
+    """ValueError for hooks on torch.compile's wrapper, or a forward set on it: what is compiled is never run."""
+    if uncompiled(model) is model:
+        return
+    own = hasattr(model.forward, "_torchdynamo_orig_callable")
+    if not own or _taking_part(model._forward_pre_hooks, model._forward_hooks):
+        raise ValueError(
+            f"Expected torch.compile's wrapper of {type(uncompiled(model)).__name__} to be without hooks, and without "
+            "a forward set on it: rmfast runs the model inside. Put them on that (model._orig_mod)"
+        )
+
+
 def text_config(model: nn.Module) -> Any:
     """The configuration of the model, or of its text part."""
     config: Any = model.config
@@ -125,12 +151,15 @@ def has_hooks(module: nn.Module) -> bool:
 
 def hooks_of(module: nn.Module) -> tuple[Callable, ...]:
     """The forward hooks that take part in a call of it, torch's global ones first; not those that only watch."""
-    owners = (
+    return _taking_part(
         _torch_module._global_forward_pre_hooks,
         _torch_module._global_forward_hooks,
         module._forward_pre_hooks,
         module._forward_hooks,
     )
+
+
+def _taking_part(*owners: dict[int, Callable]) -> tuple[Callable, ...]:
     return tuple(
         hook for hooks in owners if hooks for hook in hooks.values() if getattr(hook, "__module__", "") not in _WATCHERS
     )

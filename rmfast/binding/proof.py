@@ -15,7 +15,15 @@ import torch
 from torch import Tensor, nn
 
 from rmfast.binding.binding import Binding
-from rmfast.binding.modules import active, call_arguments, hidden_state_of, logits_of, plain_linear, text_config
+from rmfast.binding.modules import (
+    active,
+    call_arguments,
+    entry_of,
+    hidden_state_of,
+    logits_of,
+    plain_linear,
+    text_config,
+)
 from rmfast.binding.norms import Call, gain_of
 
 _SPECIALS = ("pad", "bos", "eos", "sep", "cls", "decoder_start")
@@ -155,7 +163,7 @@ def find_reading(bound: Binding, ids: Tensor) -> None:
 
 def _values(bound: Binding, ids: Tensor) -> tuple[Tensor, Tensor, float]:
     """Rewards (T, K) that the head gives at each token of one text (1, T), the model's own logits and their eps."""
-    calls, out = record(bound.entry, bound.root, ids)
+    calls, out = record(entry_of(bound.outermost, bound.root), bound.root, ids)
     own, body = logits_of(out), bound.body
     assert own is not None
     states = next(hidden_state_of(call.result) for call in calls if call.module is body)

@@ -99,15 +99,47 @@ def test_a_hook_on_the_model_that_only_looks_on_is_no_obstacle():
     assert torch.equal(reward_model.score(IDS), want)
 
 
-def test_a_hook_on_pefts_wrapper_is_refused():
+@pytest.mark.parametrize("how", ["forward", "hook"])
+@pytest.mark.parametrize("part", ["", "base_model", "base_model.model"])
+def test_what_is_put_on_pefts_wrappers_is_refused(part, how):
     peft = pytest.importorskip("peft")
-    wrapped = peft.get_peft_model(M.decoder("llama"), peft.LoraConfig(r=2, target_modules=["q_proj"])).eval()
+    config = peft.LoraConfig(r=2, target_modules=["q_proj"], task_type="SEQ_CLS")
+    wrapped = peft.get_peft_model(M.decoder("llama"), config).eval()
     reward_model = RewardModel(wrapped)
-    wrapped.register_forward_hook(lambda module, args, out: setattr(out, "logits", 2 * out.logits))
+    want, module = reward_model.score(IDS), wrapped.get_submodule(part)
+    looks_on = module.register_forward_hook(lambda module, args, out: None)
+    assert torch.equal(reward_model.score(IDS), want)
+    looks_on.remove()
+    if how == "forward":
+        doubled(module)
+    else:
+        handle = module.register_forward_hook(lambda module, args, out: setattr(out, "logits", 2 * out.logits))
+    torch.testing.assert_close(own_scores(wrapped), 2 * want)
     with pytest.raises(ValueError, match="has changed since the model was bound"):
         reward_model.score(IDS)
     with pytest.raises(ValueError, match="did not give the model's own logits"):
         RewardModel(wrapped)
+    if how == "forward":
+        del module.forward
+    else:
+        handle.remove()
+    assert torch.equal(reward_model.score(IDS), want)
+
+
+@pytest.mark.parametrize("how", ["forward", "hook"])
+def test_what_is_put_on_torch_compiles_wrapper_is_refused(how):
+    model = torch.compile(M.decoder("llama"), backend="eager")
+    reward_model = RewardModel(model)
+    want = reward_model.score(IDS)
+    with FlopCounterMode(display=False):
+        assert torch.equal(RewardModel(model).score(IDS), want)
+    if how == "forward":
+        doubled(model)
+    else:
+        model.register_forward_hook(lambda module, args, out: setattr(out, "logits", 2 * out.logits))
+    for use in (lambda: reward_model.score(IDS), lambda: RewardModel(model)):
+        with pytest.raises(ValueError, match=r"Expected torch.compile's wrapper of LlamaForSeq.* to be without hooks"):
+            use()
 
 
 @pytest.mark.parametrize("kind", ["Linear", "LlamaRMSNorm"])
