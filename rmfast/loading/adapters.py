@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from rmfast.loading.files import WEIGHTS, has_file
 from rmfast.loading.models import TASKS, load_model
-from rmfast.loading.weights import listed
+from rmfast.loading.weights import expect_none_left_out, listed
 
 _PREFIX = "base_model.model."  # of names in an adapter's file
 _AUTO = dict(zip(("SEQ_CLS", "TOKEN_CLS"), (f"AutoModelFor{task}" for task in TASKS)))
@@ -78,6 +78,9 @@ def load_adapter(
             raise ValueError(
                 f"{path} does not fit {base} with num_labels={model.config.num_labels}: {error}"
             ) from error
+    # peft takes what fits and is silent about the rest.
+    unplaced = peft.set_peft_model_state_dict(model, weights).unexpected_keys  # type: ignore[attr-defined]
+    expect_none_left_out(path, model.get_base_model(), [name.removeprefix(_PREFIX) for name in unplaced])
     return model.eval(), base, base_shared
 
 

@@ -17,7 +17,11 @@ from torch import Tensor, nn
 from rmfast.binding.find import probe_ids
 from rmfast.binding.modules import call_arguments, logits_of
 
-_COMPUTED = ("inv_freq", "position_ids")  # buffers that old checkpoints hold and that are the same for each
+_COMPUTED = (
+    "inv_freq",
+    "position_ids",
+    "masked_bias",
+)  # buffers that old checkpoints hold and that are the same for each
 
 
 def check_weights(path: Any, model: nn.Module, info: dict[str, Any], replaced: frozenset[str]) -> None:
@@ -28,8 +32,8 @@ def check_weights(path: Any, model: nn.Module, info: dict[str, Any], replaced: f
         replaced: names whose weights come from elsewhere.
 
     Raises:
-        ValueError: a weight that plays a part in the reward is missing or of another shape, or one of a module that the
-            model has is left out.
+        ValueError: a weight that plays a part in the reward is missing or of another shape, or one is left out that is
+            of no whole module beside the body and the head (an lm_head, a v_head).
     """
     shapes = {name: (tuple(file), tuple(own)) for name, file, own in info["mismatched_keys"] if name not in replaced}
     made_up = ({*info["missing_keys"]} - replaced) | set(shapes)
@@ -59,8 +63,15 @@ def check_weights(path: Any, model: nn.Module, info: dict[str, Any], replaced: f
             + f", got {file} in {path}"
             + (f"; so do {listed(more)} differ" if more else "")
         )
-    left_out = [name for name in unplaced if _is_part(model, name)]
-    if left_out and not getattr(model, "is_quantized", False):  # scales and the like are the quantiser's business
+    if not getattr(model, "is_quantized", False):  # scales and the like are the quantiser's business
+        expect_none_left_out(path, model, unplaced)
+
+
+def expect_none_left_out(path: Any, model: nn.Module, names: Iterable[str]) -> None:
+    """ValueError for names of a file that the model has no place for and that would have had a part in the reward."""
+    left_out = sorted(name for name in names if _is_part(model, name))
+    if left_out:
+        kind = type(model).__name__
         raise ValueError(f"{path} has {listed(left_out)}, which {kind} has no place for and would be scored without")
 
 
@@ -106,14 +117,20 @@ def listed(names: list[str]) -> str:
 
 
 def _is_part(model: nn.Module, name: str) -> bool:
-    """Whether a name of the file would belong to a module that has weights of its own: the bias of a Linear."""
-    module = model
-    for part in name.split("."):
-        child = getattr(module, part, None)
-        if not isinstance(child, nn.Module):
-            break
-        module = child
-    return module is not model and any(True for _ in module.parameters(recurse=False))
+    """Whether a name of the file that the model has no place for would have had a part in the reward.
+
+    It had none in another module at the top (lm_head), in an encoder's pooler where the model is made without, and in
+    buffers that are computed.
+    """
+    if name.endswith(_COMPUTED) or name in dict(model.named_buffers()):  # GPT-2's masks, which it no longer saves
+        return False
+    prefix = getattr(model, "base_model_prefix", "")
+    body = getattr(model, prefix, model) if prefix else model
+    first, *rest = name.split(".")
+    inside = rest if getattr(model, first, None) is body else [first, *rest]
+    if inside[:1] == ["pooler"] and getattr(body, "pooler", None) is None:
+        return False
+    return not rest or any(isinstance(getattr(module, first, None), nn.Module) for module in (model, body))
 
 
 def _unused(model: Any, names: Iterable[str]) -> set[str]:

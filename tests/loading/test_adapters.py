@@ -153,6 +153,21 @@ def test_an_adapter_of_no_reward_model_is_refused(language_model, tmp_path, valu
         rmfast.load(tmp_path, device="cpu")
 
 
+@pytest.mark.parametrize(
+    "name", ["model.layers.2.self_attn.q_proj.lora_A.weight", "model.layers.0.mlp.up_proj.lora_B.weight", "score.bias"]
+)
+def test_weights_of_an_adapter_that_the_base_has_no_place_for_are_refused(language_model, tmp_path, name):
+    """Trained on a base of more layers, or with other targets than its config says."""
+    adapted(language_model, tmp_path, task_type="SEQ_CLS")
+    file = tmp_path / "adapter_model.safetensors"
+    weights = load_file(file)
+    save_file({**weights, "base_model.model.lm_head.weight": torch.ones(2, 2)}, file, metadata={"format": "pt"})
+    rmfast.load(tmp_path, device="cpu")
+    save_file({**weights, f"base_model.model.{name}": torch.ones(2, 2)}, file, metadata={"format": "pt"})
+    with pytest.raises(ValueError, match=rf"has {name.replace('.', '[.]')}, which LlamaForSeq.* has no place for"):
+        rmfast.load(tmp_path, device="cpu")
+
+
 def test_a_base_that_is_gone_is_named_with_its_adapter(language_model, tmp_path):
     adapted(language_model, tmp_path, task_type="SEQ_CLS")
     edited(tmp_path, base_model_name_or_path=str(tmp_path / "gone"))

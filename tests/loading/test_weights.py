@@ -48,19 +48,64 @@ def test_a_head_of_another_size_is_refused_with_both_shapes(tmp_path, options):
         rmfast.load(tmp_path, device="cpu", num_labels=2, **options)
 
 
-@pytest.mark.parametrize("name", ["score.bias", "score.2.weight", "model.layers.0.self_attn.o_proj.bias"])
-def test_a_weight_that_a_module_has_no_place_for_is_refused(tmp_path, name):
+@pytest.mark.parametrize(
+    "name",
+    [
+        "score.bias",
+        "score.2.weight",
+        "score.dense.weight",
+        "model.layers.0.self_attn.o_proj.bias",
+        "model.layers.0.self_attn.q_norm.weight",
+        "model.layers.0.post_feedforward_layernorm.weight",
+        "model.layers.2.input_layernorm.weight",
+        "model.embedding_norm.weight",
+        "reward_scale",
+    ],
+)
+def test_a_weight_that_the_model_has_no_place_for_is_refused(tmp_path, name):
     """A row under its bias, an MLP of which one layer is read: scored without, the reward would be another."""
     changed(tmp_path, M.decoder("llama"), with_one(name, 48))
     with pytest.raises(ValueError, match=rf"has {name.replace('.', '[.]')}, which Llama.* no place for"):
         rmfast.load(tmp_path, device="cpu")
 
 
-@pytest.mark.parametrize("name", ["lm_head.weight", "model.layers.0.self_attn.rotary_emb.inv_freq"])
-def test_weights_of_no_part_of_the_model_are_left_alone(tmp_path, name):
-    model = M.decoder("llama")
+@pytest.mark.parametrize(
+    ("family", "config", "names"),
+    [
+        (
+            "qwen3",
+            {"model_type": "llama", "architectures": ["LlamaForSequenceClassification"]},
+            r"k_norm\.weight, .*q_norm",
+        ),
+        ("llama", {"num_hidden_layers": 1}, r"model\.layers\.1\.input_layernorm\.weight, .* and 3 more"),
+    ],
+)
+def test_a_config_of_fewer_parts_than_the_file_has_is_refused(tmp_path, family, config, names):
+    changed(tmp_path, M.decoder(family), lambda weights: weights, **config)
+    with pytest.raises(ValueError, match=rf"has .*{names}.*, which LlamaForSeq.* has no place for"):
+        rmfast.load(tmp_path, device="cpu")
+
+
+@pytest.mark.parametrize(
+    ("family", "name"),
+    [
+        ("llama", "lm_head.weight"),
+        ("llama", "critic.out.weight"),
+        ("llama", "model.layers.0.self_attn.rotary_emb.inv_freq"),
+        ("gpt2", "transformer.h.0.attn.bias"),
+        ("gpt2", "transformer.h.0.attn.masked_bias"),
+    ],
+)
+def test_weights_of_no_part_of_the_model_are_left_alone(tmp_path, family, name):
+    model = M.decoder(family)
     changed(tmp_path, model, with_one(name, 6))
     M.assert_rewards(rmfast.load(tmp_path, device="cpu").score(TEXTS), M.own(model, TEXTS), M.reward_scale(model))
+
+
+def test_a_pooler_is_left_alone_where_each_token_has_a_reward(tmp_path):
+    model = M.encoder("Bert", task="TokenClassification")
+    changed(tmp_path, model, with_one("bert.pooler.dense.weight", 48, 48))
+    M.assert_rewards(rmfast.load(tmp_path, device="cpu").token_values(TEXTS)[0], M.alone(model, TEXTS[0])[:, 0], 1.0)
 
 
 CODE = """
