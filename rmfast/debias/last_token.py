@@ -90,6 +90,8 @@ class LastTokenRuns:
         self._gates = self._gate_rows() if rm.gated else None
         engine = rm.packed_engine() if self._encoded else "no texts"
         self._engine = None if isinstance(engine, str) else engine
+        if self._encoded:
+            rm.expect_invariance(engine)
         self._batch_tokens = rm.default_batch_tokens(self._engine) if batch_tokens is None else batch_tokens
         self._batches: list[_Batch] = []
         self.cached_bytes = 0
@@ -147,6 +149,8 @@ class LastTokenRuns:
 
     def _run(self, binding: Binding, names: Sequence[str], found: dict[str, Tensor] | None = None) -> Tensor:
         """Rewards (n, K); outputs of the projections `names` (n, m) go to `found`."""
+        if self._encoded:
+            self.rm.expect_invariance(self._engine)  # of the backend that runs now
         values = torch.empty(len(self), self.rm.num_labels)
         parts: list[tuple[np.ndarray, Tensor]] = []
         with binding.session(), ExitStack() as stack:

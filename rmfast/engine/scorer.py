@@ -336,8 +336,8 @@ class Scorer:
             arguments.word("engine", engine, ("packed", "padded"))
         batch_tokens = checked_run(batch_tokens, progress)
         packed = self.packed_engine() if engine != "padded" and encoded else None
-        if self.invariant and encoded and (moves := "padded runs" if packed is None else self.moves()):
-            raise ValueError(f"Expected invariant=False: rewards may move with their batch here, {moves}")
+        if encoded:
+            self.expect_invariance(packed)
         if isinstance(packed, str):
             if engine == "packed":
                 raise ValueError(f'Expected engine to be "padded": this model cannot run packed, since {packed}')
@@ -408,6 +408,17 @@ class Scorer:
         if isinstance(packed, str):
             return f"padded runs: {packed}"
         return getattr(self.binding.program, "moves", None) or packed.moves()
+
+    def expect_invariance(self, engine: Engine | str | None) -> None:
+        """ValueError where texts must have the same bits in any batch, and may not have in runs of this engine.
+
+        engine: None, or the reason why there is none, for padded runs and the model's own layers with hooks. Not inside
+            of a session.
+        """
+        if self.invariant:
+            padded = "padded runs" if engine is None else f"padded runs: {engine}"
+            if moves := engine.moves() if isinstance(engine, Engine) else padded:
+                raise ValueError(f"Expected invariant=False: rewards may move with their batch here, {moves}")
 
     def _parts(self) -> tuple:
         """The body's modules, and what would make them run otherwise than they are: a key for its engine."""

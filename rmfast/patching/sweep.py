@@ -42,6 +42,7 @@ def patch_sweep(
 ) -> PatchSweep | list[PatchSweep]:
     """See `RewardModel.patch_sweep`; `asked` are `Request`'s arguments."""
     request = Request(rm, **asked)
+    rm.expect_invariance(getattr(request.patcher, "engine", None))
     if screen is not None:
         word("screen", screen, ("atp",))
     if (screen is None) != (top is None):

@@ -146,3 +146,31 @@ def test_what_can_t_be_promised_is_an_error_where_it_is_asked_for():
         rm.score([[1, 2]])
     with pytest.raises(ValueError, match="padded runs: it"):
         RewardModel(M.encoder("Bert"), invariant=True).score([[1, 2]])
+
+
+USES = {
+    "score": lambda rm: rm.score([[1, 2], [3]]),
+    "values": lambda rm: rm.token_values([[1, 2], [3]]),
+    "lens": lambda rm: rm.lens([[1, 2], [3]]),
+    "attribute": lambda rm: rm.attribute([[1, 2], [3]]),
+    "sweep": lambda rm: rm.patch_sweep([1, 2, 3], [1, 4, 3]),
+    "last token": lambda rm: LastTokenRuns(rm, [[1, 2], [3]]).rewards(),
+}
+
+
+@pytest.mark.parametrize("use", USES.values(), ids=USES)
+def test_no_workload_runs_what_can_t_be_promised(use):
+    model = M.decoder("llama")
+    rm = RewardModel(model, invariant=True)
+    use(rm)
+    with rmfast.backend("eager"), pytest.raises(ValueError, match="may move with their batch here, eager attention"):
+        use(rm)
+    model.model.layers[0].register_forward_hook(lambda *_: None)
+    with pytest.raises(ValueError, match="may move with their batch here, padded runs"):
+        use(rm)
+
+
+def test_reruns_of_the_last_token_ask_anew_which_backend_runs():
+    runs = LastTokenRuns(RewardModel(M.decoder("llama"), invariant=True), [[1, 2], [3]])
+    with rmfast.backend("eager"), pytest.raises(ValueError, match="eager attention"):
+        runs.rewards()
