@@ -6,7 +6,14 @@ from typing import Annotated, Any, Literal
 
 import typer
 
-from rmfast.cli.options import ModelOptions, chosen_backend, encoding_of, load_model, with_options
+from rmfast.cli.options import (
+    ModelOptions,
+    chosen_backend,
+    encoding_of,
+    files_of_options,
+    load_model,
+    with_options,
+)
 from rmfast.cli.results import claimed, save_plot, write_csv
 from rmfast.cli.rows import cell_of, located, template_columns
 from rmfast.texts.tables import Row, read_rows
@@ -47,7 +54,8 @@ def debias(
     encoding = encoding_of(options)
     from rmfast import debias as method
 
-    reads = [pairs] if test is None else [pairs, test]
+    reads = [pairs, *([] if test is None else [test])]
+    reads += files_of_options(options.tools, options.chat_template_kwargs)
     with claimed(output, _FILES, reads), chosen_backend(options):
         model = load_model(options)
         progress = sys.stderr.isatty()

@@ -189,6 +189,11 @@ def text_of_option(given: str | None) -> str | None:
     return Path(given[1:]).read_bytes().decode().removesuffix("\n").removesuffix("\r")
 
 
+def files_of_options(*given: str | None) -> list[Path]:
+    """The files that options name after @ (`text_of_option`)."""
+    return [Path(text[1:]) for text in given if text is not None and text.startswith("@")]
+
+
 def chosen_backend(options: ModelOptions) -> contextlib.AbstractContextManager[Any]:
     """The backend of --backend for as long as it is entered."""
     return rmfast.backend(options.backend) if options.backend else contextlib.nullcontext()

@@ -6,6 +6,7 @@ import dataclasses
 import functools
 import hashlib
 import itertools
+import json
 import math
 import sys
 import time
@@ -16,7 +17,7 @@ from typing import Any
 import typer
 
 import rmfast
-from rmfast.cli.options import Options, chosen_backend, encoding_of, load_model
+from rmfast.cli.options import Options, chosen_backend, encoding_of, files_of_options, load_model
 from rmfast.cli.rows import BadRow, Layout
 from rmfast.texts.files import LOCK, STANDARD, Source
 from rmfast.texts.output import Lines, check_output, opened
@@ -39,6 +40,7 @@ class Run:
         self.source = Source.of(options.input)
         self.count, digest = count_and_digest(self.source, self.kind)
         local = Path(options.model)
+        self.base = _base_folder(local)
         self.encoding = encoding_of(options)
         fixed = ("columns", "pooling", "num_labels", "dtype", "compute", "revision", "gguf_file")
         names = [field.name for field in dataclasses.fields(Options) if field.name.endswith("_column")]
@@ -47,9 +49,12 @@ class Run:
             "command": command,
             "model": str(local.resolve()) if local.exists() else options.model,
             "model_files": _files_digest(local) if local.exists() else None,
+            "base": None if self.base is None else str(self.base.resolve()),
+            "base_files": None if self.base is None else _files_digest(self.base),
             "interventions": [_content_digest(folder) for folder in self.interventions] or None,
             "input_sha256": digest,
             "tokens": tokens,
+            "invariant": options.invariant or None,
             **self.encoding,
             **{name: getattr(options, name) for name in [*fixed, *names]},
         }
@@ -75,7 +80,10 @@ class Run:
             from rmfast.interventions import load
 
             model = model.with_interventions(*map(load, self.interventions))
-        self.output.begin(model_revision=getattr(model.model.config, "_commit_hash", None))
+        self.output.begin(
+            model_revision=getattr(model.model.config, "_commit_hash", None),  # an adapter's base's
+            adapter_revision=_adapter_revision(self.options),
+        )
 
         from tqdm import tqdm
 
@@ -105,7 +113,8 @@ class Run:
     def _reads(self) -> Iterator[Path]:
         """The files that this run must not write."""
         yield Path("/dev/stdin") if self.options.input == STANDARD else self.options.input
-        for folder in (Path(self.options.model), *self.interventions):
+        yield from files_of_options(self.options.tools, self.options.chat_template_kwargs)
+        for folder in (Path(self.options.model), *([self.base] if self.base else []), *self.interventions):
             yield from _model_files(folder)
 
     def _rates(self, seconds: float) -> str:
@@ -199,6 +208,30 @@ def _model_files(path: Path) -> list[Path]:
         return [path] if path.exists() else []
     others = (*SUFFIXES, *(suffix + ".gz" for suffix in SUFFIXES), LOCK)
     return sorted(file for file in path.iterdir() if file.is_file() and not file.name.lower().endswith(others))
+
+
+def _base_folder(folder: Path) -> Path | None:
+    """The folder of the model that an adapter is put on; None for other models and bases on the hub."""
+    try:
+        config = json.loads((folder / "adapter_config.json").read_bytes())
+        base = Path(config["base_model_name_or_path"])
+    except (OSError, ValueError, KeyError, TypeError):  # loading says what is wrong with it
+        return None
+    return base if base.exists() else None
+
+
+def _adapter_revision(options: Options) -> str | None:
+    """The commit of an adapter on the hub, which may have moved since an earlier run."""
+    if Path(options.model).exists():
+        return None
+    from transformers.utils import cached_file
+    from transformers.utils.hub import extract_commit_hash
+
+    missing = dict.fromkeys(
+        (f"_raise_exceptions_for_{what}" for what in ("missing_entries", "connection_errors")), False
+    )
+    file = cached_file(options.model, "adapter_config.json", revision=options.revision, **missing)
+    return extract_commit_hash(file, None)
 
 
 def _files_digest(folder: Path) -> str:

@@ -7,7 +7,15 @@ from typing import Annotated, Any, Literal
 
 import typer
 
-from rmfast.cli.options import ModelOptions, chosen_backend, encoding_of, load_model, text_of_option, with_options
+from rmfast.cli.options import (
+    ModelOptions,
+    chosen_backend,
+    encoding_of,
+    files_of_options,
+    load_model,
+    text_of_option,
+    with_options,
+)
 from rmfast.cli.results import claimed, save_plot, show, write_csv
 from rmfast.cli.rows import cell_of, located, template_columns
 from rmfast.texts.pairs import join
@@ -66,7 +74,7 @@ def sweep(
         **encoding_of(options),
     }
     kept = checkpoint or output / "checkpoint.safetensors"
-    reads = [Path(given[1:]) for given in (clean, corrupted, prompt) if given and given.startswith("@")]
+    reads = files_of_options(clean, corrupted, prompt, options.tools, options.chat_template_kwargs)
     reads += [*([] if baseline is None else [baseline]), *([] if checkpoint is None else [checkpoint])]
     from rmfast.patching.checkpoint import discard
 

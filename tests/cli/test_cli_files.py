@@ -175,6 +175,24 @@ def test_an_input_that_would_be_written_or_removed_is_refused(folder, tmp_path, 
     assert (tmp_path / name).read_bytes() == LINES
 
 
+@pytest.mark.parametrize("option", ["--tools", "--chat-template-kwargs"])
+@pytest.mark.parametrize("command", ["score", "values", "sweep", "debias"])
+def test_a_file_of_an_option_is_never_the_output(folder, tmp_path, command, option):
+    names = {"sweep": "sweep.json", "debias": "intervention.json"}
+    file = tmp_path / names.get(command, "out.jsonl")
+    text = '[{"type": "function", "function": {"name": "f"}}]' if option == "--tools" else '{"enable_thinking": false}'
+    file.write_text(text)
+    args = files(folder, tmp_path, ROWS)
+    if command in names:
+        write(tmp_path / "pairs.jsonl", [{"prompt": "p", "chosen": "a", "rejected": "b"}])
+        args = ["--model", folder, "--output", tmp_path]
+        args += ["--clean", "a", "--corrupted", "b"] if command == "sweep" else ["--pairs", tmp_path / "pairs.jsonl"]
+    done = run(command, *args, option, f"@{file}", "--overwrite")
+    assert done.exit_code == 1
+    assert "other files to be read than written" in done.stderr
+    assert file.read_text() == text
+
+
 def test_a_file_of_the_model_is_never_the_output(tmp_path):
     folder = saved(tmp_path / "model")
     (tmp_path / "out.jsonl").symlink_to(folder / "config.json")

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import transformers
 from shell import files, read, run, saved
 
 import rmfast
@@ -96,6 +97,7 @@ def test_a_finished_run_loads_no_model_again(folder, tmp_path, monkeypatch):
         (["--truncation", "left"], "truncation"),
         (["--dtype", "float64"], "dtype"),
         (["--num-labels", "1"], "num_labels"),
+        (["--invariant"], "invariant"),
     ],
 )
 def test_going_on_with_other_options_is_refused(folder, tmp_path, options, word):
@@ -107,6 +109,74 @@ def test_going_on_with_other_options_is_refused(folder, tmp_path, options, word)
     assert word in done.stderr
     assert (tmp_path / "out.jsonl").read_bytes() == before
     assert run("score", *args, *options, "--overwrite").exit_code == 0
+
+
+def test_what_only_shapes_the_work_may_change(folder, tmp_path):
+    args, rows = ["--window", 1], [{"text": "a"}, {"text": ""}, {"text": "b"}]
+    assert run("score", *files(folder, tmp_path, rows), *args).exit_code == 1
+    changed = [
+        "--on-error",
+        "skip",
+        "--engine",
+        "padded",
+        "--backend",
+        "eager",
+        "--device",
+        "cpu",
+        "--batch-tokens",
+        64,
+    ]
+    done = run("score", *files(folder, tmp_path, rows), *changed)
+    assert done.exit_code == 0, done.stderr
+    assert len(read(tmp_path / "out.jsonl")) == 2
+
+
+def adapter(base: Path, folder: Path) -> Path:
+    """An adapter on the model in a folder, which it names."""
+    peft = pytest.importorskip("peft")
+    model = transformers.AutoModelForSequenceClassification.from_pretrained(base)
+    config = peft.LoraConfig(r=2, target_modules=["q_proj"], task_type="SEQ_CLS")
+    peft.get_peft_model(model, config).save_pretrained(folder)
+    return folder
+
+
+def test_going_on_with_another_base_of_the_adapter_is_refused(tmp_path):
+    base = saved(tmp_path / "base")
+    folder = adapter(base, tmp_path / "adapter")
+    rows = [{"text": "a"}, {"text": ""}, {"text": "b"}]
+    args = [*files(folder, tmp_path, rows), "--window", 1]
+    assert "line 2: column 'text' is empty" in run("score", *args).stderr
+    before = (tmp_path / "out.jsonl").read_bytes()
+    saved(base, seed=1)
+    done = run("score", *args, "--on-error", "skip")
+    assert done.exit_code == 1
+    assert "was begun with base_files" in done.stderr
+    assert (tmp_path / "out.jsonl").read_bytes() == before
+    weights = (base / "model.safetensors").read_bytes()
+    (tmp_path / "linked.jsonl").symlink_to(base / "model.safetensors")
+    done = run("score", *args, "--output", tmp_path / "linked.jsonl", "--overwrite")
+    assert "other files to be read than written" in done.stderr
+    assert (base / "model.safetensors").read_bytes() == weights
+
+
+def test_going_on_with_another_revision_of_an_adapter_on_the_hub_is_refused(tmp_path, monkeypatch):
+    """As the hub's cache has it: `main` of some repository, which has moved."""
+    base = saved(tmp_path / "base")
+    cache = tmp_path / "cache" / "models--some--adapter"
+    for commit in ("1" * 40, "2" * 40):
+        adapter(base, cache / "snapshots" / commit)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(cache.parent))
+    monkeypatch.setattr("transformers.utils.hub.TRANSFORMERS_CACHE", str(cache.parent), raising=False)
+    load = rmfast.load
+    monkeypatch.setattr(rmfast, "load", lambda path, **kw: load(cache / "snapshots" / ("1" * 40), **kw))
+    (cache / "refs").mkdir()
+    (cache / "refs" / "main").write_text("1" * 40)
+    args = [*files(base, tmp_path, [{"text": "a"}, {"text": ""}]), "--window", 1]
+    args[1] = "some/adapter"
+    assert "line 2: column 'text' is empty" in run("score", *args).stderr
+    assert read(tmp_path / "out.jsonl.run.jsonl")[0]["adapter_revision"] == "1" * 40
+    (cache / "refs" / "main").write_text("2" * 40)
+    assert "was begun with adapter_revision" in run("score", *args, "--on-error", "skip").stderr
 
 
 def test_going_on_with_another_input_or_command_is_refused(folder, tmp_path):
