@@ -13,10 +13,10 @@ import numpy as np
 
 # What may stand in a message without content: the columns of chat APIs for turns that call tools or only think.
 _INSTEAD = ("tool_calls", "function_call", "reasoning_content", "reasoning", "thinking")
-# The template's text is tokenised here, with those of all inputs.
+# What `Chat.render` gives itself, and what is done with the text, which is tokenised with those of all inputs.
 _RESERVED = (
-    "tokenize", "return_dict", "return_tensors", "return_assistant_tokens_mask", "sanitize_control_tokens",
-    "tokenizer_kwargs", "padding", "truncation", "max_length",
+    "conversation", "messages", "tools", "tokenize", "return_dict", "return_tensors", "return_assistant_tokens_mask",
+    "sanitize_control_tokens", "tokenizer_kwargs", "padding", "truncation", "max_length",
 )  # fmt: skip
 
 
@@ -59,14 +59,15 @@ def template_kwargs(given: Any) -> dict[str, Any]:
         raise ValueError(f"Expected chat_template_kwargs to be a mapping of names to values, got {given!r}")
     if reserved := [name for name in _RESERVED if name in found]:
         raise ValueError(
-            f"Expected chat_template_kwargs without {', '.join(reserved)}, which it can't change, got {given!r}"
+            f"Expected chat_template_kwargs without {', '.join(reserved)}, which it can't change (tools have "
+            f"an argument of their own), got {given!r}"
         )
-    return {name: value for name, value in found.items() if value is not None}
+    return {name: _plain(value) for name, value in found.items() if value is not None}
 
 
 def template_tools(given: Any) -> list[Any] | None:
-    found = None if given is None else _loaded("tools", given)
-    if isinstance(found, tuple | np.ndarray):
+    found = None if given is None else _plain(_loaded("tools", given))
+    if isinstance(found, tuple):
         found = list(found)
     if found is not None and not (
         isinstance(found, list) and all(isinstance(t, Mapping) or callable(t) for t in found)
@@ -82,6 +83,15 @@ def _loaded(name: str, given: Any) -> Any:
         return json.loads(given)
     except (ValueError, RecursionError):
         raise ValueError(f"Expected {name} to be JSON where it is a string, got {given!r}") from None
+
+
+def _plain(value: Any) -> Any:
+    """With lists and numbers of Python's for NumPy's, which pandas makes of Parquet's and no template knows."""
+    if isinstance(value, np.ndarray | np.generic):
+        value = value.tolist()
+    if isinstance(value, Mapping):
+        return {name: _plain(each) for name, each in value.items()}
+    return type(value)(map(_plain, value)) if type(value) in (list, tuple) else value
 
 
 def is_messages(value: Any) -> bool:
@@ -116,12 +126,12 @@ def characters_of(message: Mapping[str, Any]) -> int:
 
 def _checked(place: int, message: Mapping[str, Any]) -> dict[str, Any]:
     """A message as templates take it, without what is None. One without role or content would render as nothing."""
-    found = {name: value for name, value in message.items() if value is not None}
+    found = {name: _plain(value) for name, value in message.items() if value is not None}
     role, content = found.get("role"), found.get("content")
     if not (isinstance(role, str) and role) or (content is None and not any(found.get(name) for name in _INSTEAD)):
         lacking = "content" if isinstance(role, str) and role else "role"
         raise ValueError(f"its message {place} has no {lacking}: expected role and content, got {', '.join(found)}")
-    if isinstance(content, list | tuple | np.ndarray):
+    if isinstance(content, list | tuple):
         found["content"] = [_part(place, part) for part in content]
     elif not isinstance(content, str | None):
         raise ValueError(f"its message {place} has content {content!r}: expected text, or a list of parts")

@@ -139,6 +139,40 @@ def test_the_template_is_given_kwargs_and_tools_of_the_call_and_of_a_record(form
     ]  # fmt: skip
 
 
+def arrays(value):
+    """As pandas gives what is in Parquet: arrays for lists, inside of others too, and NumPy's numbers."""
+    if isinstance(value, dict):
+        return {name: arrays(each) for name, each in value.items()}
+    if isinstance(value, list):
+        made = np.empty(len(value), object)
+        made[:] = [arrays(each) for each in value]
+        return made
+    return np.int64(value) if isinstance(value, int) else value
+
+
+def test_arrays_are_lists_wherever_they_stand():
+    calls = [{"function": {"name": "f", "arguments": {"places": ["a", "b"], "n": 3}}}, {"function": {"name": "g"}}]
+    turns = [*TURNS, {"role": "assistant", "content": None, "tool_calls": calls}]
+    tools = [{"type": "function", "function": {"name": "f", "required": ["places", "n"]}}]
+    kwargs = {"stops": ["x", "y"]}
+    template = "{{ messages | tojson }}{{ tools | tojson }}{{ stops | tojson }}"
+    tok = M.tokenizer("plain")
+    tok.chat_template = template
+    want = ids([turns], tok, tools=tools, chat_template_kwargs=kwargs)
+    assert ids([arrays(turns)], tok, tools=arrays(tools), chat_template_kwargs=arrays(kwargs)) == want
+    record = {"messages": turns, "tools": tools, "chat_template_kwargs": kwargs}
+    assert ids([record, arrays(record)], tok) == want * 2
+
+
+@pytest.mark.parametrize("name", ["conversation", "messages", "tools", "tokenize"])
+def test_what_has_its_own_argument_is_no_chat_template_kwarg(name):
+    tok = M.tokenizer(chat=True)
+    with pytest.raises(ValueError, match=f"^Expected chat_template_kwargs without {name}, which it can't change"):
+        encode([TURNS], tok, causal=True, vocab_size=M.VOCAB, chat_template_kwargs={name: []})
+    with pytest.raises(InputError, match=f"input 0: Expected chat_template_kwargs without {name}"):
+        ids([{"messages": TURNS, "chat_template_kwargs": {name: []}}], tok)
+
+
 @pytest.mark.parametrize("name", ["chat_template_kwargs", "tools"])
 @pytest.mark.parametrize("bad", [7, "{", [7], {"tokenize": True}])
 def test_wrong_kwargs_and_tools_are_refused(name, bad):
