@@ -30,7 +30,7 @@ from rmfast.engine.packed import Engine, run_packed
 from rmfast.engine.padded import run_padded
 from rmfast.engine.programs import outputs, run_heads
 from rmfast.heads.given import head_of
-from rmfast.texts.inputs import FORMATS, Encoded, Format, InputError, Truncation, encode
+from rmfast.texts.inputs import Encoded, Format, InputError, Truncation, encode
 
 if TYPE_CHECKING:
     from typing_extensions import Self, Unpack
@@ -137,13 +137,8 @@ class Scorer:
         Raises:
             InputError: with errors="raise", the first input that can't be scored; `.index` is its position.
         """
-        if max_length is not None:
+        if max_length is not None:  # before the least of limits is taken
             max_length = arguments.whole("max_length", max_length, 1)
-        arguments.word("truncation", truncation, ("error", "left", "right"))
-        if format is not None and not callable(format):
-            arguments.word("format", format, FORMATS)
-        arguments.word("errors", errors, ("raise", "return"))
-        arguments.expect_dimension("inputs", inputs)
         limits = (self.table, self.max_length if max_length is None else max_length)
         most = min((limit for limit in limits if limit is not None), default=None)
         last = getattr(self.binding.program, "append", None)
@@ -213,7 +208,7 @@ class Scorer:
                 return
             if not isinstance(item, Encoded) or item.fixed is not None or len(item) < 2:  # an error; text; one token
                 continue
-            first, second, *_, before, last = item.ids[[0, 1, -2, -1]].tolist()
+            first, second, before, last = item.ids[[0, 1, -2, -1]].tolist()
             # One such token may begin a text where padding is also BOS, or end it where it is EOS; two are padding.
             left = first in pads and (first not in starts or second == first)
             right = last in pads and last == before and (self.pooling != "auto" or not self.binding.reads_rows)

@@ -15,6 +15,7 @@ from typing import Any, Literal
 import numpy as np
 import torch
 
+from rmfast import arguments
 from rmfast.texts.chat import Chat, template_kwargs, template_tools
 from rmfast.texts.forms import BATCH, FORMATS, Encoded, Format, Forms, Text
 
@@ -131,16 +132,13 @@ def encode(
         InputError: (a ValueError) an input is empty, of an unknown kind, too long, or has ids outside the vocabulary.
         TypeError, ValueError: the inputs or options themselves are wrong.
     """
+    if max_length is not None:
+        arguments.whole("max_length", max_length, 1)
+    arguments.word("truncation", truncation, ("error", "left", "right"))
+    if format is not None and not callable(format):
+        arguments.word("format", format, FORMATS)
+    arguments.word("errors", errors, ("raise", "return"))
     items = listed(inputs) if callable(format) else check_inputs(inputs)  # a function's inputs may be anything
-    if truncation not in ("left", "right", "error"):
-        raise ValueError(f'Expected truncation to be "left", "right" or "error", got {truncation!r}')
-    if not (format is None or callable(format) or format in FORMATS):
-        raise ValueError(f"Expected format to be None, one of {', '.join(FORMATS)}, or a function, got {format!r}")
-    if errors not in ("raise", "return"):
-        raise ValueError(f'Expected errors to be "raise" or "return", got {errors!r}')
-    if max_length is not None and max_length < 1:
-        raise ValueError(f"Expected max_length to be at least 1, got {max_length}")
-
     template_kwargs(chat_template_kwargs), template_tools(tools)  # what is wrong here is not one input's error
     forms = Forms(Chat(tokenizer, chat_template_kwargs, tools), causal, format)
     results: list[Any] = [None] * len(items)
