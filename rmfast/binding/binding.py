@@ -22,6 +22,8 @@ from rmfast.binding.modules import (
     is_untouched,
     logits_of,
     plain_linear,
+    same_settings,
+    settings_of,
     structure_of,
     text_config,
     unwrap,
@@ -92,7 +94,7 @@ class Binding:
     before: Removal | None = None
     after: Removal | None = None
     copied_from: tuple[nn.Module, tuple] | None = None  # the model that `root` is a copy of, and its structure then
-    tried_norm: tuple[tuple, str | None] | None = None  # which norm was last held against the formulas; its kind
+    tried_norm: tuple[tuple, list, str | None] | None = None  # the norm last held against the formulas; its kind
     tried_forward: tuple | None = None  # what the model's own forward was when it was last tried
 
     # Looked up by name each time, so that modules replaced since (a new head, adapters put in) are the ones used.
@@ -109,12 +111,16 @@ class Binding:
         if self.norm is None:
             return None
         norm = active(self.norm)
-        which = (norm, *calls_of(norm))
-        if self.tried_norm is None or self.tried_norm[0] != which:  # another adapter's, or put in since
+        which, settings = (norm, *calls_of(norm)), settings_of(norm)
+        if (
+            self.tried_norm is None
+            or self.tried_norm[0] != which  # another adapter's, or put in since
+            or not same_settings(self.tried_norm[1], settings)
+        ):
             with torch.inference_mode():
                 dtype = next((p.dtype for p in norm.parameters() if p.is_floating_point()), torch.float32)
-                self.tried_norm = which, known_kind(norm, self.width, dtype)
-        return self.tried_norm[1]
+                self.tried_norm = which, settings, known_kind(norm, self.width, dtype)
+        return self.tried_norm[2]
 
     @property
     def head(self) -> list[nn.Module]:

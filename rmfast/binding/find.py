@@ -28,6 +28,7 @@ from rmfast.binding.modules import (
     hidden_state_of,
     input_embedding,
     logits_of,
+    settings_of,
     unwrap,
 )
 from rmfast.binding.norms import Call, norm_kind
@@ -136,7 +137,7 @@ def _bind(root: nn.Module, outermost: nn.Module, pooling: str | int, avoid: tupl
     bound.tried_forward = bound.own_forward()
     if norm is not None:
         used = active(norm.module)
-        bound.tried_norm = (used, *calls_of(used)), norm_kind(norm)
+        bound.tried_norm = (used, *calls_of(used)), settings_of(used), norm_kind(norm)
     # One more tiny run, of the body as it will be run: the probe, and the probe with another last token, whose first
     # hidden state tells a decoder from an encoder.
     other = ids.clone()

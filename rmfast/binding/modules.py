@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import inspect
-from collections.abc import Callable, Mapping
+import operator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -163,6 +164,35 @@ def _taking_part(*owners: dict[int, Callable]) -> tuple[Callable, ...]:
     return tuple(
         hook for hooks in owners if hooks for hook in hooks.values() if getattr(hook, "__module__", "") not in _WATCHERS
     )
+
+
+_EVERY_MODULE = frozenset(nn.Module().__dict__)  # parts, weights, hooks and the mode, which have keys of their own
+
+
+def settings_of(module: Any) -> list[Any]:
+    """What a module or a configuration holds beside parts and weights: numbers, words, functions; also inside of its
+    lists and dicts. For `same_settings`."""
+    return [leaf for name, value in _held(module).items() if name not in _EVERY_MODULE for leaf in _leaves(value)]
+
+
+def _held(module: Any) -> dict[str, Any]:
+    return getattr(module, "__dict__", {})
+
+
+def _leaves(value: Any) -> Iterator[Any]:
+    if isinstance(value, dict):
+        value = [part for item in value.items() for part in item]
+    elif not isinstance(value, list | tuple | set):
+        yield value
+        return
+    yield type(value)  # an empty one is something, too
+    for part in value:
+        yield from _leaves(part)
+
+
+def same_settings(held: list[Any], now: list[Any]) -> bool:
+    """Compared one by one with `is`: a number that is set anew is another object."""
+    return len(held) == len(now) and all(map(operator.is_, held, now))
 
 
 def structure_of(root: nn.Module) -> tuple:

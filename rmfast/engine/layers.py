@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from rmfast.binding.modules import active, is_plain, is_readable
+from rmfast.binding.modules import active, is_plain, is_readable, settings_of
 from rmfast.binding.norms import Call, eps_of, norm_kind
 from rmfast.engine.attention import Run, current_run
 from rmfast.ops import gated_activation, rms_norm, rotary
@@ -212,12 +212,12 @@ def _activation(mlp: Any) -> str | None:
 
 def settings(layers: list[tuple[nn.Module, Layer]]) -> list[Any]:
     """What the modules that these stand for hold beside parts and weights, which are looked up at each run: scales,
-    windows, functions. Compared one by one with `is`: a number that is set anew is another object."""
+    windows, functions (`settings_of`)."""
     held: list[Any] = []
     for module, layer in layers:
         norms = [each for norm in (*layer.norms, *layer.head_norms) for each in (norm.module, active(norm.module))]
         for part in (module, layer.attn, layer.mlp, _function(layer.mlp), *norms):
-            held += [value for name, value in getattr(part, "__dict__", {}).items() if name != "training"]
+            held += settings_of(part)
     return held
 
 

@@ -164,18 +164,22 @@ class Engine:
         return max(256, free_memory(self.binding.device) // 2 // (row * self.binding.stream_dtype.itemsize))
 
     def _masked_window(self) -> str | None:
-        """Why a window that the model puts into its mask, which no longer exists, rules packed runs out."""
+        """Why windows that the model puts into its mask, which no longer exists, rule packed runs out: other ones than
+        its attention is given, which the few tokens of the probe need not show."""
         config = self.binding.config
         kinds = getattr(config, "layer_types", None)
         if getattr(config, "attention_chunk_size", None) and (kinds is None or "chunked_attention" in kinds):
             return "its attention is chunked by its mask"
-        if getattr(config, "sliding_window", None) is None or getattr(config, "use_sliding_window", True) is False:
-            return None
+        window = getattr(config, "sliding_window", None)
+        window = None if getattr(config, "use_sliding_window", True) is False else window
         for module, options in self._options.items():
             index = getattr(module, "layer_idx", None)
-            due = kinds is None or index is None or kinds[index] == "sliding_attention"
-            if due and options["window"] is None:
+            slides = kinds is None or index is None or kinds[index] == "sliding_attention"
+            due, given = window if slides else None, options["window"]
+            if due is not None and given is None:
                 return "it has its sliding window in the mask alone"
+            if due != given:
+                return f"its mask has windows of {due} where its attention is given {given}"
         return None
 
     def _other_layers(self) -> str | None:

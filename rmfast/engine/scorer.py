@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import operator
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
@@ -19,7 +18,7 @@ from rmfast import backends as _backends
 from rmfast.binding.binding import Binding
 from rmfast.binding.compute import checked_compute, chosen, measured, stored_dtype
 from rmfast.binding.find import bind
-from rmfast.binding.modules import has_hooks
+from rmfast.binding.modules import has_hooks, same_settings, settings_of
 from rmfast.binding.proof import read_at
 from rmfast.binding.session import lock_of, share_lock
 from rmfast.engine.attention import Unsupported
@@ -424,14 +423,13 @@ class Scorer:
 
     def _settings(self, engine: Engine | str) -> list[Any]:
         """What the engine has taken from the model's configuration and its layers: scales, windows."""
-        return [*vars(self.binding.config).values(), *([] if isinstance(engine, str) else settings(engine.layers))]
+        return [*settings_of(self.binding.config), *([] if isinstance(engine, str) else settings(engine.layers))]
 
     def _is_as_tried(self, parts: tuple) -> bool:
         """Whether the model is as the engine was made for; `parts` are its own now."""
         assert self._engine is not None
         tried, held, engine = self._engine
-        now = self._settings(engine)
-        return tried == parts and len(held) == len(now) and all(map(operator.is_, held, now))
+        return tried == parts and same_settings(held, self._settings(engine))
 
     def moved(self, binding: Binding, copies: Mapping[nn.Module, nn.Module] | None = None) -> Self:
         """The scorer of the same model under another binding, or of `copies` of its modules with other weights."""

@@ -200,6 +200,50 @@ def test_a_final_norm_of_another_kind_is_followed():
     assert_followed(reward_model, model, before)
 
 
+class SwitchedNorm(nn.Module):
+    """An RMS norm of either formula."""
+
+    def __init__(self, norm):
+        super().__init__()
+        self.weight, self.variance_epsilon, self.rules = norm.weight, norm.variance_epsilon, {"offset": [0.0]}
+
+    def forward(self, x):
+        x = x * torch.rsqrt(x.square().mean(-1, keepdim=True) + self.variance_epsilon)
+        return x * (self.rules["offset"][0] + self.weight)
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize("offset", [1.0, 0.5])
+@pytest.mark.parametrize("names", [["model.norm"], ["input_layernorm"], ["q_norm", "k_norm"]])
+def test_a_setting_of_a_norm_that_changes_its_formula_is_followed(names, offset, engine):
+    model, norms = M.decoder("qwen3"), []
+    for name, module in list(model.named_modules()):
+        if name.endswith(tuple(names)):
+            parent, _, child = name.rpartition(".")
+            norms.append(SwitchedNorm(module))
+            setattr(model.get_submodule(parent), child, norms[-1])
+    reward_model = RewardModel(model)
+    before = own_scores(model)
+    M.assert_rewards(reward_model.score(IDS), before, 1.0)
+    for norm in norms:
+        norm.rules["offset"][0] = offset
+    assert_followed(reward_model, model, before, engine)
+
+
+@pytest.mark.parametrize("change", [("layer_types", ["full_attention", "full_attention"]), ("sliding_window", 14)])
+@pytest.mark.parametrize("in_place", [True, False])
+def test_windows_that_the_mask_alone_has_are_followed(change, in_place):
+    model, reward_model = scored("gemma2", attn_implementation="eager")
+    before = own_scores(model)
+    name, value = change
+    if in_place and isinstance(value, list):
+        getattr(model.config, name)[:] = value
+    else:
+        setattr(model.config, name, value)
+    assert_followed(reward_model, model, before)
+    assert "its mask has windows of" in reward_model.explain()
+
+
 def test_a_final_norm_that_is_not_run_any_more_is_refused():
     model, reward_model = scored()
     model.model.norm = nn.Sequential(model.model.norm, nn.Identity())
