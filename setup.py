@@ -1,4 +1,4 @@
-"""Builds the compiled libraries with ninja: `_C` (CPU), where nvcc is found `_C_cuda`, and `_planner` (host only).
+"""Builds the compiled libraries with ninja: `_C` (CPU), with nvcc and for a GPU `_C_cuda`, and `_planner` (host only).
 
 The first two use PyTorch's stable ABI, so that one build serves torch >= 2.10 and any Python. `_planner` is a pybind11
 module for the Python that builds it, with the pybind11 headers that torch carries; without Python.h it is left out,
@@ -28,6 +28,7 @@ ISAS = {"avx512": "-march=x86-64-v4", "avx2": "-march=x86-64-v3", "portable": ""
 
 # TORCH_TARGET_VERSION 2.10: the oldest torch whose stable ABI has parallel_for and the CUDA stream.
 STABLE_ABI = "-DTORCH_TARGET_VERSION=0x020a000000000000"
+CUDA = "rmfast._C_cuda"
 CUDA_ARCHS = "8.0 9.0 10.0+PTX"
 
 
@@ -49,9 +50,10 @@ def torch_or_none():
     return torch
 
 
-def nvcc_or_none():
+def nvcc_or_none(torch):
     setting = os.environ.get("RMFAST_BUILD_CUDA", "auto")
-    if setting == "0" or not list((CSRC / "cuda").glob("*.cu")):
+    # Two minutes of nvcc on two cores, for a library that only a GPU runs: where torch sees none, on request.
+    if setting == "0" or (setting == "auto" and not torch.cuda.is_available()):
         return None
     home = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
     nvcc = shutil.which("nvcc", path=f"{home}/bin") if home else shutil.which("nvcc")
@@ -78,22 +80,31 @@ def gencode(nvcc):
 class NinjaBuild(build_ext):
     """setuptools compiles one file after another with one set of flags; ninja does neither."""
 
-    def build_extension(self, ext):
-        includes, libs, nvcc = ext.settings
-        out = Path(self.get_ext_fullpath(ext.name)).resolve()
-        out.parent.mkdir(parents=True, exist_ok=True)
-        build = Path(self.build_temp).resolve() / ext.name
+    def build_extensions(self):
+        """All libraries in one graph, so that no core waits for the last file of one of them."""
+        build = Path(self.build_temp).resolve()
         build.mkdir(parents=True, exist_ok=True)
-        (build / "build.ninja").write_text(ninja_file(ext, out, includes, libs, nvcc))
+        outs = {ext.name: Path(self.get_ext_fullpath(ext.name)).resolve() for ext in self.extensions}
+        for ext in self.extensions:
+            outs[ext.name].parent.mkdir(parents=True, exist_ok=True)
+            (build / f"{ext.name}.ninja").write_text(ninja_file(ext, outs[ext.name], *ext.settings))
+        (build / "build.ninja").write_text("".join(f"subninja {ext.name}.ninja\n" for ext in self.extensions))
         jobs = ["-j", os.environ["MAX_JOBS"]] if os.environ.get("MAX_JOBS") else []
-        done = subprocess.run([ninja(), "-C", str(build), *jobs])
-        if done.returncode == 0:
+
+        def made(*without):
+            targets = [str(out) for name, out in outs.items() if name not in without]
+            return subprocess.run([ninja(), "-C", str(build), *jobs, *targets]).returncode == 0
+
+        if made():
             return
-        if nvcc and os.environ.get("RMFAST_BUILD_CUDA", "auto") == "auto":
-            # Nobody asked for it: without it Triton runs on CUDA, and rmfast.explain() says so.
-            print(f"warning: {nvcc} could not build the CUDA library; going on without it", file=sys.stderr)
-            ext.optional = True
-        raise CompileError(f"ninja could not build {ext.name}; its messages stand above")
+        for ext in self.extensions:
+            if ext.name == CUDA and os.environ.get("RMFAST_BUILD_CUDA", "auto") == "auto" and made(CUDA):
+                # Nobody asked for it: without it Triton runs on CUDA, and rmfast.explain() says so.
+                print("warning: could not build the CUDA library; going on without it", file=sys.stderr)
+                ext.optional = True
+                outs[CUDA].unlink(missing_ok=True)  # of an earlier build
+                return
+        raise CompileError("ninja could not build the libraries; its messages stand above")
 
     def copy_extensions_to_source(self):
         # Written anew rather than over the old file, which a running Python may have mapped.
@@ -147,8 +158,8 @@ def ninja_file(ext, out, includes, libs, nvcc):
     objects = []
 
     def compile(rule, source, name, extra=""):
-        objects.append(f"{name}.o")
-        lines.append(f"build {name}.o: {rule} {CSRC / source}")
+        objects.append(f"{ext.name}/{name}.o")
+        lines.append(f"build {objects[-1]}: {rule} {CSRC / source}")
         if extra:
             lines.append(f"  extra = {extra}")
 
@@ -179,9 +190,9 @@ def extensions():
         return made
 
     made = [extension("rmfast._C", "cpu", "*.cpp")]
-    nvcc = nvcc_or_none()
+    nvcc = nvcc_or_none(torch)
     if nvcc:
-        made.append(extension("rmfast._C_cuda", "cuda", "*.cu", nvcc))
+        made.append(extension(CUDA, "cuda", "*.cu", nvcc))
     python = Path(sysconfig.get_path("include"))
     if (python / "Python.h").exists() and (base / "include" / "pybind11").exists():
         planner = Extension("rmfast._planner", ["host/planner.cpp"])

@@ -212,7 +212,8 @@ def _missing(op: str, name: str, device: str) -> str | None:
             return f"torch {torch.__version__} is built without CUDA; fix: install a CUDA build of torch"
         if library_path("_C_cuda") is None:
             return (
-                "not built (no nvcc, or its build failed); fix: RMFAST_BUILD_CUDA=1 pip install --no-build-isolation ."
+                "not built (no GPU or no nvcc at build time, or its build failed);"
+                " fix: RMFAST_BUILD_CUDA=1 pip install --no-build-isolation ."
             )
         return _load("_C_cuda")
     if name == "triton":
