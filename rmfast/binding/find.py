@@ -32,7 +32,7 @@ from rmfast.binding.modules import (
     unwrap,
 )
 from rmfast.binding.norms import Call, norm_kind
-from rmfast.binding.proof import agree, check_bounds, find_reading, precision, record, special_ids
+from rmfast.binding.proof import agree, check_bounds, drawn_states, find_reading, precision, record, special_ids
 from rmfast.binding.refusals import rule_of
 from rmfast.binding.rope import kept_rope, rope_modules
 from rmfast.binding.session import eval_mode, lock_of
@@ -160,7 +160,7 @@ def _bind(root: nn.Module, outermost: nn.Module, pooling: str | int, avoid: tupl
     assert logits is not None
     if chain is not None and _try_head(bound, chain, logits, rows):
         if logits.isfinite().all():
-            _try_rules(bound, ids, logits)
+            _try_rules(bound, ids, logits, body)
         return bound
     bound.norm_name = None
     bound.head_names = []
@@ -192,8 +192,18 @@ def _with_program(bound: Binding, program: Any, hidden: Tensor, logits: Tensor |
     return bound
 
 
-def _try_rules(bound: Binding, ids: Tensor, logits: Tensor) -> None:
+def _try_rules(bound: Binding, ids: Tensor, logits: Tensor, body: Call) -> None:
     """ValueError for a rule of the model's own that the first probe can't show."""
+    if is_untouched(body.module):
+        try:
+            with drawn_states(bound, body.result):
+                return _try_rules_on_runs(bound, ids, logits)
+        except Exception:  # the model looks at more than the states, or is refused: its own run tells
+            pass
+    _try_rules_on_runs(bound, ids, logits)
+
+
+def _try_rules_on_runs(bound: Binding, ids: Tensor, logits: Tensor) -> None:
     if not check_bounds(bound, ids):
         raise ValueError(
             f"{type(bound.root).__name__} has a rule of its own behind its head ({', '.join(bound.head_names)}): on "

@@ -6,8 +6,8 @@ reads before its first end token, or that bounds its logits, is found out here.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import numpy as np
@@ -25,6 +25,7 @@ from rmfast.binding.modules import (
     text_config,
 )
 from rmfast.binding.norms import Call, gain_of
+from rmfast.binding.session import replaced_forward
 
 _SPECIALS = ("pad", "bos", "eos", "sep", "cls", "decoder_start")
 _MOST_SPECIALS = 8  # of a tokenizer's hundreds: those that the configuration names, and the first
@@ -126,6 +127,26 @@ def check_bounds(bound: Binding, ids: Tensor) -> bool:
     finally:
         handle.remove()
     return agree(bound, values if own.numel() == values.numel() else values[-1:], own, eps)
+
+
+@contextmanager
+def drawn_states(bound: Binding, given: Any) -> Iterator[None]:
+    """Has the body give states drawn at random, as large as those in what it gave, in place of running its layers.
+
+    How a model reads a text and bounds its rewards is in what it makes of the body's states, whichever they are; a run
+    of the layers reads every weight. The rest of what the body gives is None: a model that looks at it stumbles.
+    """
+    states = hidden_state_of(given)
+    seen = states[0].double().cpu()
+    scale = seen[seen.isfinite().all(-1)].square().mean(0).sqrt()
+
+    def forward(input_ids: Tensor, *args: Any, **kw: Any) -> Any:
+        # No larger than the scale, so that what was finite is, enlarged too.
+        drawn = torch.rand(*input_ids.shape, len(scale), dtype=scale.dtype, generator=torch.Generator().manual_seed(0))
+        return type(given)(last_hidden_state=((2 * drawn - 1) * scale).to(states))
+
+    with replaced_forward(bound.body, forward):
+        yield
 
 
 def find_reading(bound: Binding, ids: Tensor) -> None:

@@ -111,6 +111,31 @@ def test_a_bound_on_the_rewards_is_found_out():
         RewardModel(reading(last, bound=10.0))
 
 
+def test_binding_runs_the_layers_twice():
+    """Every weight is read at each run: texts that show the rule of reading go through the head alone."""
+    model = M.decoder("llama")
+    runs = []
+    model.model.layers[0].register_forward_hook(lambda *_: runs.append(1))
+    assert bind(model).reading == "last but pad"
+    assert len(runs) == 2
+
+
+@pytest.mark.parametrize("rule, expected", [(last, "last"), (second_end, None)])
+def test_a_model_that_looks_past_the_last_states_is_tried_on_its_own_runs(rule, expected):
+    class Looks(Reads):
+        def forward(self, input_ids, attention_mask=None):
+            out = self.transformer(input_ids, attention_mask=attention_mask, output_hidden_states=True)
+            rewards = self.v_head(out.hidden_states[-1]).squeeze(-1)
+            return torch.stack([row[self.rule(ids.tolist())] for ids, row in zip(input_ids, rewards)])
+
+    model = M.randomised(Looks(M.decoder("llama").config, rule))
+    if expected is None:
+        with pytest.raises(ValueError, match="at none of the tokens"):
+            bind(model)
+    else:
+        assert bind(model).reading == expected
+
+
 def test_an_encoder_of_ones_own_that_names_no_embedding_is_bound():
     class Encoder(transformers.BertPreTrainedModel):
         def __init__(self, config):
