@@ -184,12 +184,13 @@ def extensions():
     includes = [base / "include", base / "include" / "torch" / "csrc" / "api" / "include"]
 
     def extension(name, folder, pattern, nvcc=None):
-        sources = sorted(str(path.relative_to(CSRC)) for path in (CSRC / folder).glob(pattern))
-        made = Extension(name, sources)
+        # The longest first, so that all cores have work until the end.
+        paths = sorted((CSRC / folder).glob(pattern), key=lambda path: (-path.stat().st_size, path.name))
+        made = Extension(name, [str(path.relative_to(CSRC)) for path in paths])
         made.settings = (includes, f"-L{base / 'lib'} -ltorch_cpu -ltorch -lc10", nvcc)
         return made
 
-    made = [extension("rmfast._C", "cpu", "*.cpp")]
+    made = []
     nvcc = nvcc_or_none(torch)
     if nvcc:
         made.append(extension(CUDA, "cuda", "*.cu", nvcc))
@@ -198,6 +199,7 @@ def extensions():
         planner = Extension("rmfast._planner", ["host/planner.cpp"])
         planner.settings = ([python, base / "include"], "", None)
         made.append(planner)
+    made.append(extension("rmfast._C", "cpu", "*.cpp"))
     return made
 
 

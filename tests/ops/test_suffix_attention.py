@@ -251,18 +251,21 @@ def test_a_suffix_has_the_same_bits_alone_and_in_any_batch(backend, options, dty
         check_alone(name, options, dtype, device)
 
 
-def check_cuts(options: str, dtype: torch.dtype, device: str) -> None:
+LONG = Case([150], heads=6, kv_heads=2, d=40)
+
+
+def check_cuts(options: str, dtype: torch.dtype, device: str, text: Case = LONG) -> None:
     """Rows of a text as suffixes over prefixes of all lengths, all in one batch, have the bits that they have uncut."""
-    text = Case([150], heads=6, kv_heads=2, d=40)
+    (n,) = text.lens
     q, k, v, whole, *_ = text.inputs(dtype, device=device)
     want = suffix_attention(q, k, v, whole, **OPTIONS[options])
     pool = [torch.cat([torch.full_like(x[:3], torch.nan), x]) for x in (k, v)]
-    for lens in ([1] * 149, [150 - at for at in range(0, 150, 7)], [150 - 70] * 3 + [9] * 5, [20, 90, 149]):
+    for lens in ([1] * (n - 1), [n - at for at in range(0, n, 7)], [n - 70] * 3 + [9] * 5, [20, 90, n - 1]):
         if OPTIONS[options].get("causal", True):
-            starts = [min(3 * s % 149, 150 - n) for s, n in enumerate(lens)]
+            starts = [min(3 * s % (n - 1), n - length) for s, length in enumerate(lens)]
         else:  # all keys are seen: suffixes that end where the text does
-            starts = [150 - n for n in lens]
-        rows = torch.cat([torch.arange(at, at + n) for at, n in zip(starts, lens)]).to(device)
+            starts = [n - length for length in lens]
+        rows = torch.cat([torch.arange(at, at + length) for at, length in zip(starts, lens)]).to(device)
         ends, at = (torch.tensor(x, device=device) for x in ([0, *itertools.accumulate(lens)], starts))
         got = suffix_attention(q[rows], k[rows], v[rows], ends, *pool, torch.full_like(at, 3), at, **OPTIONS[options])
         assert torch.equal(got[0], want[0][rows]) and torch.equal(got[1], want[1][rows])
