@@ -8,18 +8,25 @@ TORCH ?= torch==2.13.0
 TRITON ?= triton==3.7.1
 VENV ?= .venv
 BIN = $(VENV)/bin
+# What each needs in .venv: the compiled libraries, the demo, all the rest.
+TORCHED = $(VENV)/.torch
+DEMO = $(VENV)/.demo
 READY = $(VENV)/.ready
+# What is never imported need not be compiled to bytecode.
+INSTALL = $(BIN)/pip install -q --no-compile -c constraints.txt
 
-.PHONY: demo help test test-interpreter test-models test-reward-lens fuzz bench lint format build gpu-check clean
+.PHONY: demo help test test-interpreter test-models test-reward-lens fuzz bench lint format build libraries gpu-check clean
 
-demo: build  ## real text, scored by a real model, beside plain transformers
+demo: $(TORCHED)  ## real text, scored by a real model, beside plain transformers
+	@$(MAKE) --no-print-directory -j 2 $(DEMO) libraries
 	$(BIN)/python examples/demo.py
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-18s%s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
-# Each test process has one thread; two of them share the two cores better than one with two.
-PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q
+# Each test process has one thread; two of them share the two cores better than one with two. Tests of two threads would
+# spend 20 times their work in waiting for each other awake.
+PYTEST = OMP_NUM_THREADS=1 OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -q
 test: build test-interpreter  ## all tests, or those of one folder: make test T=engine
 	$(PYTEST) -n 2 --dist worksteal tests/$(T)
 
@@ -77,16 +84,28 @@ format: $(READY)  ## what ruff can mend by itself
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
+# They compile while the rest is installed, most of which is one core's work.
+build: $(TORCHED)  ## the compiled libraries, in place
+	@$(MAKE) --no-print-directory -j 2 $(READY) libraries
+
 # ninja rebuilds what changed.
-build: $(READY)  ## the compiled libraries, in place
+libraries: $(TORCHED)
 	$(BIN)/python setup.py -q build_ext --inplace
 
-$(READY): constraints.txt pyproject.toml setup.py Makefile
+# First what the build and torch import, in the versions that stay: nothing is replaced under a build that runs.
+$(TORCHED): constraints.txt pyproject.toml setup.py Makefile
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install -q -c constraints.txt setuptools ninja pybind11
-	$(BIN)/pip install -q $(TORCH)
-	$(BIN)/pip install -q -c constraints.txt $(TRITON)
-	RMFAST_BUILD_EXT=0 $(BIN)/pip install -q -c constraints.txt --no-build-isolation -e ".[dev,demo]"
+	$(INSTALL) setuptools ninja pybind11 numpy filelock fsspec jinja2 networkx sympy typing-extensions
+	$(BIN)/pip install -q --no-compile $(TORCH)
+	touch $@
+
+$(DEMO): $(TORCHED)
+	RMFAST_BUILD_EXT=0 $(INSTALL) --no-build-isolation -e ".[demo]"
+	touch $@
+
+$(READY): $(TORCHED)
+	$(INSTALL) $(TRITON)
+	RMFAST_BUILD_EXT=0 $(INSTALL) --no-build-isolation -e ".[dev,demo]"
 	touch $@
 
 # On a machine with a CUDA GPU: build with nvcc, the ops' tests and models on it, compute-sanitizer, benchmarks. Runs in the
