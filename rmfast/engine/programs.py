@@ -30,12 +30,19 @@ def run_heads(
         return [torch.cat(parts, 1) for parts in zip(*made)]
     if program is None or not program.gated:
         return scorer.run(encoded, read, *running, _together([binding.rewards for binding in bindings]))
-    results = []
-    for values, gates in run_gated(scorer, encoded, read, running, _together([b.row_values for b in bindings])):
-        own, of_gate = (x.unflatten(1, (len(bindings), -1)) for x in (values, gates))
-        rewards = [binding.program.rewards(own[:, i], of_gate[:, i]) for i, binding in enumerate(bindings)]
-        results.append(torch.cat(rewards, 1))
-    return results
+    pairs = run_gated(scorer, encoded, read, running, _together([binding.row_values for binding in bindings]))
+    if not pairs:
+        return []
+    own, of_gate = (x.unflatten(1, (len(bindings), -1)) for x in _rows_of(pairs))
+    rewards = [binding.program.rewards(own[:, i], of_gate[:, i]) for i, binding in enumerate(bindings)]
+    return list(torch.cat(rewards, 1).split([len(values) for values, _ in pairs]))
+
+
+def _rows_of(pairs: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
+    """Values (n, V) of the rows of all texts, and beside each those of its text's gate."""
+    return torch.cat([values for values, _ in pairs]), torch.cat(
+        [gate.expand(len(values), -1) for values, gate in pairs]
+    )
 
 
 def _together(heads: list[Callable[..., Tensor]]) -> Callable[..., Tensor]:
@@ -117,11 +124,8 @@ def outputs(scorer: Any, encoded: list[Encoded], read: list[np.ndarray], running
         values = scorer.run(encoded, read, *running)
         found = {"rewards": torch.cat(values) if values else torch.empty(0, labels)}
     elif program.gated:
-        pairs = run_gated(scorer, encoded, read, running, scorer.binding.row_values) or [
-            (_no_values(scorer.binding),) * 2
-        ]
-        parts = [program.outputs(values, gates) for values, gates in pairs]
-        found = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+        pairs = run_gated(scorer, encoded, read, running, scorer.binding.row_values)
+        found = program.outputs(*(_rows_of(pairs) if pairs else (_no_values(scorer.binding),) * 2))
     else:
         values = scorer.run(encoded, read, *running, scorer.binding.row_values) or [_no_values(scorer.binding)]
         found = program.outputs(torch.cat(values))

@@ -3,7 +3,7 @@
 A program goes in steps, each in one place so that every engine and workload can run its part:
 
     reads     which tokens of a text: the one where the reward is read, and for some heads the end of the prompt
-    linears   one stacked weight, so that all of them are one `reward_head` call over the rows, final norm included
+    linears   one stacked weight for those of a row, so that they are one `reward_head` call, final norm included
     values    what is kept of a row: (M, V); of a gate's, what its gate makes of it
     rewards   gate and reduction: of a row's values, and of those at the gate's token, (M, K)
 """

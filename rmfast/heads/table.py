@@ -177,7 +177,7 @@ def _gaussian(found: Found) -> Head:
     weight, bias = found.layer("score")
     gate = found.layers("weights.fc", "selu")
     return Gaussian(
-        weight=weight, bias=bias, gate=gate, reading="last but pad", names=found.names_of(gate.out, HELPSTEER)
+        weight=weight, bias=bias, gate=gate, reading="before pad", names=found.names_of(gate.out, HELPSTEER)
     )
 
 

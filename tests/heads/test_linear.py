@@ -65,7 +65,8 @@ def test_a_value_head_lies_beside_the_base(tmp_path, file, lm_head):
     C.assert_alike(rm, TEXTS, wanted(body, rm, TEXTS, lambda x: weight[0].double() @ x + bias[0].double()))
 
 
-def test_a_value_head_lies_beside_an_adapter(tmp_path):
+@pytest.mark.parametrize("file", ["value_head.safetensors", "value_head.bin"])
+def test_a_value_head_lies_beside_an_adapter(tmp_path, file):
     peft = pytest.importorskip("peft")
     import transformers
     from safetensors.torch import save_file
@@ -78,9 +79,8 @@ def test_a_value_head_lies_beside_an_adapter(tmp_path):
     adapted = peft.get_peft_model(transformers.LlamaForCausalLM.from_pretrained(tmp_path / "base"), lora).eval()
     adapted.save_pretrained(tmp_path / "adapter")
     weight, bias = C.random(1, C.D), C.random(1)
-    save_file(
-        {"v_head.summary.weight": weight, "v_head.summary.bias": bias}, tmp_path / "adapter/value_head.safetensors"
-    )
+    value_head = {"v_head.summary.weight": weight, "v_head.summary.bias": bias}
+    (save_file if file.endswith("safetensors") else torch.save)(value_head, tmp_path / "adapter" / file)
     rm = rmfast.load(tmp_path / "adapter", device="cpu")
     adapted.merge_and_unload()
     body = adapted.base_model.model.model
