@@ -9,6 +9,7 @@
 #include <optional>
 #include <tuple>
 
+#include "rows.h"
 #include "tensors.h"
 
 namespace rmfast {
@@ -83,15 +84,15 @@ Tensor forward(const Tensor& hidden, const Tensor& weight, const std::optional<T
   h.index = data<int64_t>(index);
 
   const RewardHeadKernels<Acc>& run = kernels<Acc>();
-  Tensor workspace = torch::stable::new_empty(weight, {run.workspace_size(h)});
-  h.workspace = static_cast<Acc*>(workspace.mutable_data_ptr());
+  const Aligned workspace(int64_t(sizeof(Acc)) * run.workspace_size(h));
+  h.workspace = static_cast<Acc*>(workspace.data);
   Tensor out = h.J && !h.index ? torch::stable::new_empty(weight, {h.rows.count, h.I, h.K})
                                : torch::stable::new_empty(weight, {h.rows.count, h.K});
   h.out = static_cast<Acc*>(out.mutable_data_ptr());
   run.prepare(h);
   const int64_t blocks = (h.rows.count + kBlock - 1) / kBlock;
-  // Below about 2^18 multiply-adds (30 µs) a second thread costs more than it saves.
-  const int64_t grain = 1 + (int64_t(1) << 18) / (kBlock * h.rows.d * (1 + h.K + h.J));
+  // Below about 2^20 multiply-adds (10 to 30 µs) a second thread costs more than it saves.
+  const int64_t grain = 1 + (int64_t(1) << 20) / (kBlock * h.rows.d * (1 + h.K + h.J));
   torch::stable::parallel_for(0, blocks, grain, [&](int64_t first, int64_t last) { run.forward(h, first, last); });
   return out;
 }
@@ -126,10 +127,10 @@ std::tuple<Tensor, Tensor> backward(const Tensor& grad, const Tensor& hidden, co
                                : torch::stable::new_empty(hidden, {0});
   Tensor partial = need_dots ? torch::stable::new_empty(weight, {chunks, h.K, h.rows.d})
                              : torch::stable::new_empty(weight, {0});
-  Tensor workspace = torch::stable::new_empty(weight, {h.K * (h.rows.d + 1)});
+  const Aligned workspace(int64_t(sizeof(Acc)) * h.K * (h.rows.d + 1));
   h.grad_rows = need_rows ? grad_rows.mutable_data_ptr() : nullptr;
   h.partial = need_dots ? static_cast<Acc*>(partial.mutable_data_ptr()) : nullptr;
-  h.workspace = static_cast<Acc*>(workspace.mutable_data_ptr());
+  h.workspace = static_cast<Acc*>(workspace.data);
 
   const RewardHeadKernels<Acc>& run = kernels<Acc>();
   run.prepare_backward(h);

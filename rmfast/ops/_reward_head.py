@@ -98,31 +98,33 @@ def reward_head(
     """
     if not isinstance(hidden, Tensor):
         raise TypeError(f"Expected hidden to be a torch.Tensor, got {type(hidden).__name__}")
-    expect_dtype(hidden.dtype in FLOATS, "hidden", "float64, float32, bfloat16 or float16", hidden.dtype)
-    expect(hidden.dim() >= 1 and hidden.size(-1) >= 1, "hidden", "of shape (..., d) with d >= 1", tuple(hidden.shape))
-    d = hidden.size(-1)
-    expect(d == 1 or hidden.numel() == 0 or hidden.stride(-1) == 1, "hidden.stride(-1)", "1", hidden.stride(-1))
+    # Messages are made only where they are raised: in vain they would take a fifth of a small call.
+    if hidden.dtype not in FLOATS:
+        expect_dtype(False, "hidden", "float64, float32, bfloat16 or float16", hidden.dtype)
+    shape = hidden.shape
+    if not shape or shape[-1] < 1:
+        expect(False, "hidden", "of shape (..., d) with d >= 1", tuple(shape))
+    d = shape[-1]
+    if hidden.stride(-1) != 1 and d != 1:
+        expect(hidden.numel() == 0, "hidden.stride(-1)", "1", hidden.stride(-1))
     checked(weight, "weight", (None, d), hidden)
     if weight is None:
         raise TypeError("Expected weight to be a torch.Tensor, got None")
-    expect(weight.size(0) >= 1, "weight", f"of shape (K, {d}) with K >= 1", tuple(weight.shape))
     heads = weight.size(0)
+    if heads < 1:
+        expect(False, "weight", f"of shape (K, {d}) with K >= 1", tuple(weight.shape))
     checked(bias, "bias", (heads,), hidden)
-    expect(
-        norm is None or (isinstance(norm, str) and norm in _reference.NORMS),
-        "norm",
-        'None, "rms", "gemma_rms" or "layer"',
-        repr(norm),
-    )
+    if norm is not None and not (isinstance(norm, str) and norm in _reference.NORMS):
+        expect(False, "norm", 'None, "rms", "gemma_rms" or "layer"', repr(norm))
     checked(norm_weight, "norm_weight", (d,), hidden)
     checked(norm_bias, "norm_bias", (d,), hidden)
-    expect(norm is not None or norm_weight is None, "norm_weight", "None with norm=None", "a tensor")
-    expect(
-        norm == "layer" or norm_bias is None, "norm_bias", 'None unless norm="layer"', f"a tensor with norm={norm!r}"
-    )
+    if norm is None:
+        expect(norm_weight is None, "norm_weight", "None with norm=None", "a tensor")
+    if norm_bias is not None and norm != "layer":
+        expect(False, "norm_bias", 'None unless norm="layer"', f"a tensor with norm={norm!r}")
     expect_eps(eps)
     checked(rows, "rows", (None,), hidden, index=True)
-    lead = hidden.shape[:-1] if rows is None else rows.shape
+    lead = shape[:-1] if rows is None else rows.shape
     if directions is None:
         for name, value in (("strengths", strengths), ("targets", targets), ("intervention_index", intervention_index)):
             expect(value is None, name, "None without directions", "a tensor")
@@ -148,7 +150,9 @@ def reward_head(
     acc = torch.float64 if hidden.dtype == torch.float64 else torch.float32
 
     def cast(value: Tensor | None) -> Tensor | None:
-        return None if value is None else value.to(acc).contiguous()
+        if value is None or (value.dtype == acc and value.is_contiguous()):
+            return value
+        return value.to(acc).contiguous()
 
     interventions = None if strengths is None or intervention_index is not None else strengths.size(0)
     if directions is not None and strengths is not None and 0 in (directions.size(0), strengths.size(0)):
@@ -164,15 +168,17 @@ def reward_head(
     out = _reward_head(*args) if direct(args) else torch.ops.rmfast.reward_head(*args)
     if interventions is not None and directions is None:
         out = out[:, None].repeat(1, interventions, 1)
-    return out.reshape(*lead, *out.shape[1:])
+    return out if len(lead) == 1 else out.reshape(*lead, *out.shape[1:])
 
 
 def _three_dims(hidden: Tensor) -> Tensor:
     """hidden as (B, T, d), the form the kernels read with two strides; a copy only where no such view exists."""
     if hidden.dim() == 3:
         return hidden
-    if hidden.dim() < 3:
-        return hidden.reshape(1, -1, hidden.size(-1))
+    if hidden.dim() == 2:
+        return hidden.unsqueeze(0)
+    if hidden.dim() == 1:
+        return hidden.view(1, 1, -1)
     try:
         return hidden.view(-1, *hidden.shape[-2:])
     except RuntimeError:

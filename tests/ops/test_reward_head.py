@@ -235,7 +235,7 @@ def bitwise_backends():
 
 @pytest.mark.parametrize("where", bitwise_backends())
 @each_norm
-@pytest.mark.parametrize(("K", "J"), [(1, 0), (3, 0), (20, 0), (1, 2), (16, 32)])
+@pytest.mark.parametrize(("K", "J"), [(1, 0), (3, 0), (7, 0), (16, 0), (20, 0), (1, 2), (16, 32)])
 def test_a_row_is_bit_identical_alone_and_in_any_batch(where, norm, K, J, use_backend):
     device = use_backend(where)
     hidden, kw = case(d=333, shape=(131,), K=K, J=J, I=2 if J else 0, norm=norm, dtype=torch.bfloat16, device=device)

@@ -86,8 +86,10 @@ inline V<double> load(const double* p) {
 }
 inline V<float> load(const bf16* p) {
 #if defined(__AVX512F__)
-  // GCC 12 widens the two halves apart.
+  // GCC 12 widens the two halves apart, here and below.
   return (V<float>)_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)p)), 16);
+#elif defined(__AVX2__)
+  return (V<float>)_mm256_slli_epi32(_mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i*)p)), 16);
 #else
   U16 bits;
   memcpy(&bits, p, sizeof bits);

@@ -1,0 +1,154 @@
+// Dots of rows with a few vectors, and the rows' moments, at the speed at which the rows are read. For files compiled once
+// for each instruction set.
+#pragma once
+
+#include "rmfast/vec.h"
+
+namespace rmfast {
+namespace {
+
+template <class A, class T>
+A row_sum(const T* x, int64_t d) {
+  V<A> acc = {};
+  int64_t i = 0;
+  for (; i + W<A> <= d; i += W<A>) acc += load(x + i);
+  if (i < d) acc += load_part<A>(x + i, d - i);
+  return sum<A>(acc);
+}
+
+template <class A, class T>
+A dot(const T* x, const A* y, int64_t d) {
+  V<A> acc = {};
+  int64_t i = 0;
+  for (; i + W<A> <= d; i += W<A>) acc += load(x + i) * load(y + i);
+  if (i < d) acc += load_part<A>(x + i, d - i) * load_part<A>(y + i, d - i);
+  return sum<A>(acc);
+}
+
+// Squared norm and sum of a row, both of x − shift for a layer norm.
+template <class A>
+struct Moments {
+  A square, sum;
+};
+
+// A layer norm is taken of x − shift in one pass, and the rest of the mean is taken off its sums. The shift is the
+// mean of the first 64 elements: within √(d / 64) standard deviations of the row's own, so that at d = 8192 the
+// variance loses at most 7 bits, where the plain Σx² − (Σx)²/d loses them all under a large mean.
+template <class A, class T>
+A shift_of(const T* x, int64_t d) {
+  const int64_t n = d < 64 ? d : 64;
+  return row_sum<A>(x, n) / A(n);
+}
+
+// Centres the dots and moments of x − shift; returns the row's mean.
+template <class A>
+A center(A shift, int64_t d, const A* sums, int64_t n, A* dots, Moments<A>* moments) {
+  const A rest = moments->sum / A(d);
+  for (int64_t i = 0; i < n; ++i) dots[i] -= rest * sums[i];
+  moments->square -= rest * moments->sum;
+  if (moments->square < 0) moments->square = 0;
+  return shift + rest;
+}
+
+// Rows that run side by side, and interleaved chains of additions of each dot: of rows beside each other vectors y are
+// read once, and chains hide the latency of an addition. 32 registers hold four rows, 16 only two rows of four dots.
+template <int C>
+constexpr int kRows = kVectorBytes == 64 ? 4 : C == 4 ? 2 : 1;
+template <int C>
+constexpr int kChains = kVectorBytes == 64 || C == 4 ? 1 : 4;
+
+// Dots of R rows with C vectors, and, with First, the rows' moments; R changes no bit. The rows that follow are fetched
+// meanwhile (null: none), one after the other as memory likes it, since the hardware's own fetching stops at each page,
+// which often is a row.
+template <class A, class T, int C, bool Center, bool First, int R>
+void row_dots(const T* const* x, const T* const* next, const A* shift, const A* y, int64_t d, A* out, int64_t ld,
+              Moments<A>* moments) {
+  constexpr int U = kChains<C>;
+  constexpr int64_t S = U * W<A>;
+  V<A> acc[U][R][C] = {}, sq[U][R] = {}, total[U][R] = {};
+  auto columns = [&](int64_t i) __attribute__((always_inline)) {
+#pragma GCC unroll 4
+    for (int u = 0; u < U; ++u, i += W<A>) {
+      V<A> v[R];
+#pragma GCC unroll 4
+      for (int r = 0; r < R; ++r) {
+        v[r] = load(x[r] + i);
+        if (Center) v[r] -= shift[r];
+        if (Center && First) total[u][r] += v[r];
+        if (First) sq[u][r] += v[r] * v[r];
+      }
+#pragma GCC unroll 4
+      for (int c = 0; c < C; ++c) {
+        const V<A> w = load(y + c * d + i);
+#pragma GCC unroll 4
+        for (int r = 0; r < R; ++r) acc[u][r][c] += v[r] * w;
+      }
+    }
+  };
+  int64_t i = 0;
+  if (First && next) {
+    const int64_t share = (d / S + R - 1) / R * S;  // of the columns, over which one of the next rows is fetched
+#pragma GCC unroll 1
+    for (int r = 0; r < R; ++r) {
+      const char* ahead = reinterpret_cast<const char*>(next[r]);
+      const int64_t end = (r + 1) * share < d ? (r + 1) * share : d;
+      for (; i + S <= end; i += S, ahead += R * S * sizeof(T)) {
+#pragma GCC unroll 8
+        for (int64_t byte = 0; byte < int64_t(R * S * sizeof(T)); byte += 64) __builtin_prefetch(ahead + byte, 0, 2);
+        columns(i);
+      }
+    }
+  }
+  for (; i + S <= d; i += S) columns(i);
+  for (; i < d; i += W<A>) {
+    const int64_t n = d - i < W<A> ? d - i : W<A>;
+    for (int r = 0; r < R; ++r) {
+      V<A> v = load_part<A>(x[r] + i, n);
+      if (Center) v = first_lanes<A>(v - shift[r], n);
+      total[0][r] += v;
+      sq[0][r] += v * v;
+      for (int c = 0; c < C; ++c) acc[0][r][c] += v * load_part<A>(y + c * d + i, n);
+    }
+  }
+#pragma GCC unroll 4
+  for (int r = 0; r < R; ++r) {
+#pragma GCC unroll 4
+    for (int u = 1; u < U; ++u) {
+      sq[0][r] += sq[u][r];
+      total[0][r] += total[u][r];
+#pragma GCC unroll 4
+      for (int c = 0; c < C; ++c) acc[0][r][c] += acc[u][r][c];
+    }
+#pragma GCC unroll 4
+    for (int c = 0; c < C; ++c) out[r * ld + c] = sum<A>(acc[0][r][c]);
+    if (First) moments[r] = {sum<A>(sq[0][r]), Center ? sum<A>(total[0][r]) : A(0)};
+  }
+}
+
+// x: `count` rows, then those that follow, as far as they are known, and null.
+template <class A, class T, int C, bool Center, bool First>
+void block_dots(const T* const* x, int64_t count, const A* shift, const A* y, int64_t d, A* out, int64_t ld,
+                Moments<A>* moments) {
+  constexpr int R = kRows<C>;
+  int64_t r = 0;
+  for (; r + R <= count; r += R)
+    row_dots<A, T, C, Center, First, R>(x + r, x[r + 2 * R - 1] ? x + r + R : nullptr, shift + r, y, d, out + r * ld,
+                                        ld, moments + r);
+  for (; r < count; ++r)
+    row_dots<A, T, C, Center, First, 1>(x + r, nullptr, shift + r, y, d, out + r * ld, ld, moments + r);
+}
+
+template <class A, class T, bool Center, bool First = true>
+void few_dots(const T* const* x, int64_t count, const A* shift, const A* y, int64_t n, int64_t d, A* out, int64_t ld,
+              Moments<A>* moments) {
+  const int64_t taken = n >= 4 ? 4 : n >= 2 ? 2 : 1;
+  auto run = taken == 4   ? block_dots<A, T, 4, Center, First>
+             : taken == 2 ? block_dots<A, T, 2, Center, First>
+                          : block_dots<A, T, 1, Center, First>;
+  run(x, count, shift, y, d, out, ld, moments);
+  if (n > taken)
+    few_dots<A, T, Center, false>(x, count, shift, y + taken * d, n - taken, d, out + taken, ld, moments);
+}
+
+}  // namespace
+}  // namespace rmfast
