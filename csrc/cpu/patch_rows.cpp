@@ -46,7 +46,7 @@ std::tuple<Tensor, Tensor> patch_rows(const Tensor& base, const Tensor& values, 
   a.weight = gain_of(weight);
   a.gemma = gemma;
   a.eps = eps;
-  Tensor x = torch::stable::new_empty(base, {rows, a.d}), y = torch::stable::new_empty(base, {rows, a.d});
+  Tensor x = empty(base.scalar_type(), {rows, a.d}), y = empty(base.scalar_type(), {rows, a.d});
   a.x = x.mutable_data_ptr();
   a.y = y.mutable_data_ptr();
   const PatchRowsIsa& run = isa();

@@ -9,6 +9,7 @@
 #include "rmfast/gemm.h"
 #include "rmfast/reward_head.h"
 #include "rmfast/row_dots.h"
+#include "rmfast/row_norm.h"
 
 #define RMFAST_STRING_(x) #x
 #define RMFAST_STRING(x) RMFAST_STRING_(x)
@@ -25,8 +26,8 @@ constexpr double kCancellation = 0.05;
 template <class A>
 struct Scratch {
   A* data;
-  explicit Scratch(int64_t n) : data(static_cast<A*>(::operator new(sizeof(A) * (n + 16), std_align))) {
-    memset(data, 0, sizeof(A) * n);
+  explicit Scratch(int64_t n) : data(n ? static_cast<A*>(::operator new(sizeof(A) * (n + 16), std_align)) : nullptr) {
+    if (n) memset(data, 0, sizeof(A) * n);
   }
   ~Scratch() { ::operator delete(data, std_align); }
   Scratch(const Scratch&) = delete;
@@ -100,8 +101,8 @@ void prepare(const RewardHead<A>& h) {
   if (!p.few) pack_columns(p.dots, d, d, p.dots_n, p.packed);
 }
 
-// Dots and moments through the GEMM; x is converted 256 columns at a time. The next 256 are fetched meanwhile: 32 short pieces
-// of rows are no pattern that the hardware sees, and without it their misses take a fifth of the time.
+// Dots and moments through the GEMM; x is converted 256 columns at a time. The next 256 are fetched meanwhile: 32 short
+// pieces of rows are no pattern that the hardware sees, and without it their misses take a fifth of the time.
 template <class A, class T>
 void many_dots(const T* const* x, int64_t count, const A* shift, const Plan<A>& p, A* copy, A* out, int64_t ld,
                Moments<A>* moments) {
@@ -261,119 +262,130 @@ void forward_rows(const RewardHead<A>& h, int64_t first_block, int64_t last_bloc
   }
 }
 
-// The gradient of one row: weight · direction − (x − mean) along − shift.
-template <class A, class T>
-void write_gradient(const T* x, const A* direction, A weight, A along, A shift, A mean, int64_t d, T* out) {
-  int64_t i = 0;
-  for (; i + W<A> <= d; i += W<A>)
-    store(out + i, load(direction + i) * weight - (load(x + i) - mean) * along - shift);
-  if (i < d) {
-    const V<A> v = load_part<A>(direction + i, d - i) * weight - (load_part<A>(x + i, d - i) - mean) * along - shift;
-    store_part<A>(out + i, v, d - i);
-  }
+// A NaN without a payload, which rounding to bf16 (`put_vector`) could carry into the exponent; any other value as it is.
+template <class A>
+inline A plain(A x) {
+  return x == x ? x : A(__builtin_nan(""));
+}
+
+// What the gradient of one row needs beside the row and its direction Σ_k g_k a_k = by · toward.
+template <class A>
+struct RowGradient {
+  A weight, along, shift, mean, scale;
+};
+
+// The gradient of one row: weight · toward − (x − mean) along − shift.
+template <class A, class T, bool Center>
+void write_gradient(const T* x, const A* toward, const RowGradient<A>& row, int64_t d, T* out) {
+  const A weight = row.weight, along = row.along, shift = row.shift, mean = row.mean;
+  vectors<A>(d, RMFAST_VECTOR {
+    V<A> v = get<A>(x + i, n);
+    if (Center) v -= mean;
+    v = get<A>(toward + i, n) * weight - v * along;
+    put<A>(out + i, Center ? v - shift : v, n);
+  });
 }
 
 // out += Σ_r (x_r − mean_r) weight_r: R rows for one read and write of out.
-template <class A, class T, int R>
+template <class A, class T, int R, bool Center>
 void add_scaled(const T* const* x, const A* mean, const A* weight, int64_t d, A* out) {
-  int64_t i = 0;
-  for (; i + W<A> <= d; i += W<A>) {
-    V<A> acc = load(out + i);
+  const T* from[R];
+  A by[R], less[R];  // of their own: out may not be taken to change them
+  for (int r = 0; r < R; ++r) {
+    from[r] = x[r];
+    by[r] = weight[r];
+    less[r] = Center ? mean[r] : A(0);
+  }
+  vectors<A>(d, RMFAST_VECTOR {
+    V<A> acc = get<A>(out + i, n);
 #pragma GCC unroll 4
-    for (int r = 0; r < R; ++r) acc += (load(x[r] + i) - mean[r]) * weight[r];
-    store(out + i, acc);
-  }
-  if (i < d) {
-    V<A> acc = load_part<A>(out + i, d - i);
-    for (int r = 0; r < R; ++r) acc += (load_part<A>(x[r] + i, d - i) - mean[r]) * weight[r];
-    store_part<A>(out + i, acc, d - i);
-  }
+    for (int r = 0; r < R; ++r) {
+      const V<A> v = get<A>(from[r] + i, n);
+      acc += (Center ? v - less[r] : v) * by[r];
+    }
+    put<A>(out + i, acc, n);
+  });
 }
 
 template <class A>
 void prepare_backward(const RewardHeadBackward<A>& h) {
   const int64_t d = h.rows.d;
   fold_gain(h.weight, h.norm_weight, h.norm, h.K, d, h.workspace);
+  for (int64_t i = 0; i < h.K * d; ++i) h.workspace[i] = plain(h.workspace[i]);
   for (int64_t k = 0; k < h.K; ++k) h.workspace[h.K * d + k] = row_sum<A>(h.workspace + k * d, d);
 }
 
-// What the gradient of one row needs beside the row: toward = Σ_k g_k a_k is kept by the caller.
-template <class A>
-struct RowGradient {
-  A scale, along, shift, mean;
-};
-
-template <class A, class T>
-RowGradient<A> row_gradient(const RewardHeadBackward<A>& h, const T* x, const A* toward, A by, A toward_sum) {
-  RowGradient<A> out = {1, 0, 0, 0};
-  if (h.norm == kNone) return out;
-  const int64_t d = h.rows.d;
-  A projection;
-  Moments<A> moments;
-  if (h.norm == kLayer) {
-    const A shift = shift_of<A>(x, d);
-    row_dots<A, T, 1, true, true, 1>(&x, nullptr, &shift, toward, d, &projection, 1, &moments);
-    out.mean = center(shift, d, &toward_sum, 1, &projection, &moments);
-  } else {
-    row_dots<A, T, 1, false, true, 1>(&x, nullptr, nullptr, toward, d, &projection, 1, &moments);
-  }
-  out.scale = A(1) / A(__builtin_sqrt(moments.square / A(d) + A(h.eps)));
-  out.along = by * projection * out.scale * out.scale * out.scale / A(d);
-  if (h.norm == kLayer) out.shift = by * toward_sum * out.scale / A(d);
-  return out;
+// From a row's projection on `toward` and its moments, both of x − shift.
+template <class A, bool Center>
+RowGradient<A> row_gradient(const RewardHeadBackward<A>& h, A by, A toward_sum, A shift, A projection, Moments<A> moments) {
+  if (h.norm == kNone) return {by, 0, 0, 0, 1};
+  const A d = A(h.rows.d), mean = Center ? center(shift, h.rows.d, &toward_sum, 1, &projection, &moments) : A(0);
+  const A scale = A(1) / A(__builtin_sqrt(moments.square / d + A(h.eps)));
+  return {plain(by * scale), plain(by * projection * scale * scale * scale / d),
+          plain(Center ? by * toward_sum * scale / d : A(0)), mean, scale};
 }
 
 // A chunk's rows in order, four at a time: the gradient of each, and the chunk's own partial sum of V.
-template <class A, class T>
+template <class A, class T, bool Center>
 void backward_rows(const RewardHeadBackward<A>& h, int64_t first_chunk, int64_t last_chunk) {
   constexpr int R = 4;
   const int64_t d = h.rows.d, K = h.K;
   const A *gains = h.workspace, *gain_sums = h.workspace + K * d;
-  Scratch<A> direction(d);
+  Scratch<A> direction(K > 1 ? d : 0);
   for (int64_t chunk = first_chunk; chunk < last_chunk; ++chunk) {
     A* partial = h.partial ? h.partial + chunk * K * d : nullptr;
     if (partial) memset(partial, 0, sizeof(A) * K * d);
     const int64_t last = (chunk + 1) * h.chunk < h.rows.count ? (chunk + 1) * h.chunk : h.rows.count;
     for (int64_t n = chunk * h.chunk; n < last; n += R) {
       const int64_t count = last - n < R ? last - n : R;
-      const T* x[R];
-      A mean[R], scale[R];
+      const T* x[2 * R];  // those at hand, then those that follow
+      for (int64_t r = 0; r < 2 * R; ++r) x[r] = n + r < last ? row_pointer<T>(h.rows, n + r) : nullptr;
+      A shift[R], projection[R], toward_sum[R], mean[R], scale[R];
+      Moments<A> moments[R];
+      for (int64_t r = 0; r < count; ++r) shift[r] = Center ? shift_of<A>(x[r], d) : A(0);
+      if (K == 1) block_dots<A, T, 1, Center, true>(x, count, shift, gains, d, projection, 1, moments);
       for (int64_t r = 0; r < count; ++r) {
-        x[r] = row_pointer<T>(h.rows, n + r);
-        const A* g = h.grad + (n + r) * K;
         // One head needs no copy of its direction: g_0 is put beside it.
-        const A* toward = gains;
-        A by = g[0], toward_sum = gain_sums[0];
+        const A *g = h.grad + (n + r) * K, *toward = gains;
+        A by = plain(g[0]);
+        toward_sum[r] = gain_sums[0];
         if (K > 1) {
-          by = 1;
-          toward_sum = 0;
-          memset(direction.data, 0, sizeof(A) * d);
-          const A zero = 0;
+          A* sum = direction.data;
+          memset(sum, 0, sizeof(A) * d);
+          toward_sum[r] = 0;
           for (int64_t k = 0; k < K; ++k) {
-            const A* gain = gains + k * d;
-            add_scaled<A, A, 1>(&gain, &zero, g + k, d, direction.data);
-            toward_sum += g[k] * gain_sums[k];
+            const A *gain = gains + k * d, share = plain(g[k]);
+            add_scaled<A, A, 1, false>(&gain, nullptr, &share, d, sum);
+            toward_sum[r] += g[k] * gain_sums[k];
           }
-          toward = direction.data;
+          by = 1;
+          toward = sum;
+          row_dots<A, T, 1, Center, true, 1>(x + r, nullptr, shift + r, toward, d, projection + r, 1, moments + r);
         }
-        const RowGradient<A> row = row_gradient(h, x[r], toward, by, toward_sum);
+        const RowGradient<A> row =
+            row_gradient<A, Center>(h, by, toward_sum[r], shift[r], projection[r], moments[r]);
         mean[r] = row.mean;
         scale[r] = row.scale;
         if (h.grad_rows)
-          write_gradient(x[r], toward, by * row.scale, row.along, row.shift, row.mean, d,
-                         static_cast<T*>(h.grad_rows) + (n + r) * d);
+          write_gradient<A, T, Center>(x[r], toward, row, d, static_cast<T*>(h.grad_rows) + (n + r) * d);
       }
       if (!partial) continue;
       for (int64_t k = 0; k < K; ++k) {
         A weight[R];
         for (int64_t r = 0; r < count; ++r) weight[r] = h.grad[(n + r) * K + k] * scale[r];
         if (count == R)
-          add_scaled<A, T, R>(x, mean, weight, d, partial + k * d);
+          add_scaled<A, T, R, Center>(x, mean, weight, d, partial + k * d);
         else
-          for (int64_t r = 0; r < count; ++r) add_scaled<A, T, 1>(x + r, mean + r, weight + r, d, partial + k * d);
+          for (int64_t r = 0; r < count; ++r)
+            add_scaled<A, T, 1, Center>(x + r, mean + r, weight + r, d, partial + k * d);
       }
     }
   }
+}
+
+template <class A, class T>
+void backward_of(const RewardHeadBackward<A>& h, int64_t first, int64_t last) {
+  return h.norm == kLayer ? backward_rows<A, T, true>(h, first, last) : backward_rows<A, T, false>(h, first, last);
 }
 
 void forward(const RewardHead<double>& h, int64_t first, int64_t last) { forward_rows<double, double>(h, first, last); }
@@ -385,19 +397,19 @@ void forward(const RewardHead<float>& h, int64_t first, int64_t last) {
   }
 }
 void backward(const RewardHeadBackward<double>& h, int64_t first, int64_t last) {
-  backward_rows<double, double>(h, first, last);
+  backward_of<double, double>(h, first, last);
 }
 void backward(const RewardHeadBackward<float>& h, int64_t first, int64_t last) {
   switch (h.rows.dtype) {
-    case DType::bf16: return backward_rows<float, bf16>(h, first, last);
-    case DType::f16: return backward_rows<float, f16>(h, first, last);
-    default: return backward_rows<float, float>(h, first, last);
+    case DType::bf16: return backward_of<float, bf16>(h, first, last);
+    case DType::f16: return backward_of<float, f16>(h, first, last);
+    default: return backward_of<float, float>(h, first, last);
   }
 }
 
 template <class A>
 constexpr RewardHeadKernels<A> kernels() {
-  return {workspace_size<A>, prepare<A>, forward, prepare_backward<A>, backward};
+  return {convert<A>, workspace_size<A>, prepare<A>, forward, prepare_backward<A>, backward};
 }
 
 }  // namespace

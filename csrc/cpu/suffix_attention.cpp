@@ -155,9 +155,8 @@ std::tuple<Tensor, Tensor> attention(const Tensor& q, const Tensor& k, const Ten
   a.prefix_start = start.data();
   a.prefix_len = len.data();
   a.order = order.data();
-  Tensor out = torch::stable::new_empty(q, {q.size(0), a.heads, a.head_dim});
-  Tensor lse = torch::stable::new_empty(q, {q.size(0), a.heads},
-                                        a.dtype == DType::f64 ? ScalarType::Double : ScalarType::Float);
+  Tensor out = empty(q.scalar_type(), {q.size(0), a.heads, a.head_dim});
+  Tensor lse = empty(a.dtype == DType::f64 ? ScalarType::Double : ScalarType::Float, {q.size(0), a.heads});
   a.out = out.mutable_data_ptr();
   a.lse = lse.mutable_data_ptr();
 

@@ -48,8 +48,8 @@ std::tuple<Tensor, Tensor> rms_norm(const Tensor& x, const std::optional<Tensor>
   a.post = post_weight.has_value();
   a.gemma = gemma;
   a.eps = eps;
-  Tensor y = torch::stable::new_empty(x, {rows, a.d});
-  Tensor sum = residual ? torch::stable::new_empty(x, {rows, a.d}) : torch::stable::new_empty(x, {0});
+  Tensor y = empty(x.scalar_type(), {rows, a.d});
+  Tensor sum = residual ? empty(x.scalar_type(), {rows, a.d}) : empty(x.scalar_type(), {0});
   a.y = y.mutable_data_ptr();
   a.sum = residual ? sum.mutable_data_ptr() : nullptr;
   const TokenWiseIsa& run = isa();
@@ -75,7 +75,7 @@ std::tuple<Tensor, Tensor> rotary(const Tensor& q, const Tensor& k, const Tensor
   a.gemma = gemma;
   a.eps = eps;
   auto part = [&](const Tensor& t, const std::optional<Tensor>& norm, Tensor& out) -> Heads {
-    out = torch::stable::new_empty(t, {rows, t.size(1), a.head_dim});
+    out = empty(t.scalar_type(), {rows, t.size(1), a.head_dim});
     return {t.const_data_ptr(), t.stride(0), t.stride(1), t.size(1), gain_of(norm), out.mutable_data_ptr()};
   };
   Tensor out_q, out_k;
@@ -97,7 +97,7 @@ Tensor gated_activation(const Tensor& gate, const Tensor& up, int64_t kind) {
   a.gate = matrix(gate);
   a.up = matrix(up);
   a.kind = Activation(kind);
-  Tensor out = torch::stable::new_empty(gate, {rows, a.d});
+  Tensor out = empty(gate.scalar_type(), {rows, a.d});
   a.out = out.mutable_data_ptr();
   const TokenWiseIsa& run = isa();
   over_rows(rows, 4 * a.d, [&](int64_t first, int64_t last) { run.gated_activation(a, first, last); });

@@ -35,7 +35,12 @@ def direct(args: tuple) -> bool:
         return False
     grad = torch.is_grad_enabled()
     for a in args:
-        if isinstance(a, Tensor) and (type(a) not in _PLAIN or (grad and a.requires_grad)):
+        if a is None:
+            continue
+        if type(a) in _PLAIN:
+            if grad and a.requires_grad:
+                return False
+        elif isinstance(a, Tensor):
             return False
     return True
 

@@ -33,12 +33,26 @@ def _triton(name: str):
     return load
 
 
+def _native():
+    return torch.ops.rmfast_native.reward_head.default
+
+
+def _cast(load):
+    """A backend that takes the arguments as `_reference` describes them; the C++ one casts parameters by itself."""
+
+    def loaded():
+        run = load()
+        return lambda *args: run(*as_described(*args))
+
+    return loaded
+
+
 _backends.register(
     "reward_head",
-    cuda=lambda: torch.ops.rmfast_native.reward_head.default,
-    triton=_triton("forward"),
-    cpp=lambda: torch.ops.rmfast_native.reward_head.default,
-    eager=lambda: _reference.forward,
+    cuda=_cast(_native),
+    triton=_cast(_triton("forward")),
+    cpp=_native,
+    eager=_cast(lambda: _reference.forward),
 )
 _backends.register(
     "reward_head_backward",
@@ -147,13 +161,6 @@ def reward_head(
             )  # fmt: skip
             intervention_index = intervention_index.reshape(-1).contiguous()
 
-    acc = torch.float64 if hidden.dtype == torch.float64 else torch.float32
-
-    def cast(value: Tensor | None) -> Tensor | None:
-        if value is None or (value.dtype == acc and value.is_contiguous()):
-            return value
-        return value.to(acc).contiguous()
-
     interventions = None if strengths is None or intervention_index is not None else strengths.size(0)
     if directions is not None and strengths is not None and 0 in (directions.size(0), strengths.size(0)):
         # Nothing is removed: the plain op, with the axis of interventions put back below.
@@ -161,14 +168,31 @@ def reward_head(
             _check_values(hidden, None, strengths, intervention_index)
         directions = strengths = targets = intervention_index = None
     args = (
-        _three_dims(hidden), cast(weight), cast(bias), _reference.NORMS[norm], cast(norm_weight), cast(norm_bias),
-        float(eps), None if rows is None else rows.contiguous(), cast(directions), cast(strengths), cast(targets),
+        hidden if hidden.dim() in (2, 3) else _three_dims(hidden), weight, bias, _reference.NORMS[norm], norm_weight,
+        norm_bias, float(eps), None if rows is None else rows.contiguous(), directions, strengths, targets,
         intervention_index,
     )  # fmt: skip
-    out = _reward_head(*args) if direct(args) else torch.ops.rmfast.reward_head(*args)
+    out = _reward_head(*args) if direct(args) else torch.ops.rmfast.reward_head(*as_described(*args))
     if interventions is not None and directions is None:
         out = out[:, None].repeat(1, interventions, 1)
     return out if len(lead) == 1 else out.reshape(*lead, *out.shape[1:])
+
+
+def as_described(hidden, weight, bias, norm, norm_weight, norm_bias, eps, rows, directions, strengths, targets, index):
+    """The arguments as every backend reads them: hidden in three dimensions, parameters in the accumulation dtype."""
+    acc = _accumulation(hidden)
+
+    def cast(value: Tensor | None) -> Tensor | None:
+        return None if value is None else value.to(acc).contiguous()
+
+    return (
+        _three_dims(hidden), cast(weight), cast(bias), norm, cast(norm_weight), cast(norm_bias), eps, rows,
+        cast(directions), cast(strengths), cast(targets), index,
+    )  # fmt: skip
+
+
+def _accumulation(hidden: Tensor) -> torch.dtype:
+    return torch.float64 if hidden.dtype == torch.float64 else torch.float32
 
 
 def _three_dims(hidden: Tensor) -> Tensor:
@@ -193,7 +217,7 @@ def _check_values(hidden: Tensor, rows: Tensor | None, strengths: Tensor | None,
         return
     if rows is not None and rows.numel():
         low, high = (int(v) for v in rows.aminmax())
-        count = hidden.size(0) * hidden.size(1)
+        count = hidden.shape[:-1].numel()
         expect(low >= 0 and high < count, "rows", f"in [0, {count})", low if low < 0 else high)
     if index is not None and strengths is not None and index.numel():
         low, high = (int(v) for v in index.aminmax())
@@ -201,23 +225,18 @@ def _check_values(hidden: Tensor, rows: Tensor | None, strengths: Tensor | None,
         expect(low >= -1 and high < count, "intervention_index", f"in [-1, {count})", low if low < -1 else high)
 
 
-def _output_shape(hidden, weight, rows, strengths, index) -> tuple[int, ...]:
-    count = hidden.size(0) * hidden.size(1) if rows is None else rows.size(0)
-    axis = () if strengths is None or index is not None else (strengths.size(0),)
-    return (count, *axis, weight.size(0))
-
-
 def _reward_head(*args):
-    hidden, weight, rows, strengths, index = (args[i] for i in (0, 1, 7, 9, 11))
-    _check_values(hidden, rows, strengths, index)
+    hidden, rows = args[0], args[7]
+    _check_values(hidden, rows, args[9], args[11])
     run = _backends.choose("reward_head", hidden.device.type)
-    shape = _output_shape(hidden, weight, rows, strengths, index)
-    return weight.new_empty(shape) if 0 in shape else run(*args)
+    return _reward_head_fake(*args) if (hidden if rows is None else rows).numel() == 0 else run(*args)
 
 
 def _reward_head_fake(*args):
     hidden, weight, rows, strengths, index = (args[i] for i in (0, 1, 7, 9, 11))
-    return weight.new_empty(_output_shape(hidden, weight, rows, strengths, index))
+    count = hidden.shape[:-1].numel() if rows is None else rows.size(0)
+    axis = () if strengths is None or index is not None else (strengths.size(0),)
+    return hidden.new_empty((count, *axis, weight.size(0)), dtype=_accumulation(hidden))
 
 
 def _reward_head_backward(grad, hidden, weight, norm, norm_weight, eps, rows, need_rows, need_dots):

@@ -202,7 +202,8 @@ def _rows(value: Tensor, name: str, shape: torch.Size | None, like: Tensor) -> N
         raise TypeError(f"Expected {name} to be a torch.Tensor, got {type(value).__name__}")
     if shape is None:
         expect_dtype(value.dtype in FLOATS, name, "float64, float32, bfloat16 or float16", value.dtype)
-        expect(value.dim() >= 1 and value.size(-1) >= 1, name, "of shape (..., d) with d >= 1", value.shape)
+        got = value.shape
+        expect(len(got) > 0 and got[-1] >= 1, name, "of shape (..., d) with d >= 1", got)
     # A message made in vain costs 1 µs of a call's 10.
     elif value.shape != shape:
         raise ValueError(f"Expected {name} to have shape {tuple(shape)}, got {tuple(value.shape)}")

@@ -19,6 +19,7 @@ import torch
 
 import rmfast
 from rmfast.ops import patch_rows, reward_head
+from rmfast.ops._reward_head import as_described
 
 ROOT = Path(__file__).resolve().parents[2]
 HERE = ("cpu", "cuda", None)
@@ -76,7 +77,7 @@ class Emulator:
 @pytest.fixture
 def emulator(emulated, monkeypatch):
     made = Emulator(emulated("reward_head"))
-    monkeypatch.setattr(rmfast.backends, "choose", lambda op, device: made)
+    monkeypatch.setattr(rmfast.backends, "choose", lambda op, device: lambda *args: made(*as_described(*args)))
     return made
 
 

@@ -49,6 +49,7 @@ constexpr int64_t kBlock = 32;
 // One table for each instruction set that the library was built for.
 template <class Acc>
 struct RewardHeadKernels {
+  void (*widen)(DType, const void* from, int64_t n, Acc* to);
   int64_t (*workspace_size)(const RewardHead<Acc>&);
   void (*prepare)(const RewardHead<Acc>&);
   void (*forward)(const RewardHead<Acc>&, int64_t first_block, int64_t last_block);
