@@ -27,6 +27,7 @@ from rmfast.binding.modules import (
     expect_bare_compiled,
     hidden_state_of,
     input_embedding,
+    is_untouched,
     logits_of,
     settings_of,
     unwrap,
