@@ -156,6 +156,7 @@ def _is_x86() -> bool:
     return platform.machine().lower() in ("x86_64", "amd64")
 
 
+@functools.cache
 def _is_amd() -> bool:
     """Whether the CPU is AMD's; False where no compiled library can say."""
     path = library_path("_C")
@@ -165,7 +166,6 @@ def _is_amd() -> bool:
     return is_amd is not None and bool(is_amd() & 1)
 
 
-@functools.cache
 def fp32_linear_pays(dtype: torch.dtype) -> tuple[bool, str]:
     """Whether the op `linear`, in fp32 on weights of `dtype`, is faster on this CPU than torch's product in that dtype;
     and why. What is not measured counts as no."""

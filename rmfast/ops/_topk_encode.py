@@ -57,9 +57,10 @@ def _multiplies(dtype: torch.dtype) -> bool:
 
 
 def _cpp(x: Tensor, weight: Tensor, bias: Tensor | None, k: int, b_dec: Tensor | None, relu: bool):
-    """torch's own matmul for some rows and features at a time, whose products are merged into the rows' k largest.
+    """Products of some rows and features at a time, merged into the rows' k largest.
 
-    Nearly all time is the matmul's, and no other is as fast on every CPU (AMX, AVX-512 BF16, MKL).
+    Nearly all time is the product's: torch's, as no other is as fast on every CPU (AMX, AVX-512 BF16, MKL), but in fp32
+    on AMD's CPUs the one of `linear`.
     """
     merge = torch.ops.rmfast_native.topk_merge_
     n, width = x.size(0), weight.size(1)
@@ -69,18 +70,39 @@ def _cpp(x: Tensor, weight: Tensor, bias: Tensor | None, k: int, b_dec: Tensor |
     wide = stored != x.dtype
     rows = min(n, (_WIDENED_ROWS if wide else _ROWS) // stored.itemsize)
     features = min(width, (_WIDENED_FEATURES if wide else _FEATURES) * stored.itemsize)
-    products = x.new_empty(rows * features, dtype=stored)
-    tile_of = _tiles(weight, features, stored, wide, rows)
+    multiply = _products(weight, features, stored, wide, rows)
     for i in range(0, n, rows):
         block = x[i : i + rows]
         block = (block if b_dec is None else block - b_dec).to(stored)
         for j in range(0, width, features):
-            tile = tile_of(j)
-            out = products[: block.size(0) * tile.size(1)].view(block.size(0), -1)
-            torch.mm(block, tile, out=out)
+            out = multiply(block, j)
             some = None if bias is None else bias[j : j + features]
             merge(values[i : i + rows], indices[i : i + rows], out, some, j, j + features >= width)
     return values.relu_() if relu else values, indices
+
+
+def _products(
+    weight: Tensor, features: int, stored: torch.dtype, wide: bool, rows: int
+) -> Callable[[Tensor, int], Tensor]:
+    """Function of rows (n, d) and the first feature of a tile: their products (n, at most `features`)."""
+    if stored == torch.float32 and _backends.fp32_linear_pays(stored)[0] and 1 in weight.stride():
+        linear, across = torch.ops.rmfast_native.linear.default, weight.stride(1) == 1
+
+        def ours(block: Tensor, j: int) -> Tensor:
+            tile = weight[:, j : j + features]
+            return linear(
+                block if block.stride(1) == 1 else block.contiguous(), tile if across else tile.T, None, across
+            )
+
+        return ours
+    tile_of = _tiles(weight, features, stored, wide, rows)
+    space = weight.new_empty(rows * features, dtype=stored)
+
+    def torchs(block: Tensor, j: int) -> Tensor:
+        tile = tile_of(j)
+        return torch.mm(block, tile, out=space[: block.size(0) * tile.size(1)].view(block.size(0), -1))
+
+    return torchs
 
 
 def _tiles(weight: Tensor, features: int, stored: torch.dtype, wide: bool, rows: int) -> Callable[[int], Tensor]:

@@ -165,7 +165,7 @@ def test_the_rule(monkeypatch):
         monkeypatch.delenv("DNNL_MAX_CPU_ISA", raising=False)
         monkeypatch.setenv("ONEDNN_MAX_CPU_ISA", limit or "ALL")
         backends.bf16_matmul_pays.cache_clear()
-        got = tuple(backends.fp32_linear_pays.__wrapped__(dtype)[0] for dtype in (torch.bfloat16, torch.float32))
+        got = tuple(backends.fp32_linear_pays(dtype)[0] for dtype in (torch.bfloat16, torch.float32))
         assert got == wanted, (machine, amx, dot, amd, limit)
     backends.bf16_matmul_pays.cache_clear()
 
