@@ -49,6 +49,10 @@ Tensor run(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& b
   Tensor y = torch::stable::new_empty(x, {s.rows, s.outer});
   s.y = static_cast<float*>(y.mutable_data_ptr());
   if (!s.rows || !s.outer) return y;
+  if (!s.inner) {  // sums of nothing
+    for (int64_t i = 0; i < s.rows * s.outer; ++i) s.y[i] = s.bias ? s.bias[i % s.outer] : 0;
+    return y;
+  }
   const LinearIsa& kernels = isa();
   // Panels over threads first, since each packs its own; then rows. Two pieces for each thread, against threads that
   // are held up; below 2^20 multiplications (10 µs) a second thread costs more than it saves.

@@ -72,7 +72,7 @@ def _refuse(x: Tensor, weight: Tensor, across: bool) -> None:
 
 def _linear(x, weight, bias, across):
     run = _backends.choose("linear", x.device.type)
-    return run(x, weight, bias, across) if x.numel() else _linear_fake(x, weight, bias, across).zero_()
+    return run(x, weight, bias, across) if x.size(0) else _linear_fake(x, weight, bias, across)
 
 
 def _linear_fake(x, weight, bias, across):

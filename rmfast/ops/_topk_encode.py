@@ -90,9 +90,8 @@ def _products(
 
         def ours(block: Tensor, j: int) -> Tensor:
             tile = weight[:, j : j + features]
-            return linear(
-                block if block.stride(1) == 1 else block.contiguous(), tile if across else tile.T, None, across
-            )
+            rows = block if block.stride(1) == 1 else block.contiguous()
+            return linear(rows, tile if across else tile.T, None, across)
 
         return ours
     tile_of = _tiles(weight, features, stored, wide, rows)

@@ -12,8 +12,7 @@ import transformers
 from peft import LoraConfig, get_peft_model
 from torch import nn
 
-import rmfast
-from rmfast import RewardModel, backends
+from rmfast import RewardModel, backends, interventions
 from rmfast.binding import compute
 from rmfast.debias.last_token import LastTokenRuns
 
@@ -118,8 +117,8 @@ def test_every_workload_runs_in_fp32(dtype):
     assert_equal_in_fp32(a, b)
     runs = LastTokenRuns(rm, TEXTS)
     assert torch.equal(runs.rewards()[:, 0], rm.score(TEXTS))
-    name = next(iter(rmfast.interventions.projections(rm)))
-    clamp = rmfast.interventions.NeuronClamp({name: ([1, 2], [0.5, 1.0])}, positions="all", fingerprint=None)
+    name = next(iter(interventions.projections(rm)))
+    clamp = interventions.NeuronClamp({name: ([1, 2], [0.5, 1.0])}, positions="all", fingerprint=None)
     a, b = (each.with_interventions(clamp).score(TEXTS) for each in (rm, want))
     # A folded clamp is a weight, which is rounded to the model's dtype.
     assert float((a - b).abs().max()) <= 4 * torch.finfo(dtype).eps * M.reward_scale(truth)

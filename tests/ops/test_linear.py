@@ -110,8 +110,11 @@ def test_gradients_are_those_of_fp64(dtype, across):
         assert (got.grad - want.grad).norm() <= rounding * want.grad.norm()
 
 
-def test_no_rows_and_no_columns():
-    x, weight, bias = case(4, 8, 5, torch.bfloat16, False)
+@every_backend
+def test_no_rows_no_columns_and_sums_of_nothing(backend, use_backend, poisoned):
+    x, weight, bias = case(4, 8, 5, torch.bfloat16, False, use_backend(backend))
+    assert torch.equal(linear(x[:, :0], weight[:, :0], bias), bias.float().expand(4, 5))
+    assert not linear(x[:, :0], weight[:, :0]).any()
     assert linear(x[:0], weight, bias).shape == (0, 5)
     assert linear(x, weight[:0], bias[:0]).shape == (4, 0)
 
