@@ -233,11 +233,13 @@ def _models(w: SimpleNamespace) -> Iterator[Call]:
         "RewardModel", rmfast.RewardModel, model=(rm.model, instance(torch.nn.Module)),
         tokenizer=(rm.tokenizer, optional(lambda x: hasattr(x, "decode"))),
         pooling=("auto", either(one_of("auto", "last"), whole(0, 271))), head=(None, anything),
+        compute=("auto", one_of("auto", "native", "fp32")),
     )  # fmt: skip
     yield call("TokenHead", partial(rmfast.TokenHead, 1, 2), difference=(None, optional(flag)))
     yield call(
         "load", rmfast.load, path_or_id=(w.folder / "model", path), dtype=(None, anything), device=(None, anything),
         trust_remote_code=(False, flag), pooling=("auto", either(one_of("auto", "last"), whole(0))),
+        compute=("auto", one_of("auto", "native", "fp32")),
         head=(None, anything),
     )  # fmt: skip
     yield call("explain", rmfast.explain, op=(None, optional(instance(str))), device=(None, optional(instance(str))))
@@ -483,3 +485,5 @@ def _kernels(w: SimpleNamespace) -> Iterator[Call]:
                kind=("silu", one_of("silu", "gelu", "gelu_tanh")))  # fmt: skip
     yield call("topk_encode", ops.topk_encode, x=(x, tensor), weight=(torch.randn(8, 12), tensor),
                bias=(torch.zeros(12), some), k=(3, whole(1, 12)), b_dec=(None, some), relu=(True, flag))  # fmt: skip
+    yield call("linear", ops.linear, x=(x, tensor), weight=(torch.randn(5, 8), tensor), bias=(None, some),
+               across=(False, flag))  # fmt: skip
