@@ -120,13 +120,19 @@ def cpu_isa() -> str | None:
 
     None where there is no compiled library, or RMFAST_CPU_ISA asks for one that this CPU or build does not have.
     """
+    read = _isa_reader()
+    name = None if read is None else read()
+    return None if name is None else name.decode()
+
+
+@functools.cache
+def _isa_reader() -> Callable[[], bytes | None] | None:
     path = library_path("_C")
     if path is None or _load("_C") is not None:
         return None
     read = ctypes.CDLL(str(path)).rmfast_cpu_isa
     read.restype = ctypes.c_char_p
-    name = read()
-    return None if name is None else name.decode()
+    return read
 
 
 @functools.cache
