@@ -300,7 +300,10 @@ def test_parameters_of_any_dtype_are_used_as_they_are(where, weights, use_backen
     device = use_backend(where)
     hidden, kw = case(dtype=torch.bfloat16, J=2, I=1, device=device)
     kw = {k: v.to(weights) if isinstance(v, torch.Tensor) else v for k, v in kw.items()}
-    assert_close_to_truth(reward_head(hidden, **kw), hidden, kw)
+    out = reward_head(hidden, **kw)
+    assert_close_to_truth(out, hidden, kw)
+    strided = {k: v.repeat_interleave(2, -1)[..., ::2] if isinstance(v, torch.Tensor) else v for k, v in kw.items()}
+    assert torch.equal(reward_head(hidden, **strided), out)
 
 
 @everywhere

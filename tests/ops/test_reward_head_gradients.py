@@ -60,6 +60,30 @@ def test_gradients_are_the_same_bits_twice(where, use_backend):
     assert all(torch.equal(first[name], second[name]) for name in first)
 
 
+@backward_everywhere
+@pytest.mark.parametrize("K", [1, 3])
+@pytest.mark.parametrize("where_nan", ["grad", "weight", "norm_weight"])
+def test_a_nan_stays_one_when_a_gradient_is_rounded(where, K, where_nan, use_backend):
+    device = use_backend(where)
+    hidden, kw = case(d=40, K=K, norm="rms", dtype=torch.bfloat16, device=device)
+    nan = torch.tensor(0x7FFFFFFF, dtype=torch.int32).view(torch.float32).to(device)  # rounding up would give -0
+    if where_nan != "grad":
+        kw[where_nan][..., 7] = nan
+    out = reward_head(hidden.requires_grad_(), **kw)
+    (grad,) = torch.autograd.grad(out, hidden, nan.expand(out.shape) if where_nan == "grad" else torch.ones_like(out))
+    assert grad.isnan().all()
+
+
+@backward_everywhere
+def test_large_gradients_are_written_whole(where, use_backend):
+    device = use_backend(where)  # above 16 MiB the C++ kernels ask for other pages
+    hidden, kw = case(d=2048, shape=(2100,), K=1, device=device)
+    last = hidden[-7:].clone()
+    whole, part = (torch.autograd.grad(reward_head(x.requires_grad_(), **kw).sum(), x)[0] for x in (hidden, last))
+    assert whole.isfinite().all()
+    assert torch.allclose(whole[-7:], part, rtol=1e-5, atol=1e-7)
+
+
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("backend", ["eager", None])
 @each_norm
