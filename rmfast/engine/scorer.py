@@ -398,10 +398,12 @@ class Scorer:
 
     def moves(self) -> str | None:
         """Why a text's reward may have other bits beside other texts; None where a self-test says that it has not."""
-        packed = self.packed_engine()
-        if isinstance(packed, str):
-            return f"padded runs: {packed}"
-        return getattr(self.binding.program, "moves", None) or packed.moves()
+        return self._moves(self.packed_engine())
+
+    def _moves(self, engine: Engine | str | None) -> str | None:
+        if not isinstance(engine, Engine):
+            return "padded runs" if engine is None else f"padded runs: {engine}"
+        return getattr(self.binding.program, "moves", None) or engine.moves()
 
     def expect_invariance(self, engine: Engine | str | None) -> None:
         """ValueError where texts must have the same bits in any batch, and may not have in runs of this engine.
@@ -409,10 +411,8 @@ class Scorer:
         engine: None, or the reason why there is none, for padded runs and the model's own layers with hooks. Not inside
             of a session.
         """
-        if self.invariant:
-            padded = "padded runs" if engine is None else f"padded runs: {engine}"
-            if moves := engine.moves() if isinstance(engine, Engine) else padded:
-                raise ValueError(f"Expected invariant=False: rewards may move with their batch here, {moves}")
+        if self.invariant and (moves := self._moves(engine)):
+            raise ValueError(f"Expected invariant=False: rewards may move with their batch here, {moves}")
 
     def _parts(self) -> tuple:
         """The body's modules, and what would make them run otherwise than they are: a key for its engine."""
