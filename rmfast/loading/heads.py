@@ -12,7 +12,7 @@ from rmfast.heads import Head, TokenHead
 from rmfast.heads.table import Found, kind_of, named, token_head
 from rmfast.loading.files import Tensors
 from rmfast.loading.models import TASKS, load_model
-from rmfast.loading.weights import listed
+from rmfast.loading.weights import expect_none_left_out, listed
 
 # Heads over the vocabulary, which may lie beside a reward head.
 _LANGUAGE = re.compile(r"(^|\.)(lm_head|embed_out|output)\.")
@@ -66,8 +66,8 @@ def load_body(
         empty = transformers.AutoModel.from_config(config, trust_remote_code=shared["trust_remote_code"])
     tensors = Tensors(path, shared)
     before = _before(next(iter(empty.state_dict())), tensors.names)
+    parts = {name for name, _ in empty.named_children()}
     if head is None or isinstance(head, str):
-        parts = {name for name, _ in empty.named_children()}
         outside = {
             n for n in tensors.names if not n.startswith(before) or (not before and n.split(".")[0] not in parts)
         }
@@ -78,6 +78,9 @@ def load_body(
     missing = sorted({*info["missing_keys"]} | {name for name, *_ in info["mismatched_keys"]})
     if missing := [name for name in missing if not name.startswith("pooler.")]:
         raise ValueError(f"{path} has no weights of their shapes for {listed(missing)} of {type(model).__name__}")
+    if not getattr(model, "is_quantized", False):
+        unplaced = [name.removeprefix(before) for name in info["unexpected_keys"]]
+        expect_none_left_out(path, model, [name for name in unplaced if name.split(".")[0] in parts])
     return model, head
 
 

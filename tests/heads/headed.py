@@ -100,6 +100,7 @@ def layered(weights: dict[str, Tensor], name: str, numbers: Any, activation: Any
 
 def assert_near(got: Tensor, want: Tensor) -> None:
     assert got.shape == want.shape, (got.shape, want.shape)
+    got, want = got.detach(), want.detach()
     error = (got.double() - want).abs().max()
     assert float(error) <= 1e-5 * max(1.0, float(want.abs().max())), float(error)
 

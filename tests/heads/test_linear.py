@@ -160,6 +160,17 @@ def test_a_body_without_all_its_weights_is_refused(tmp_path):
         rmfast.load(tmp_path, device="cpu")
 
 
+@pytest.mark.parametrize("prefix", ["model.", "", "transformer."])
+def test_weights_that_the_body_has_no_place_for_are_refused(tmp_path, prefix):
+    name = f"{prefix}layers.0.self_attn.q_proj.bias"
+    tensors = {"regression_head.weight": C.random(1, C.D), name: C.random(C.D)}
+    C.write(tmp_path, C.body(), tensors, prefix=prefix)
+    with pytest.raises(ValueError, match=r"has layers\.0\.self_attn\.q_proj\.bias, which LlamaModel has no place for"):
+        rmfast.load(tmp_path, device="cpu")
+    C.write(tmp_path, C.body(), {"regression_head.weight": C.random(1, C.D)}, prefix=prefix)
+    rmfast.load(tmp_path, device="cpu")
+
+
 def test_a_head_of_another_width_is_refused(tmp_path):
     C.write(tmp_path, C.body(), {"regression_head.weight": C.random(1, C.D + 1)})
     with pytest.raises(ValueError, match="width 48, got Linear of width 49"):
