@@ -251,20 +251,16 @@ def test_a_suffix_has_the_same_bits_alone_and_in_any_batch(backend, options, dty
         check_alone(name, options, dtype, device)
 
 
-LONG = Case([150], heads=6, kv_heads=2, d=40)
-
-
-def check_cuts(options: str, dtype: torch.dtype, device: str, text: Case = LONG) -> None:
+def check_cuts(options: str, dtype: torch.dtype, device: str, n: int = 150, **shape: int) -> None:
     """Rows of a text as suffixes over prefixes of all lengths, all in one batch, have the bits that they have uncut."""
-    (n,) = text.lens
+    text = Case([n], **{"heads": 6, "kv_heads": 2, "d": 40, **shape})
     q, k, v, whole, *_ = text.inputs(dtype, device=device)
     want = suffix_attention(q, k, v, whole, **OPTIONS[options])
     pool = [torch.cat([torch.full_like(x[:3], torch.nan), x]) for x in (k, v)]
     for lens in ([1] * (n - 1), [n - at for at in range(0, n, 7)], [n - 70] * 3 + [9] * 5, [20, 90, n - 1]):
+        starts = [n - length for length in lens]  # where all keys are seen, suffixes that end where the text does
         if OPTIONS[options].get("causal", True):
-            starts = [min(3 * s % (n - 1), n - length) for s, length in enumerate(lens)]
-        else:  # all keys are seen: suffixes that end where the text does
-            starts = [n - length for length in lens]
+            starts = [min(3 * s % (n - 1), start) for s, start in enumerate(starts)]
         rows = torch.cat([torch.arange(at, at + length) for at, length in zip(starts, lens)]).to(device)
         ends, at = (torch.tensor(x, device=device) for x in ([0, *itertools.accumulate(lens)], starts))
         got = suffix_attention(q[rows], k[rows], v[rows], ends, *pool, torch.full_like(at, 3), at, **OPTIONS[options])

@@ -51,7 +51,7 @@ def test_a_suffix_has_the_same_bits_alone_and_in_any_batch(options, on_triton):
 @pytest.mark.parametrize("options", contract.OPTIONS)
 def test_a_row_has_the_same_bits_however_its_text_is_cut(options, on_triton):
     # Four blocks of keys, the last one ragged, and longer than any window; each program costs the interpreter 0.1 s.
-    contract.check_cuts(options, torch.float32, "cpu", contract.Case([100], heads=3, kv_heads=1, d=24))
+    contract.check_cuts(options, torch.float32, "cpu", 100, heads=3, kv_heads=1, d=24)
 
 
 @interpreted
