@@ -41,23 +41,26 @@ def special_ids(root: nn.Module) -> list[int]:
     return list(dict.fromkeys(i for i in found if isinstance(i, int)))
 
 
+def _last_but(ids: np.ndarray, pad: int | None) -> int:
+    """As transformers does; of pads alone the first."""
+    return len(ids) - 1 if ids[-1] != pad else int(np.append(0, np.flatnonzero(ids != pad))[-1])
+
+
 # Where models read a text, by the name of the rule: of its ids, the pad token and the end tokens.
 READINGS: dict[str, Callable[[np.ndarray, int | None, list[int]], int]] = {
-    # As transformers does; of pads alone the first.
-    "last but pad": lambda ids, pad, ends: int(np.append(0, np.flatnonzero(ids != (-1 if pad is None else pad)))[-1]),
+    "last but pad": lambda ids, pad, ends: _last_but(ids, pad),
     "last": lambda ids, pad, ends: len(ids) - 1,
     "first end": lambda ids, pad, ends: int(np.append(np.flatnonzero(np.isin(ids, ends)), len(ids) - 1)[0]),
     "before pad": lambda ids, pad, ends: (int(np.append(np.flatnonzero(ids == pad), len(ids))[0]) - 1) % len(ids),
 }
 
 
-def read_at(bound: Binding, ids: np.ndarray, rule: str | None = None) -> int:
-    """Where the model reads a text, by its rule or a given one."""
-    config = bound.config
-    ends = getattr(config, "eos_token_id", None)
-    return READINGS[rule or bound.reading](
-        ids, getattr(config, "pad_token_id", None), ends if isinstance(ends, list) else [-1 if ends is None else ends]
-    )
+def reader(bound: Binding, rule: str | None = None) -> Callable[[np.ndarray], int]:
+    """Where the model reads a text, by its rule or a given one: a function of its ids."""
+    config, read = bound.config, READINGS[rule or bound.reading]  # 100 µs: not for each text
+    pad, ends = getattr(config, "pad_token_id", None), getattr(config, "eos_token_id", None)
+    found = ends if isinstance(ends, list) else [-1 if ends is None else ends]
+    return lambda ids: read(ids, pad, found)
 
 
 def record(model: nn.Module, root: nn.Module, ids: Tensor) -> tuple[list[Call], Any]:
@@ -172,7 +175,7 @@ def find_reading(bound: Binding, ids: Tensor) -> None:
     rules = list(READINGS)
     for tokens in (inside, [*inside, *known, *known[:1]], *([*words[:3], i] for i in named)):
         values, own, eps = _values(bound, ids.new_tensor([tokens]))
-        at = {rule: read_at(bound, np.array(tokens), rule) for rule in rules}
+        at = {rule: reader(bound, rule)(np.array(tokens)) for rule in rules}
         rules = [rule for rule in rules if agree(bound, values[at[rule] :][:1], own, eps)]
         if not rules:
             raise ValueError(

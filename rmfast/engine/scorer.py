@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import warnings
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any, Literal
@@ -19,7 +18,6 @@ from rmfast.binding.binding import Binding
 from rmfast.binding.compute import checked_compute, chosen, measured, stored_dtype
 from rmfast.binding.find import bind
 from rmfast.binding.modules import has_hooks, same_settings, settings_of
-from rmfast.binding.proof import read_at
 from rmfast.binding.session import lock_of, share_lock
 from rmfast.engine.attention import Unsupported
 from rmfast.engine.layers import settings
@@ -28,6 +26,7 @@ from rmfast.engine.options import Encoding, checked_run
 from rmfast.engine.packed import Engine, run_packed
 from rmfast.engine.padded import run_padded
 from rmfast.engine.programs import outputs, run_heads
+from rmfast.engine.reading import token_reader, warn_of_padding
 from rmfast.heads.given import head_of
 from rmfast.texts.inputs import Encoded, Format, InputError, Truncation, encode
 
@@ -153,72 +152,27 @@ class Scorer:
             tools=tools,
             errors=errors,
         )
-        self._warn_padded(encoded)
+        if "ids" not in self.warned:
+            warn_of_padding(self.binding, self.tokenizer, self.pooling, encoded, self.warned)
         return (
             encoded
             if last is None
             else [item.ending_in(last) if isinstance(item, Encoded) else item for item in encoded]
         )
 
-    def position(self, ids: np.ndarray, index: int, given: int | None = None) -> int:
-        """The token at which an input (index among the inputs, for its error) is read: `given`, or by `pooling`."""
-        if given is not None:
-            if not -len(ids) <= given < len(ids):
-                raise InputError(index, f"position {given} is outside of its {len(ids)} tokens")
-            return int(given) % len(ids)
-        if self.pooling == "last":
-            return len(ids) - 1
-        if self.pooling == "auto":
-            pad = getattr(self.binding.config, "pad_token_id", None)
-            if pad is not None and ids[-1] == pad and self.binding.reading == "last but pad":
-                self._warn_pad(pad)
-            return read_at(self.binding, ids)
-        found = np.flatnonzero(ids == self.pooling)
-        if not len(found):
-            raise InputError(index, f"token id {self.pooling}, at which pooling={self.pooling} reads, is not in it")
-        return int(found[0 if self.binding.reading == "first" else -1])
+    def position(self, ids: np.ndarray, index: int) -> int:
+        """The token at which an input (index among the inputs, for its error) is read, by `pooling`."""
+        return token_reader(self.binding, self.pooling, self.warned)(ids, index)
 
-    def positions(self, encoded: Sequence[Encoded]) -> list[int]:
-        """`position` of each."""
-        return [self.position(item.ids, i) for i, item in enumerate(encoded)]
-
-    def _warn_pad(self, pad: int) -> None:
-        if "end" in self.warned:
-            return
-        self.warned.add("end")
-        config = self.binding.config
-        eos = getattr(config, "eos_token_id", None)
-        same = pad in eos if isinstance(eos, list | tuple) else pad == eos
-        warnings.warn(
-            f"A text ends with token {pad}, this model's pad_token_id{' and eos_token_id' if same else ''}. As in "
-            'transformers, the reward is read at the last token that is not; pooling="last" reads the very last',
-            stacklevel=7,
-        )
-
-    def _warn_padded(self, encoded: Sequence[Any]) -> None:
-        """Of token ids that come in a padded batch: their pads are run like other tokens."""
-        config, tokenizer = self.binding.config, self.tokenizer
-        pads, starts = (
-            {id_ for of in (config, tokenizer) if isinstance(id_ := getattr(of, name, None), int)}
-            for name in ("pad_token_id", "bos_token_id")
-        )
-        for i, item in enumerate(encoded):
-            if "ids" in self.warned or not pads:
-                return
-            if not isinstance(item, Encoded) or item.fixed is not None or len(item) < 2:  # an error; text; one token
-                continue
-            first, second, before, last = item.ids[[0, 1, -2, -1]].tolist()
-            # One such token may begin a text where padding is also BOS, or end it where it is EOS; two are padding.
-            left = first in pads and (first not in starts or second == first)
-            right = last in pads and last == before and (self.pooling != "auto" or not self.binding.reads_rows)
-            if left or right:
-                self.warned.add("ids")
-                warnings.warn(
-                    f"Input {i} {'begins' if left else 'ends'} with token {first if left else last}, which is padding. "
-                    "Token ids are scored as they are, pads included; give the tokenizer's result, with its input_ids "
-                    "and attention_mask, to leave them out",
-                    stacklevel=5,
-                )
+    def positions(self, encoded: Sequence[Encoded], given: Sequence[int] | None = None) -> list[int]:
+        """Of each input the token that is given, else `position`."""
+        if given is None:
+            read = token_reader(self.binding, self.pooling, self.warned)
+            return list(map(read, [item.ids for item in encoded], range(len(encoded))))
+        for i, (item, at) in enumerate(zip(encoded, given)):
+            if not -len(item) <= at < len(item):
+                raise InputError(i, f"position {at} is outside of its {len(item)} tokens")
+        return [int(at) % len(item) for item, at in zip(encoded, given)]
 
     def score(
         self,
@@ -259,10 +213,7 @@ class Scorer:
                 name = "The head" if self.binding.reads_rows else type(self.binding.root).__name__
                 raise ValueError(f"{name} pools by itself and can't be read at positions")
             return [np.zeros(1, np.int64)] * len(encoded)  # one row each; which tokens is not ours to say
-        read = []
-        for i, item in enumerate(encoded):
-            read.append(np.array([self.position(item.ids, i, None if positions is None else positions[i])]))
-        return read
+        return [np.array([at]) for at in self.positions(encoded, positions)]
 
     def outputs(
         self,

@@ -50,7 +50,7 @@ def one_text(rm: Scorer, inputs: dict[str, Tensor]) -> tuple[np.ndarray, int]:
     if "attention_mask" in inputs and not bool(inputs["attention_mask"].all()):
         raise Outside("a text whose attention mask leaves tokens out")
     row = ids[0].cpu().numpy()
-    return row, rm.position(row, 0, None)
+    return row, rm.position(row, 0)
 
 
 def _reads_first_label(wrapper: Any, rm: Scorer) -> bool:
