@@ -72,6 +72,7 @@ class Binding:
         reading: the rule by which the model reads a text's token: a name in `rmfast.binding.proof.READINGS`, or for a
             token id as pooling which of its occurrences, "first" or "last".
         compute: "native" for linear layers in the weights' own dtype, "fp32" (`rmfast.binding.compute`), or "auto".
+        padded: whether texts of several lengths may share a batch; where padding would change rewards they may not.
         clamps: outputs of modules that are set to values in every session.
         before, after: what rows lose before the final norm, and between it and the head.
     """
@@ -90,6 +91,7 @@ class Binding:
     avoid: tuple[int, ...] = ()
     reading: str = "last"
     compute: str = "native"
+    padded: bool = True
     clamps: tuple[Clamp, ...] = ()
     before: Removal | None = None
     after: Removal | None = None
@@ -195,36 +197,48 @@ class Binding:
         return torch.float32 if self.in_fp32 else next(p.dtype for p in self.root.parameters() if p.is_floating_point())
 
     def own_forward(self) -> tuple:
-        """What the model's own forward runs around its parts, as a key."""
+        """What the model's own forward runs around its parts, and which tokens it reads and sees, as a key."""
         own = unwrap(self.outermost)  # of which `root` may be a copy
         around = [self.outermost, *wrappers(self.outermost, own), own, self.root]
-        return tuple(calls_of(module) for module in dict.fromkeys(around))
+        ids = (getattr(self.config, f"{name}_token_id", None) for name in ("pad", "eos"))
+        return (
+            *(calls_of(module) for module in dict.fromkeys(around)),
+            *(tuple(each) if isinstance(each, list) else each for each in ids),
+            getattr(self.config, "is_causal", None),
+            *(module.__dict__.get("is_causal") for module in self.body.modules()),
+        )
+
+    @property
+    def changed(self) -> bool:
+        """Whether the model's own forward must be tried again."""
+        return bool(self.head_names) and self.own_forward() != self.tried_forward
 
     def renew(self) -> None:
         """Tries the model's own forward again where that has changed since: hooks on the model, torch's global ones, a
-        forward set on the instance. What is put on the body, its final norm or the head takes part without, but not in
-        a copy made before."""
+        forward set on the instance, the special tokens by which it may read, attention no longer causal. What is
+        put on the body, its final norm or the head takes part without, but not in a copy made before."""
         if self.copied_from is not None and structure_of(self.copied_from[0]) != self.copied_from[1]:
             raise ValueError(
                 f"Expected {type(self.root).__name__} to have the modules, hooks and forwards that it had when "
                 "interventions were put on a copy of it: call with_interventions again"
             )
-        if not self.head_names or self.own_forward() == self.tried_forward:
+        if not self.changed:
             return
         changed = f"What the forward of {type(self.root).__name__} runs has changed since the model was bound"
+        around = "hooks, a forward set on it, its special tokens or is_causal"
         try:
             found = self.find(self.outermost, self.pooling, self.avoid)
         except ValueError as error:
-            raise ValueError(f"{changed} (hooks, or a forward set on it). {error}") from error
+            raise ValueError(f"{changed} ({around}). {error}") from error
         was, now = (
             (each.body_name, each.head_names, each.num_labels, each.causal, each.width) for each in (self, found)
         )
         if now != was:
             raise ValueError(
-                f"{changed}: expected body, head, labels, causal and width {was}, got {now}. Make a new RewardModel of "
-                "the model"
+                f"{changed} ({around}): expected body, head, labels, causal and width {was}, got {now}. Make a new "
+                "RewardModel of the model"
             )
-        self.reading, self.tried_forward = found.reading, found.tried_forward
+        self.reading, self.padded, self.tried_forward = found.reading, found.padded, self.own_forward()
 
     @property
     def clamps_last(self) -> bool:
@@ -358,7 +372,9 @@ class Binding:
     @property
     def length_group(self) -> Callable[[int], tuple[int, ...]]:
         """A function of lengths. Texts may share a batch when it is equal: rotary frequencies that depend on the
-        longest text then agree."""
+        longest text then agree, and nothing is padded where that would change rewards."""
+        if not self.padded:
+            return lambda length: (length,)
         return length_groups(self.body, self.config)
 
     def apply_head(self, x: Tensor) -> Tensor:

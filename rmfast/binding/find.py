@@ -13,6 +13,8 @@ scaling, another pooling) is refused when it is bound rather than scored wrongly
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -39,6 +41,8 @@ from rmfast.binding.rope import kept_rope, rope_modules
 from rmfast.binding.session import eval_mode, lock_of
 
 _PROBE_TOKENS = 7
+_CHANGED = 3  # of them, the last ones, by which it is tried whether earlier tokens see later ones
+_ROUNDING = 1e-3  # of the distance of texts: beyond it padding is said to change rewards
 _PROBES = 3  # tries at tokens whose logits are finite
 
 
@@ -139,36 +143,36 @@ def _bind(root: nn.Module, outermost: nn.Module, pooling: str | int, avoid: tupl
     if norm is not None:
         used = active(norm.module)
         bound.tried_norm = (used, *calls_of(used)), settings_of(used), norm_kind(norm)
-    # One more tiny run, of the body as it will be run: the probe, and the probe with another last token, whose first
-    # hidden state tells a decoder from an encoder.
+    # One more tiny run, of the body as it will be run: the probe, and the probe with other tokens at its end, before
+    # which the hidden states tell a decoder from an encoder.
     other = ids.clone()
-    other[0, -1] = ids[0, 0]
+    other[0, _PROBE_TOKENS - _CHANGED :] = ids[0, :_CHANGED]
     both = torch.cat([ids, other])
     hidden = bound.hidden(both, torch.ones_like(both))
     rows = norm.given if norm is not None and bound.leaves_norm_out else states
     if norm is not None and not _near(hidden[:1], rows):
         # Leaving it out changes more than the last step, as where one norm serves several places.
         bound.norm_name, rows = None, states
-    # A decoder's is the same but for rounding: at other rows of the batch, with other tokens beside it at its experts,
-    # a BLAS may add up in another order (12 layers of Mixtral in fp32: 3 eps). An encoder's is another.
-    finite = hidden[:, :-1].isfinite().all(-1).all(0).nonzero()  # the first token's may overflow where others' do not
-    first = hidden[:, int(finite[0]) if len(finite) else 0].float()
-    rounding = max(torch.finfo(hidden.dtype).eps, 1e-5)
-    bound.causal = bool((first[0] - first[1]).abs().max() <= rounding * first.abs().max())
-
+    bound.causal = _is_causal(bound, both, hidden)
     if program is not None:
-        return _with_program(bound, program, rows, logits)
+        bound = _with_program(bound, program, rows, logits)
+        bound.padded = bound.causal or _padding_error(bound, ids, _last_rewards(bound)) <= _ROUNDING
+        return bound
     assert logits is not None
     if chain is not None and _try_head(bound, chain, logits, rows):
         if logits.isfinite().all():
             _try_rules(bound, ids, logits, body)
+        bound.padded = bound.causal or _padding_error(bound, ids, _last_rewards(bound)) <= _ROUNDING
         return bound
     bound.norm_name = None
     bound.head_names = []
     # Without rows to score, K is the model's own, and its own pooling must not depend on what shares the batch.
     bound.num_labels = logits.numel()
-    if logits.dim() == 2 and logits.size(0) == 1 and not bound.causal and _pools_safely(bound, ids):
-        return bound
+    if logits.dim() == 2 and logits.size(0) == 1 and not bound.causal:
+        error = _padding_error(bound, ids, bound.pooled)
+        bound.padded = error <= _ROUNDING
+        if error <= 0.1:
+            return bound
     tail = ", ".join(call.name for call in chain) if chain else "none that starts at the hidden state"
     rule = rule_of(_called_after(calls, body), states, logits)
     if rule is not None:
@@ -327,17 +331,55 @@ def _near(a: Tensor, b: Tensor) -> bool:
     return bool((a[finite] - b[finite]).norm() <= 0.1 * b[finite].norm())
 
 
-def _pools_safely(bound: Binding, ids: Tensor) -> bool:
-    """Whether the model's own forward gives texts the same logits alone and right-padded beside a longer one."""
+def _is_causal(bound: Binding, both: Tensor, hidden: Tensor) -> bool:
+    """Whether the states of two texts (2, T) are the same before the tokens in which they differ, as a decoder's are.
+
+    But for rounding: at other rows of the batch, with other tokens beside it at its experts, a BLAS may add up in
+    another order (12 layers of Mixtral in fp32: 3 eps). In 16 bits an encoder's need not differ by more than that, as
+    where it has just been initialised. There a text is held against the other in the same place of a batch, where a
+    decoder's states have the same bits, or (experts) move as they do when only the other text of the batch changes.
+    """
+    same = both.size(1) - _CHANGED
+    finite = hidden[:, :same].isfinite().all(-1).all(0)  # the first token's may overflow where others' do not
+
+    def states(first: Tensor, second: Tensor) -> Tensor:
+        two = torch.stack([first, second])
+        return bound.hidden(two, torch.ones_like(two))[0, :same][finite].double()
+
+    a, b = hidden[:, :same][:, finite].double()
+    if not len(a):
+        return False
+    change = (a - b).abs().max()
+    if change == 0 or torch.finfo(hidden.dtype).eps < 1e-5:
+        return bool(change <= 1e-5 * a.abs().max())
+    one, other = both
+    b = states(other, one)
+    noise = [(a - states(one, company)).abs().max() for company in (one, other, one.flip(0), other.flip(0))]
+    return bool((a - b).abs().max() <= 4 * max(noise))
+
+
+def _last_rewards(bound: Binding) -> Callable[[Tensor, Tensor], Tensor]:
+    """Rewards (B, K) at the last tokens of right-padded texts, by the body and the head."""
+
+    def rewards(ids: Tensor, mask: Tensor) -> Tensor:
+        ends = mask.sum(1) - 1 + torch.arange(len(mask), device=mask.device) * mask.size(1)
+        return bound.rewards(bound.hidden(ids, mask), ends)
+
+    return rewards
+
+
+def _padding_error(bound: Binding, ids: Tensor, rewards: Callable[[Tensor, Tensor], Tensor]) -> float:
+    """How far texts' rewards are from those that they have alone when they are right-padded beside a longer one, but
+    for rounding; as a part of how far texts differ, since a bias may be larger than all that."""
     lengths = torch.arange(2, _PROBE_TOKENS + 1, device=ids.device)
     mask = (torch.arange(_PROBE_TOKENS, device=ids.device) < lengths[:, None]).long()
     padded = torch.where(mask.bool(), ids, bound.pad_id)
     try:
-        alone = torch.cat([bound.pooled(ids[:, :n], torch.ones_like(ids[:, :n])) for n in lengths.tolist()])
-        error = (bound.pooled(padded, mask) - alone).norm()
+        alone = torch.cat([rewards(ids[:, :n], torch.ones_like(ids[:, :n])) for n in lengths.tolist()])
+        error = float((rewards(padded, mask) - alone).norm())
     except (RuntimeError, IndexError, TypeError, ValueError):
-        return False
-    # Judged by how far texts differ, since a bias may be larger than all that; and by rounding where they don't.
+        return math.inf
     dtype = next(p.dtype for p in bound.root.parameters() if p.is_floating_point())
-    rounding = 8 * torch.finfo(dtype).eps * alone.norm()
-    return bool(error <= 0.1 * (alone - alone.mean(0)).norm() + rounding)
+    beyond = error - 8 * torch.finfo(dtype).eps * float(alone.norm())
+    spread = float((alone - alone.mean(0)).norm())
+    return 0.0 if beyond <= 0 else beyond / spread if spread else math.inf

@@ -135,6 +135,9 @@ class Scorer:
         Raises:
             InputError: with errors="raise", the first input that can't be scored; `.index` is its position.
         """
+        if self.binding.changed:  # which may say that other tokens are read, or seen
+            with lock_of(self.binding.root):
+                self.binding.renew()
         if max_length is not None:  # before the least of limits is taken
             max_length = arguments.whole("max_length", max_length, 1)
         limits = (self.table, self.max_length if max_length is None else max_length)

@@ -344,12 +344,47 @@ def test_an_activation_that_is_replaced_in_place_is_followed():
 def test_nothing_is_tried_again_while_nothing_changes(monkeypatch):
     model, reward_model = scored()
     engine, bound = reward_model.packed_engine(), []
-    monkeypatch.setattr("rmfast.binding.find.bind", lambda *args: bound.append(args))
+    monkeypatch.setattr(reward_model.binding, "find", lambda *args: bound.append(args))
     model.train()
     reward_model.score(IDS)
     model.eval()
     reward_model.score(IDS)
     assert reward_model.packed_engine() is engine and not bound
+
+
+class ReadsLast(nn.Module):
+    """A head of one's own that reads the last token, whatever it is."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.config, self.model, self.score = model.config, model.model, model.score
+
+    def get_input_embeddings(self):
+        return self.model.get_input_embeddings()
+
+    def forward(self, input_ids, attention_mask=None):
+        return self.score(self.model(input_ids, attention_mask=attention_mask).last_hidden_state[:, -1])
+
+
+@pytest.mark.parametrize("ids", [M.EOS, [M.EOS, 7]])
+def test_special_tokens_that_are_set_later_say_anew_which_token_is_read(ids):
+    model = ReadsLast(M.decoder("llama", pad_token_id=None)).eval()
+    reward_model = RewardModel(model)
+    texts = [[*text, M.EOS] for text in IDS]
+    with torch.no_grad():
+        want = torch.cat([model(torch.tensor([text]))[0] for text in texts])
+    M.assert_rewards(reward_model.score(texts), want, 1.0)
+    model.config.pad_token_id, model.config.eos_token_id = M.EOS, ids
+    M.assert_rewards(reward_model.score(texts), want, 1.0)
+
+
+def test_attention_that_is_no_longer_causal_is_refused():
+    model, reward_model = scored()
+    for layer in model.model.layers:
+        layer.self_attn.is_causal = False
+    with pytest.raises(ValueError, match=r"is_causal\): expected body, head, labels, causal and width .*True.*False"):
+        reward_model.score(IDS)
+    M.assert_rewards(RewardModel(model).score(IDS), own_scores(model), 1.0)
 
 
 def test_a_vocabulary_that_grows_is_seen():
