@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from functools import cache
@@ -61,6 +61,30 @@ class Run:
             q, k, v, self.cu_seqlens, *self.pool(key, k, v), self.prefix_start, self.prefix_len, cu_queries=asked,
             **options,
         )[0]  # fmt: skip
+
+
+@dataclass
+class Recorded(Run):
+    """A run that notes the queries, keys and values (n, heads, D) that each module gives its attention."""
+
+    heads: dict[nn.Module, tuple[Tensor, Tensor, Tensor]] = field(default_factory=dict)
+
+    def attend(self, key: nn.Module, q: Tensor, k: Tensor, v: Tensor, **options: Any) -> Tensor:
+        self.heads[key] = q, k, v
+        return super().attend(key, q, k, v, **options)
+
+
+@contextmanager
+def given_to(modules: list[nn.Module]) -> Iterator[dict[nn.Module, dict[str, Any]]]:
+    """What attention modules are given by name, noted as they are called."""
+    given: dict[nn.Module, dict[str, Any]] = {}
+    with ExitStack() as stack:
+        for module in modules:
+            handle = module.register_forward_pre_hook(
+                lambda module, args, kwargs: given.__setitem__(module, kwargs), with_kwargs=True
+            )
+            stack.callback(handle.remove)
+        yield given
 
 
 class ChainedPool:

@@ -5,7 +5,7 @@ Their token-wise parts are fused ops, and the last layer computes queries, outpu
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -121,6 +121,20 @@ class Layer:
         if kind == "attn_out":
             return self.attn.o_proj, self.norms[1] if self.sandwich else None
         return self.mlp if self.activation is None else self.mlp.down_proj, self.norms[3] if self.sandwich else None
+
+    def parts(
+        self, given: Mapping[str, Any], heads: tuple[Tensor, Tensor, Tensor]
+    ) -> Iterator[tuple[str, Tensor, Tensor]]:
+        """Its parts' names, their outputs and those of the modules in their place.
+
+        Args: what its attention was given, by name, and the heads that this made of it.
+        """
+        cos, sin = (t[0] for t in given["position_embeddings"])
+        made = self.heads(given["hidden_states"][0], cos, sin)
+        yield from zip(("queries", "keys", "values"), made, heads)
+        if self.activation is not None:
+            y = given["hidden_states"][0]
+            yield "MLPs", self.mlp.down_proj(self.neurons(y)), self.mlp(y[None])[0]
 
     @property
     def middle_norm(self) -> Norm:

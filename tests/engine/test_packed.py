@@ -393,13 +393,38 @@ def test_attention_that_scales_by_position_is_not_taken_for_llama_s():
     texts = M.token_ids([10, 60, 100])
     want = torch.stack([M.alone(model, text)[0] for text in texts])
     M.assert_rewards(rm.score(texts), want, M.reward_scale(model))
-    assert "last positions" in rm.explain()
+    assert "queries of layer 0 differ" in rm.explain()
 
 
 def test_layers_without_attention_of_their_own_are_not_packed_in_any_dtype():
     model = M.decoder("llama", num_hidden_layers=3).bfloat16()
     model.model.layers[2] = model.model.layers[1]
     assert "only 2 of its 3 layers have attention of their own" in rmfast.RewardModel(model).explain()
+
+
+class Swapped(transformers.models.llama.modeling_llama.LlamaMLP):
+    """With gate and up the other way round."""
+
+    def forward(self, x):
+        return self.down_proj(self.gate_proj(x) * self.act_fn(self.up_proj(x)))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("kind, part", [("Glm", "queries"), ("Llama", "MLPs")])
+def test_a_part_of_another_formula_is_found_out_in_16_bits_and_with_small_weights(kind, part, dtype):
+    """As just initialised, where the whole of a few tokens' states does not show it."""
+    shape = {"vocab_size": M.VOCAB, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2,
+             "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16, "num_labels": 1, "pad_token_id": M.PAD,
+             "eos_token_id": M.EOS}  # fmt: skip
+    torch.manual_seed(0)
+    config = getattr(transformers, f"{kind}Config")(**shape)
+    model = getattr(transformers, f"{kind}ForSequenceClassification")(config)
+    if kind == "Llama":
+        for layer in model.model.layers:
+            mlp, layer.mlp = layer.mlp, Swapped(config)
+            layer.mlp.load_state_dict(mlp.state_dict())
+    rm = RewardModel(model.to(dtype).eval())
+    assert f"packed, modules layers (fused layers: {part} of layer 0 differ from the model's own by" in rm.explain()
 
 
 @pytest.mark.parametrize("when", ["before", "after"])
