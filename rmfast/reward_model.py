@@ -351,9 +351,9 @@ class RewardModel(Scorer):
         """This model under interventions: `NeuronClamp`, `DirectionRemoval`, `LengthPenalty`, `LWR`, or sums of them.
 
         Any number of such models live side by side with this one, which stays as it is, and share its weights. Clamps
-        at all positions are folded into copies of the matrices that they touch; such a model does not see a later
-        switch of adapters, and is refused once modules, hooks or forwards have changed. What else is changed in this
-        model's weights in place is seen. (docs/interventions.md)
+        at all positions are folded into copies of the matrices that they touch; such a model is refused once modules,
+        hooks, forwards, settings, adapters, the clamped matrices or which tensors the weights are have changed. What
+        else is changed in this model's weights in place is seen. (docs/interventions.md)
 
         Raises:
             ValueError: an intervention was made with another model, names modules or neurons that this one lacks, does

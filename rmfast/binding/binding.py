@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from rmfast.binding.compute import Fp32, chosen, holds
 from rmfast.binding.modules import (
+    Snapshot,
     active,
     call_arguments,
     calls_of,
@@ -24,7 +25,6 @@ from rmfast.binding.modules import (
     plain_linear,
     same_settings,
     settings_of,
-    structure_of,
     text_config,
     unwrap,
     wrappers,
@@ -95,7 +95,7 @@ class Binding:
     clamps: tuple[Clamp, ...] = ()
     before: Removal | None = None
     after: Removal | None = None
-    copied_from: tuple[nn.Module, tuple] | None = None  # the model that `root` is a copy of, and its structure then
+    copied_from: Snapshot | None = None  # of the model that `root` is a copy of
     tried_norm: tuple[tuple, list, str | None] | None = None  # the norm last held against the formulas; its kind
     tried_forward: tuple | None = None  # what the model's own forward was when it was last tried
 
@@ -217,10 +217,10 @@ class Binding:
         """Tries the model's own forward again where that has changed since: hooks on the model, torch's global ones, a
         forward set on the instance, the special tokens by which it may read, attention no longer causal. What is
         put on the body, its final norm or the head takes part without, but not in a copy made before."""
-        if self.copied_from is not None and structure_of(self.copied_from[0]) != self.copied_from[1]:
+        if self.copied_from is not None and self.copied_from.changed:
             raise ValueError(
-                f"Expected {type(self.root).__name__} to have the modules, hooks and forwards that it had when "
-                "interventions were put on a copy of it: call with_interventions again"
+                f"Expected {type(self.root).__name__} to have the modules, hooks, forwards, settings, adapters "
+                "and clamped matrices that it had when interventions were put on a copy: call with_interventions again"
             )
         if not self.changed:
             return

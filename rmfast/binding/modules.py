@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import inspect
-import operator
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -166,7 +167,7 @@ def _taking_part(*owners: dict[int, Callable]) -> tuple[Callable, ...]:
     )
 
 
-_EVERY_MODULE = frozenset(nn.Module().__dict__)  # parts, weights, hooks and the mode, which have keys of their own
+_EVERY_MODULE = {*nn.Module().__dict__, "forward"}  # parts, weights, hooks and the mode, which have keys of their own
 
 
 def settings_of(module: Any) -> list[Any]:
@@ -192,12 +193,56 @@ def _leaves(value: Any) -> Iterator[Any]:
 
 def same_settings(held: list[Any], now: list[Any]) -> bool:
     """Compared one by one with `is`: a number that is set anew is another object."""
-    return len(held) == len(now) and all(map(operator.is_, held, now))
+    return len(held) == len(now) and all(map(_is_same, held, now))
+
+
+def _is_same(held: Any, now: Any) -> bool:
+    return held is now or (type(held) is _Writes and type(now) is _Writes and held.key == now.key)
+
+
+class _Writes:
+    """How often a tensor has been written to, where it lies, and of what it is."""
+
+    def __init__(self, x: Tensor) -> None:
+        self.key = None if x.is_inference() else x._version, x.data_ptr(), x.dtype, x.device
 
 
 def structure_of(root: nn.Module) -> tuple:
     """A model's modules and what is put on them, as a key."""
     return tuple((module, own_forward(module), has_hooks(module)) for module in root.modules())
+
+
+@dataclass(frozen=True, eq=False)
+class Snapshot:
+    """A model as it was when something was made of it: modules, hooks, settings, and which tensors its weights are; of
+    some modules also that these have not been written to, as far as torch counts that (not through `.data`)."""
+
+    root: nn.Module
+    watched: tuple[nn.Module, ...]
+    structure: tuple
+    held: list[Any]
+
+    @classmethod
+    def of(cls, root: nn.Module, watched: Iterable[nn.Module]) -> Snapshot:
+        watched = tuple(watched)
+        return cls(root, watched, structure_of(root), _held_by(root, watched))
+
+    @property
+    def changed(self) -> bool:
+        now = _held_by(self.root, self.watched)
+        return self.structure != structure_of(self.root) or not same_settings(self.held, now)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Snapshot:
+        root, watched = copy.deepcopy(self.root, memo), copy.deepcopy(self.watched, memo)
+        return Snapshot(root, watched, (), []) if self.changed else Snapshot.of(root, watched)
+
+
+def _held_by(root: nn.Module, watched: tuple[nn.Module, ...]) -> list[Any]:
+    held: list[Any] = []
+    for module in root.modules():
+        if not hasattr(module, "rope_type"):  # which keeps what the last text was
+            held += [*settings_of(module), *module._parameters.values(), *module._buffers.values()]
+    return held + [_Writes(p) for module in watched for p in module._parameters.values() if p is not None]
 
 
 def calls_of(module: nn.Module) -> tuple:

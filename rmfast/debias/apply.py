@@ -16,7 +16,7 @@ from rmfast.arguments import instance, sequence, wholes
 from rmfast.binding.binding import Binding, Removal
 from rmfast.binding.find import probe_ids
 from rmfast.binding.layer_list import layer_list
-from rmfast.binding.modules import is_plain, is_readable, structure_of
+from rmfast.binding.modules import Snapshot, is_plain, is_readable
 from rmfast.binding.session import Clamp, lock_of, share_lock
 from rmfast.debias.interventions import LWR, DirectionRemoval, Intervention, NeuronClamp, combined
 from rmfast.engine.programs import run_heads
@@ -87,13 +87,17 @@ def _under(rm: S, total: Intervention) -> S:
         for name, (indices, values) in part.neurons.items()
     ]
     before, after = (_removal(total, side) for side in ("before", "after"))
+    made_of = source.binding.copied_from
+    if new is not None:
+        folded = [m for m in new if any(new[m]._parameters[name] is not p for name, p in m._parameters.items())]
+        made_of = Snapshot.of(source.binding.root, folded)
     binding = replace(
         source.binding,
         root=root,
         clamps=(*everywhere, *last),
         before=before,
         after=after,
-        copied_from=(source.binding.root, structure_of(source.binding.root)) if new else source.binding.copied_from,
+        copied_from=made_of,
     )
     made = source.moved(binding, new)
     made.model, made.interventions, made.base = root if new else source.model, total, rm.base or rm

@@ -18,6 +18,7 @@ from tqdm.auto import tqdm
 
 from rmfast.arguments import instance, sequence, shown
 from rmfast.binding.binding import Binding
+from rmfast.binding.modules import Snapshot
 from rmfast.binding.session import read_rows, reading, replaced_forward
 from rmfast.debias.apply import clamp_key, intervened, projections
 from rmfast.debias.interventions import Intervention
@@ -98,6 +99,7 @@ class LastTokenRuns:
         if self._engine is not None:
             with tqdm(total=len(self._encoded), unit="text", disable=not progress) as bar:
                 self._cache(self._engine, bar)
+            self._cached_of = Snapshot.of(rm.binding.root, rm.binding.root.modules())
 
     def __len__(self) -> int:
         return len(self._encoded)
@@ -151,6 +153,11 @@ class LastTokenRuns:
         """Rewards (n, K); outputs of the projections `names` (n, m) go to `found`."""
         if self._encoded:
             self.rm.expect_invariance(self._engine)  # of the backend that runs now
+        if self._engine is not None and self._cached_of.changed:
+            raise ValueError(
+                f"Expected {type(self.rm.binding.root).__name__} to be as it was when its texts were run: their keys "
+                "and values are kept. Make LastTokenRuns anew"
+            )
         values = torch.empty(len(self), self.rm.num_labels)
         parts: list[tuple[np.ndarray, Tensor]] = []
         with binding.session(), ExitStack() as stack:

@@ -322,6 +322,70 @@ def test_no_inputs_and_no_variants():
     assert rm.with_interventions() is rm
 
 
+def written(model):
+    with torch.no_grad():
+        model.model.layers[0].mlp.up_proj.weight.mul_(2)
+
+
+def loaded(model):
+    model.load_state_dict({name: 2 * p for name, p in model.state_dict().items()})
+
+
+def assigned(model):
+    model.load_state_dict({name: 2 * p for name, p in model.state_dict().items()}, assign=True)
+
+
+def new_head(model):
+    model.score.weight = torch.nn.Parameter(2 * model.score.weight.detach())
+
+
+def new_settings(model):
+    for layer in model.model.layers:
+        layer.self_attn.scaling = 1.0
+        layer.input_layernorm.variance_epsilon = 0.5
+
+
+@pytest.mark.parametrize("change", [written, loaded, assigned, new_head, new_settings, torch.nn.Module.bfloat16])
+def test_what_a_folded_model_would_not_see_of_a_change_is_refused(change):
+    model = M.decoder("llama")
+    put = I.NeuronClamp({"model.layers.0.mlp.up_proj": ([1], [0.5])}, positions="all")
+    clamped = RewardModel(model).with_interventions(put)
+    want = clamped.score([[1, 2, 3]])
+    assert torch.equal(copy.deepcopy(clamped).score([[1, 2, 3]]), want)
+    change(model)
+    for each in (clamped, copy.deepcopy(clamped)):
+        with pytest.raises(ValueError, match="call with_interventions again"):
+            each.score([[1, 2, 3]])
+    assert (RewardModel(model).with_interventions(put).score([[1, 2, 3]]) - want).abs().max() > 1e-4
+
+
+def test_weights_that_a_folded_model_shares_may_change_in_place():
+    model = M.decoder("llama")
+    put = I.NeuronClamp({"model.layers.0.mlp.up_proj": ([1], [0.5])}, positions="all")
+    clamped = RewardModel(model).with_interventions(put)
+    want = clamped.score([[1, 2, 3]])
+    with torch.no_grad():
+        model.score.weight.mul_(2)
+    torch.testing.assert_close(clamped.score([[1, 2, 3]]), 2 * want)
+
+
+def test_a_switch_of_adapters_in_the_original_is_refused():
+    peft = pytest.importorskip("peft")
+    config = peft.LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False)
+    model = peft.get_peft_model(M.decoder("llama"), config).eval()
+    model.add_adapter("other", config)
+    put = I.NeuronClamp({"model.layers.0.mlp.up_proj": ([1], [0.5])}, positions="all")
+    clamped = RewardModel(model).with_interventions(put)
+    want = clamped.score([[1, 2, 3]])
+    model.set_adapter("other")
+    with pytest.raises(ValueError, match="call with_interventions again"):
+        clamped.score([[1, 2, 3]])
+    model.set_adapter("default")
+    assert torch.equal(clamped.score([[1, 2, 3]]), want)
+    with model.disable_adapter(), pytest.raises(ValueError, match="call with_interventions again"):
+        clamped.score([[1, 2, 3]])
+
+
 @pytest.mark.parametrize("how", ["forward", "hook", "module"])
 def test_clamps_on_a_copy_are_refused_once_the_model_has_changed(how):
     model = M.decoder("llama")

@@ -94,3 +94,15 @@ def test_bad_reruns_are_refused():
     with pytest.raises(ValueError, match="names of projections"):
         list(runs.projections(["gone"]))
     assert rmfast.NeuronClamp is NeuronClamp
+
+
+@pytest.mark.parametrize("name", ["model.layers.0.self_attn.v_proj", "score"])
+def test_a_model_that_has_changed_since_its_texts_were_run_is_refused(name):
+    rm = RewardModel(M.decoder("llama"))
+    runs = LastTokenRuns(rm, [[1, 2, 3], [4, 5]])
+    runs.rewards()
+    with torch.no_grad():
+        rm.model.get_submodule(name).weight.mul_(2)
+    with pytest.raises(ValueError, match="to be as it was when its texts were run"):
+        runs.rewards()
+    assert torch.equal(LastTokenRuns(rm, [[1, 2, 3], [4, 5]]).rewards()[:, 0], rm.score([[1, 2, 3], [4, 5]]))
