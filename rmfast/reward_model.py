@@ -222,8 +222,8 @@ class RewardModel(Scorer):
             heads, neurons: which units of kinds that have them; heads default to all (K/V heads for k and v).
             align: "auto" (equal lengths position by position; else what both texts begin and end with, and between
                 that the tokens that correspond; in any case the tokens where the rewards are read), "strict" (equal
-                lengths only), or a map from clean to corrupted positions. Positions without a partner are NaN and
-                counted in `unpaired`.
+                lengths only), or a map from clean to corrupted positions, which may count from the end (or a list of
+                these, −1 for none). Positions without a partner are NaN and counted in `unpaired`.
             metric: a function of the rewards (K,) that gives one number, taken in their place.
             screen, top: with "atp", only the `top` sites that `attribution_patch` ranks first are run, others are NaN.
             checkpoint: a file from which an interrupted sweep of the same texts, sites and model goes on.

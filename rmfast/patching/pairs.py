@@ -66,7 +66,11 @@ def spans_of(positions: Any, tokens: int) -> list[list[int]]:
 
 
 def aligned(base: np.ndarray, other: np.ndarray, align: Align, noising: bool) -> np.ndarray:
-    """For each position of the base run the other run's, or -1; a map goes from clean to corrupted, as noising does."""
+    """For each position of the base run the other run's, or -1.
+
+    A map goes from clean to corrupted, as noising does, and its positions may count from the end. In a sequence, -1 is
+    no partner, as None is in both.
+    """
     if isinstance(align, str):
         word("align, where it is no map of positions,", align, ("auto", "strict"))
         if len(base) == len(other):
@@ -79,13 +83,16 @@ def aligned(base: np.ndarray, other: np.ndarray, align: Align, noising: bool) ->
     mapped = isinstance(align, Mapping)
     pairs = align.items() if mapped else enumerate(sequence("align", align, "a word or a map of positions"))  # type: ignore[union-attr]
     partner = np.full(len(base), -1)
-    for clean, corrupted in pairs:
-        clean = whole("align", clean)
-        if corrupted is None or whole("align", corrupted) < 0:
+    tokens = (len(base), len(other)) if noising else (len(other), len(base))
+    for two in pairs:
+        if two[1] is None or (not mapped and whole("align", two[1]) == -1):
             continue
-        at, to = (clean, corrupted) if noising else (corrupted, clean)
-        if not 0 <= at < len(base) or not 0 <= to < len(other):
-            raise ValueError(f"Expected align to map positions inside of the texts, got {clean} -> {corrupted}")
+        found = [whole("align", given) for given in two]
+        if mapped:
+            found = [place + count if place < 0 else place for place, count in zip(found, tokens)]
+        if not all(0 <= place < count for place, count in zip(found, tokens)):
+            raise ValueError(f"Expected align to map positions inside of the texts, got {two[0]} -> {two[1]}")
+        at, to = found if noising else found[::-1]
         if partner[at] >= 0:
             raise ValueError(f"Expected align to give each position one partner, got two for {at} of the base run")
         partner[at] = to

@@ -508,6 +508,19 @@ def test_a_model_that_has_just_been_initialised_is_told_causal_or_not_in_any_dty
     assert RewardModel(model).binding.causal == causal
 
 
+@pytest.mark.parametrize("part", ["", "model", "model.layers.0", "score"])
+@pytest.mark.parametrize("when", ["before", "after"])
+def test_models_that_are_compiled_in_place_are_scored(part, when):
+    model = M.decoder("llama")
+    want = own_scores(model)
+    reward_model = RewardModel(model) if when == "after" else None
+    model.get_submodule(part).compile(backend="eager")
+    compiled = model.get_submodule(part)._compiled_call_impl
+    reward_model = reward_model or RewardModel(model)
+    M.assert_rewards(reward_model.score(IDS), want, 1.0)
+    assert model.get_submodule(part)._compiled_call_impl is compiled
+
+
 def test_compiled_models_are_unwrapped():
     model = M.decoder("llama")
     M.assert_rewards(RewardModel(torch.compile(model, backend="eager")).score(IDS), own_scores(model), 1.0)

@@ -15,7 +15,7 @@ import transformers
 from scipy.stats import spearmanr
 
 import rmfast
-from rmfast.patching.pairs import align_tokens
+from rmfast.patching.pairs import align_tokens, aligned
 from rmfast.patching.patcher import patcher_of
 from rmfast.patching.sites import KINDS, UNITS
 from rmfast.patching.suffix_patcher import _Chunk
@@ -228,6 +228,22 @@ def test_pairs_are_named_that_do_not_differ():
     rm = rmfast.RewardModel(model("llama"))
     with pytest.raises(ValueError, match="to differ in at least one token: those of pair 1 are the same"):
         rm.patch_sweep([[1, 2, 3], [4, 5]], [[1, 2, 4], [4, 5]])
+
+
+def test_a_map_of_positions_may_count_from_the_end():
+    base, other = np.arange(5), np.arange(7)
+    for noising, want in ((True, [0, -1, -1, 5, 6]), (False, [0, -1, -1, 4, -1])):
+        clean, corrupted = (base, other) if noising else (other, base)
+        at = {0: 0, -1: -1, -2: -2, 1: None} if noising else {0: 0, -3: -2, 2: None}
+        given = {place % len(clean): each if each is None else each % len(corrupted) for place, each in at.items()}
+        assert aligned(base, other, at, noising).tolist() == aligned(base, other, given, noising).tolist() == want
+    assert aligned(base, other, [0, -1, None, 5, 6], True).tolist() == [0, -1, -1, 5, 6]
+
+
+@pytest.mark.parametrize("align", [{-6: 0}, {0: -8}, {5: 0}, [-2], [0, 7]])
+def test_positions_that_are_mapped_outside_of_the_texts_are_refused(align):
+    with pytest.raises(ValueError, match="Expected align to map positions inside of the texts"):
+        aligned(np.arange(5), np.arange(7), align, True)
 
 
 def test_align_matches_both_ends_and_what_corresponds_between():
