@@ -31,7 +31,7 @@ from rmfast.binding.modules import (
 )
 from rmfast.binding.norms import eps_of, gain_of, known_kind
 from rmfast.binding.rope import fresh_rope, kept_rope, length_groups, rope_modules
-from rmfast.binding.session import Clamp, eval_mode, lock_of, passing_through, with_clamps
+from rmfast.binding.session import Clamp, eval_mode, lock_of, on_the_host, passing_through, with_clamps
 from rmfast.ops import reward_head
 
 _NO_NORM = "Expected a final norm that nothing is put on, for directions to be removed before it"
@@ -178,6 +178,7 @@ class Binding:
             self.renew()
             # inference_mode(False) turns autograd on, also inside of no_grad.
             with (
+                on_the_host(),
                 torch.inference_mode(not grad),
                 eval_mode(self.root),
                 kept_rope(self.rope),

@@ -6,11 +6,12 @@ import itertools
 import threading
 import weakref
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 _Lock = tuple[int, Any]  # a re-entrant lock, behind its place in the order in which locks are taken
@@ -43,6 +44,11 @@ def share_lock(module: nn.Module, copied: nn.Module) -> None:
     with lock_of(module), _locks_guard:
         for part, made in zip(module.modules(), copied.modules()):
             _locks[made] = _locks[part]
+
+
+def on_the_host() -> AbstractContextManager[Any]:
+    """Makes tensors of no named device on the CPU, whatever torch's default device is."""
+    return torch.device("cpu") if torch.get_default_device().type != "cpu" else nullcontext()
 
 
 @contextmanager

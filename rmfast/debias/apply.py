@@ -17,7 +17,7 @@ from rmfast.binding.binding import Binding, Removal
 from rmfast.binding.find import probe_ids
 from rmfast.binding.layer_list import layer_list
 from rmfast.binding.modules import Snapshot, is_plain, is_readable
-from rmfast.binding.session import Clamp, lock_of, share_lock
+from rmfast.binding.session import Clamp, lock_of, on_the_host, share_lock
 from rmfast.debias.interventions import LWR, DirectionRemoval, Intervention, NeuronClamp, combined
 from rmfast.engine.programs import run_heads
 from rmfast.engine.scorer import Scorer
@@ -72,7 +72,7 @@ def intervened(rm: S, interventions: Iterable[Any]) -> S:
         return rm
     total = combined(some)
     _check(rm.base or rm, total)
-    with lock_of(rm.binding.root):  # a run in another thread has the modules' forwards replaced
+    with lock_of(rm.binding.root), on_the_host():  # a run in another thread has the modules' forwards replaced
         return _under(rm, total)
 
 

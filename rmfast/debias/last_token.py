@@ -158,7 +158,7 @@ class LastTokenRuns:
                 f"Expected {type(self.rm.binding.root).__name__} to be as it was when its texts were run: their keys "
                 "and values are kept. Make LastTokenRuns anew"
             )
-        values = torch.empty(len(self), self.rm.num_labels)
+        values = torch.empty(len(self), self.rm.num_labels, device="cpu")
         parts: list[tuple[np.ndarray, Tensor]] = []
         with binding.session(), ExitStack() as stack:
             texts: list[Tensor] = []  # those that run, as an index

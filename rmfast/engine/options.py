@@ -8,6 +8,7 @@ from functools import wraps
 from typing import Any, Literal, TypedDict, TypeVar, get_type_hints
 
 from rmfast.arguments import flag, whole
+from rmfast.binding.session import on_the_host
 from rmfast.texts.inputs import Format, Truncation
 
 F = TypeVar("F", bound=Callable)
@@ -63,7 +64,8 @@ _DEFAULTS: dict[str, Any] = {"truncation": "error", "progress": False}  # of all
 def takes(kind: type, *but: str) -> Callable[[F], F]:
     """For a method with `**options`: shows the options of `kind`, but for some, in its signature, and refuses others.
 
-    Without it a misspelt option would only fail where the options end up, under the name of another function.
+    Without it a misspelt option would only fail where the options end up, under the name of another function. Such a
+    method is a whole workload: what it makes is on the CPU, whatever torch's default device is.
     """
     hints = {name: hint for name, hint in get_type_hints(kind).items() if name not in but}
 
@@ -80,7 +82,8 @@ def takes(kind: type, *but: str) -> Callable[[F], F]:
         def call(*args: Any, **given: Any) -> Any:
             if unknown := given.keys() - known:
                 raise TypeError(f"{method.__qualname__}() got an unexpected keyword argument {min(unknown)!r}")
-            return method(*args, **given)
+            with on_the_host():
+                return method(*args, **given)
 
         call.__signature__ = signature.replace(parameters=[*own, *options])  # type: ignore[attr-defined]
         return call  # type: ignore[return-value]

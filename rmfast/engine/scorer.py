@@ -18,7 +18,7 @@ from rmfast.binding.binding import Binding
 from rmfast.binding.compute import checked_compute, chosen, measured, stored_dtype
 from rmfast.binding.find import bind
 from rmfast.binding.modules import has_hooks, same_settings, settings_of
-from rmfast.binding.session import lock_of, share_lock
+from rmfast.binding.session import lock_of, on_the_host, share_lock
 from rmfast.engine.attention import Unsupported
 from rmfast.engine.layers import settings
 from rmfast.engine.limits import longest_text, position_table
@@ -335,7 +335,7 @@ class Scorer:
         """The packed engine of the model as it is now, or why there is none."""
         if torch.is_autocast_enabled(self.binding.device.type):
             return "autocast is on, whose choice of dtypes is the modules' own"
-        with lock_of(self.binding.root):  # a run in another thread has the modules' forwards replaced
+        with lock_of(self.binding.root), on_the_host():  # a run in another thread has the modules' forwards replaced
             parts = self._parts()
             if self._engine is None or not self._is_as_tried(parts):  # new, or changed since (modules replaced, hooks)
                 engine: Engine | str

@@ -12,6 +12,7 @@ import torch
 import rmfast
 from rmfast import RewardModel
 from rmfast.engine.padded import batches
+from rmfast.last_token import LastTokenRuns
 from rmfast.texts.inputs import InputError
 
 TEXTS = M.token_ids(M.LENGTHS)
@@ -384,3 +385,29 @@ def test_signatures_show_the_run_options():
     assert parameters["truncation"].default == "error" and parameters["engine"].default is None
     assert "engine" not in inspect.signature(rmfast.RewardModel.lens).parameters
     assert "truncation" not in inspect.signature(rmfast.RewardModel.values_and_reward).parameters
+
+
+WORKLOADS = {
+    "score": lambda rm: rm.score([[1, 2], [3]]),
+    "normalize": lambda rm: rm.score([[1, 2], [3]], normalize=(0.0, 2.0)),
+    "token_values": lambda rm: rm.token_values([[1, 2]])[0],
+    "values_and_reward": lambda rm: rm.values_and_reward([[1, 2, 3]], response_start=[1]).advantages,
+    "lens": lambda rm: rm.lens([[1, 2], [3]]).rewards,
+    "attribute": lambda rm: rm.attribute([[1, 2]])[0].rewards,
+    "patch_sweep": lambda rm: rm.patch_sweep([1, 2, 3], [1, 4, 3]).rewards,
+    "attribution_patch": lambda rm: rm.attribution_patch([1, 2, 3], [1, 4, 3]).rewards,
+    "explain": lambda rm: rm.explain(),
+    "clamps": lambda rm: rm.with_interventions(CLAMP).score([[1, 2], [3]]),
+    "last token": lambda rm: LastTokenRuns(rm, [[1, 2], [3]]).rewards(),
+}
+CLAMP = rmfast.NeuronClamp({"model.layers.0.mlp.up_proj": ([1], [0.5])}, positions="all")
+
+
+@pytest.mark.parametrize("use", WORKLOADS.values(), ids=WORKLOADS)
+def test_torchs_default_device_changes_nothing(use):
+    model = M.decoder("llama")
+    want = use(RewardModel(model))
+    with torch.device("meta"):
+        got = use(RewardModel(model))
+        assert torch.empty(0).is_meta
+    assert torch.equal(got, want) if isinstance(want, torch.Tensor) else got == want
