@@ -77,7 +77,7 @@ def _is_quantised(root: nn.Module) -> bool:
 
 def measured(dtype: torch.dtype) -> str:
     """What `linear` and torch's own product reach on this CPU now, for `explain`: a few milliseconds."""
-    x, weight = torch.randn(256, 512), torch.randn(512, 512).to(dtype)
+    x, weight = torch.randn(256, 512, device="cpu"), torch.randn(512, 512, device="cpu").to(dtype)
     native = x.to(dtype)
     ways: list[Callable[[], Tensor]] = [lambda: linear(x, weight), lambda: nn.functional.linear(native, weight)]
     best = [float("inf")] * 2

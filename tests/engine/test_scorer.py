@@ -396,7 +396,7 @@ WORKLOADS = {
     "attribute": lambda rm: rm.attribute([[1, 2]])[0].rewards,
     "patch_sweep": lambda rm: rm.patch_sweep([1, 2, 3], [1, 4, 3]).rewards,
     "attribution_patch": lambda rm: rm.attribution_patch([1, 2, 3], [1, 4, 3]).rewards,
-    "explain": lambda rm: rm.explain(),
+    "explain": lambda rm: [line for line in rm.explain().splitlines() if not line.startswith("compute")],  # measured
     "clamps": lambda rm: rm.with_interventions(CLAMP).score([[1, 2], [3]]),
     "last token": lambda rm: LastTokenRuns(rm, [[1, 2], [3]]).rewards(),
 }
