@@ -12,7 +12,7 @@ import transformers
 from peft import LoraConfig, get_peft_model
 from torch import nn
 
-from rmfast import RewardModel, backends, interventions
+from rmfast import RewardModel, TokenHead, backends, heads, interventions
 from rmfast.binding import compute
 from rmfast.debias.last_token import LastTokenRuns
 
@@ -97,6 +97,17 @@ def test_heads_of_several_layers_and_adapters():
         low, truth = stored(wrapped.eval(), torch.bfloat16), widened(wrapped)
         got, want = (RewardModel(m, compute=c).score(TEXTS) for m, c in ((low, "fp32"), (truth, "native")))
         assert float((got - want).abs().max()) <= 2e-5
+
+
+@low
+def test_heads_that_are_programs_too(dtype):
+    made = M.decoder("llama", task="CausalLM")
+    model = stored(made, dtype)
+    truth = widened(model)
+    weight = torch.randn(2, 48, generator=torch.Generator().manual_seed(0)) / 7
+    for head in (TokenHead(1, 2), lambda x: x.float() @ weight.T, heads.Linear(weight=weight)):
+        got, want = (RewardModel(m, head=head, compute=c).score(TEXTS) for m, c in ((model, "fp32"), (truth, "native")))
+        assert_equal_in_fp32(got, want)
 
 
 @low
