@@ -216,6 +216,7 @@ setup(
         "rmfast.cli",
         "rmfast.debias",
         "rmfast.engine",
+        "rmfast.evaluation",
         "rmfast.heads",
         "rmfast.integrations",
         "rmfast.integrations.reward_lens",

@@ -79,6 +79,7 @@ __all__ = [
     "backend",
     "compare",
     "debias",
+    "evaluation",
     "explain",
     "heads",
     "load",
@@ -88,7 +89,7 @@ __all__ = [
 
 
 def __getattr__(name: str):
-    if name in ("debias", "heads", "losses", "ops"):
+    if name in ("debias", "evaluation", "heads", "losses", "ops"):
         return importlib.import_module(f"rmfast.{name}")
     if name in _HOME:
         if name == "explain":

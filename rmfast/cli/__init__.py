@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 import rmfast
-from rmfast.cli import debias, explain, score, sweep, values
+from rmfast.cli import debias, evaluate, explain, score, sweep, values
 
 __all__ = ["app", "main"]
 
@@ -24,6 +24,7 @@ app.command()(score.score)
 app.command()(values.values)
 app.command()(sweep.sweep)
 app.command()(debias.debias)
+app.command()(evaluate.evaluate)
 app.command()(explain.explain)
 
 

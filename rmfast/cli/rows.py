@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from rmfast.cli.options import Columns, Options
 from rmfast.texts.chat import is_messages, messages_in
@@ -60,8 +60,16 @@ def located(row: Row, path: Path) -> Iterator[None]:
         raise BadRow(f"{path.name}, line {row.line}: {error}") from None
 
 
-class Layout:
+class RowLayout(Protocol):
     """What the rows of an input hold, and the columns that they gain."""
+
+    def new_columns(self) -> list[str]: ...
+    def inputs(self, row: Row) -> list[Any]: ...
+    def cells(self, model: Any, results: list[tuple[Any, Any]]) -> dict[str, Any]: ...
+
+
+class Layout:
+    """Texts, conversations, prompts with responses, or pairs, by the names of columns."""
 
     def __init__(self, options: Options, source: Source, kind: str, column: str, tokens: bool) -> None:
         """Choose the mode by the columns of the first readable row, and see that the new columns are free."""

@@ -18,7 +18,7 @@ import typer
 
 import rmfast
 from rmfast.cli.options import Options, chosen_backend, encoding_of, files_of_options, load_model
-from rmfast.cli.rows import BadRow, Layout
+from rmfast.cli.rows import BadRow, Layout, RowLayout
 from rmfast.texts.files import LOCK, STANDARD, Source
 from rmfast.texts.output import Lines, check_output, opened
 from rmfast.texts.tables import SUFFIXES, Row, count_and_digest, dump_line, kind_of, read_rows
@@ -32,8 +32,10 @@ class Run:
     output: Lines
 
     def __init__(
-        self, command: str, options: Options, column: str, tokens: bool = False, interventions: list[Path] | None = None
-    ) -> None:
+        self, command: str, options: Options, column: str, tokens: bool = False,
+        interventions: list[Path] | None = None, layout: RowLayout | None = None, **run: Any,
+    ) -> None:  # fmt: skip
+        """layout: what rows hold, in place of columns that `options` name; `run`: what else an output is of."""
         self.options, self.column, self.interventions = options, column, interventions or []
         self.kind = options.input_format or kind_of(options.input)
         check_output(options.output)
@@ -57,9 +59,10 @@ class Run:
             "invariant": options.invariant or None,
             **self.encoding,
             **{name: getattr(options, name) for name in [*fixed, *names]},
+            **run,
         }
         self.bad = self.texts = self.n_tokens = self.cut = 0
-        self.layout = Layout(options, self.source, self.kind, column, tokens)
+        self.layout = layout or Layout(options, self.source, self.kind, column, tokens)
 
     def go(self, method: str) -> None:
         """Score all rows that are not done, by the model's `score` or `token_values`."""

@@ -1,0 +1,77 @@
+"""Rows of a benchmark as what a run scores, and the figures of what it has written."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from rmfast.cli.options import Options
+from rmfast.cli.rows import BadRow
+from rmfast.evaluation.data import cells_of, rows_of
+from rmfast.evaluation.evaluate import evaluated
+from rmfast.evaluation.layout import Layout
+from rmfast.evaluation.layouts import layout_of
+from rmfast.evaluation.result import Evaluation
+from rmfast.texts.tables import Row, dump_line, kind_of, read_rows
+
+SCORES = "scores"  # the column
+
+
+class BenchmarkRows:
+    """What a run scores of a benchmark's rows: the texts of each item, whose scores become one column."""
+
+    def __init__(self, layout: Layout) -> None:
+        self.layout = layout
+
+    def new_columns(self) -> list[str]:
+        return [SCORES]
+
+    def inputs(self, row: Row) -> list[Any]:
+        if taken := [name for name in (SCORES, "error") if name in row.data]:
+            raise BadRow(f"has a column {taken[0]!r} of its own: rename it")
+        try:
+            return list(self.layout.item(cells_of(row)).inputs)
+        except ValueError as error:
+            raise BadRow(str(error)) from None
+
+    def cells(self, model: Any, results: list[tuple[Any, Any]]) -> dict[str, Any]:
+        if model.num_labels != 1:
+            raise ValueError(
+                f"Expected a model of one reward, got one of {model.num_labels}: responses have no order under several"
+            )
+        return {SCORES: [reward for _, reward in results]}
+
+
+def as_lines(files: Sequence[Path], path: Path) -> Path:
+    """All rows as one JSONL file, which is read again and again, and whose digest a resumed run must match."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("wb") as file:
+        for row in rows_of(files):
+            if row.error:
+                raise ValueError(f"line {row.line}: {row.error}")
+            file.write(dump_line(row.data))
+    return path
+
+
+def first_layout(path: Path, name: str | None) -> Layout:
+    """The layout called `name`, or that of the first readable row."""
+    row = next((row for row in read_rows(path) if not row.error), None)
+    if row is None:
+        raise ValueError(f"Expected {path.name} to hold at least one row, got none")
+    return layout_of(row.data, name)
+
+
+def figures_of(layout: Layout, options: Options, **bootstrap: Any) -> Evaluation:
+    """The figures of the rows that a run has written; those with an error are left out."""
+    typed = kind_of(options.input) != "csv"
+    items, scores, places, left_out = [], [], [], 0
+    for place, row in enumerate(read_rows(options.output)):
+        if row.data.get(SCORES) is None:
+            left_out += 1
+            continue
+        items.append(layout.item(cells_of(dataclasses.replace(row, typed=typed))))
+        scores.append(row.data[SCORES])
+        places.append(place)
+    return evaluated(layout, items, scores, places=places, left_out=left_out, **bootstrap)

@@ -1,0 +1,94 @@
+"""`rmfast evaluate`: a benchmark's rows in; scores, a table with intervals, the leaderboards' JSON and a plot out."""
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import typer
+
+from rmfast.cli.options import ModelOptions, Options, files_of_options, with_options
+from rmfast.cli.results import claimed, save_plot, write_csv
+from rmfast.cli.run import Run
+
+_FILES = ("results.json", "scores.json", "table.csv", "table.png", "against.csv", "against.png", "data.jsonl")
+
+
+@with_options
+def evaluate(
+    options: ModelOptions,
+    data: Annotated[
+        str,
+        typer.Option(
+            help="A .jsonl, .csv, .parquet or .json file, or a benchmark: rewardbench, rewardbench2, rm-bench."
+        ),
+    ],
+    output: Annotated[Path, typer.Option(help="The folder to write, or to go on with.", file_okay=False)],
+    layout: Annotated[
+        Literal["pairs", "rewardbench", "rewardbench2", "rm-bench"] | None,
+        typer.Option(help="What the rows hold; default: by their columns."),
+    ] = None,
+    intervention: Annotated[
+        list[Path] | None,
+        typer.Option(help="A folder with an intervention on the model; several add up.", exists=True, file_okay=False),
+    ] = None,
+    against: Annotated[
+        str | None,
+        typer.Option(help="Another model, or a folder with an intervention on this one: paired differences to it."),
+    ] = None,
+    on_error: Annotated[
+        Literal["stop", "null"], typer.Option(help="At a bad row: stop, or leave it out of the figures.")
+    ] = "stop",
+    resamples: Annotated[int, typer.Option(min=1, help="Of the bootstrap over prompts.")] = 1000,
+    confidence: Annotated[float, typer.Option(help="Of the intervals.")] = 0.95,
+    seed: Annotated[int, typer.Option(min=0, help="Of the bootstrap.")] = 0,
+    window: Annotated[int, typer.Option(min=1, max=2**31 - 1, help="Rows scored and written at a time.")] = 512,
+    engine: Annotated[
+        Literal["packed", "padded"] | None, typer.Option(help="Default: packed where the model can run so.")
+    ] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Start anew where the output exists.")] = False,
+) -> None:
+    """Score a benchmark and print its figures with n and intervals, resumably (see docs/evaluate.md)."""
+    if not 0 < confidence < 1:
+        raise ValueError(f"Expected --confidence to be in (0, 1), got {confidence}")
+    from rmfast.cli.benchmark import SCORES, BenchmarkRows, as_lines, figures_of, first_layout
+    from rmfast.evaluation.data import files_of, is_table
+
+    files = files_of(data)
+    bootstrap: dict[str, Any] = {"resamples": resamples, "confidence": confidence, "seed": seed}
+    reads = [*files, *files_of_options(options.tools, options.chat_template_kwargs)]
+    shared = {"on_error": on_error, "window": window, "engine": engine, "overwrite": overwrite}
+    with claimed(output, _FILES, reads):
+        input_ = files[0] if is_table(files) else as_lines(files, output / "data.jsonl")
+        of = first_layout(input_, layout)
+
+        def scored(model: ModelOptions, interventions: list[Path], name: str) -> Any:
+            own = {field.name: getattr(model, field.name) for field in dataclasses.fields(ModelOptions)}
+            given = Options(**own, input=input_, output=output / name, **shared)  # type: ignore[arg-type]
+            rows = BenchmarkRows(of)
+            run = Run("evaluate", given, SCORES, interventions=interventions, layout=rows, layout_name=of.name)
+            run.go("score")
+            return figures_of(of, given, **bootstrap)
+
+        result = scored(options, intervention or [], "rows.jsonl")
+        board = result.leaderboard(options.model), result.leaderboard_scores(options.model)
+        for name, found in zip(("results.json", "scores.json"), board):
+            (output / name).write_text(json.dumps(found, indent=4, ensure_ascii=False), encoding="utf-8")
+        write_csv(output / "table.csv", result.rows, result.rows[0]._fields)
+        save_plot(result.plot, output / "table.png")
+        typer.echo(str(result))
+        if against is not None:
+            other = scored(*_other(options, intervention or [], against), "against.jsonl")
+            changes = result.minus(other)
+            write_csv(output / "against.csv", changes.rows, changes.rows[0]._fields)
+            save_plot(changes.plot, output / "against.png")
+            typer.echo(f"\nagainst {against}\n{changes}")
+
+
+def _other(options: ModelOptions, interventions: list[Path], against: str) -> tuple[ModelOptions, list[Path]]:
+    """What is compared with: the model under an intervention more, or another model."""
+    folder = Path(against)
+    if (folder / "intervention.json").exists():
+        return options, [*interventions, folder]
+    # Which files of the model's own folder or repository are read says nothing of another's.
+    return dataclasses.replace(options, model=against, revision=None, gguf_file=None), []
