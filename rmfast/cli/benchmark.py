@@ -7,13 +7,17 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from rmfast.cli.options import Options
+import numpy as np
+
+from rmfast.cli.options import ModelOptions, Options, chosen_backend, encoding_of, load_model
 from rmfast.cli.rows import BadRow
 from rmfast.evaluation.data import cells_of, rows_of
 from rmfast.evaluation.evaluate import evaluated
 from rmfast.evaluation.layout import Layout
 from rmfast.evaluation.layouts import layout_of
+from rmfast.evaluation.parity import Parity, parity
 from rmfast.evaluation.result import Evaluation
+from rmfast.interventions import load
 from rmfast.texts.tables import Row, dump_line, kind_of, read_rows
 
 SCORES = "scores"  # the column
@@ -75,3 +79,15 @@ def figures_of(layout: Layout, options: Options, **bootstrap: Any) -> Evaluation
         scores.append(row.data[SCORES])
         places.append(place)
     return evaluated(layout, items, scores, places=places, left_out=left_out, **bootstrap)
+
+
+def parity_of(found: Evaluation, options: ModelOptions, interventions: list[Path], count: int, seed: int) -> Parity:
+    """How far the scores of some texts, drawn by `seed`, move between ways to score them."""
+    texts = [text for item in found.items for text in item.inputs]
+    scores = np.concatenate(list(found.scores))
+    some = np.sort(np.random.default_rng(seed).permutation(len(texts))[:count])
+    model = load_model(options)
+    if interventions:
+        model = model.with_interventions(*map(load, interventions))
+    with chosen_backend(options):
+        return parity(model, [texts[i] for i in some], scores=scores[some], **encoding_of(options))

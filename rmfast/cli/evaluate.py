@@ -11,7 +11,16 @@ from rmfast.cli.options import ModelOptions, Options, files_of_options, with_opt
 from rmfast.cli.results import claimed, save_plot, write_csv
 from rmfast.cli.run import Run
 
-_FILES = ("results.json", "scores.json", "table.csv", "table.png", "against.csv", "against.png", "data.jsonl")
+_FILES = (
+    "results.json",
+    "scores.json",
+    "table.csv",
+    "table.png",
+    "against.csv",
+    "against.png",
+    "parity.csv",
+    "data.jsonl",
+)
 
 
 @with_options
@@ -36,6 +45,10 @@ def evaluate(
         str | None,
         typer.Option(help="Another model, or a folder with an intervention on this one: paired differences to it."),
     ] = None,
+    parity: Annotated[
+        int | None,
+        typer.Option(min=1, help="Also score so many texts alone, in batches and by transformers, and compare."),
+    ] = None,
     on_error: Annotated[
         Literal["stop", "null"], typer.Option(help="At a bad row: stop, or leave it out of the figures.")
     ] = "stop",
@@ -51,7 +64,7 @@ def evaluate(
     """Score a benchmark and print its figures with n and intervals, resumably (see docs/evaluate.md)."""
     if not 0 < confidence < 1:
         raise ValueError(f"Expected --confidence to be in (0, 1), got {confidence}")
-    from rmfast.cli.benchmark import SCORES, BenchmarkRows, as_lines, figures_of, first_layout
+    from rmfast.cli.benchmark import SCORES, BenchmarkRows, as_lines, figures_of, first_layout, parity_of
     from rmfast.evaluation.data import files_of, is_table
 
     files = files_of(data)
@@ -77,6 +90,10 @@ def evaluate(
         write_csv(output / "table.csv", result.rows, result.rows[0]._fields)
         save_plot(result.plot, output / "table.png")
         typer.echo(str(result))
+        if parity is not None:
+            report = parity_of(result, options, intervention or [], parity, seed)
+            write_csv(output / "parity.csv", report.rows, report.rows[0]._fields)
+            typer.echo(f"\nparity: {report}")
         if against is not None:
             other = scored(*_other(options, intervention or [], against), "against.jsonl")
             changes = result.minus(other)

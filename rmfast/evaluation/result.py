@@ -174,7 +174,7 @@ class Evaluation(Table[Figure]):
             for r in self.rows
         ]
         more = f", {self.left_out} rows left out" if self.left_out else ""
-        return "\n".join([f"{self.layout.name}: {len(self.items)} rows{more}", *_lined([names, *cells])])
+        return "\n".join([f"{self.layout.name}: {len(self.items)} rows{more}", *lined([names, *cells])])
 
 
 @dataclass(frozen=True, eq=False)
@@ -190,7 +190,7 @@ class Differences(Table[Change]):
             ]
             for r in self.rows
         ]  # fmt: skip
-        return "\n".join(_lined([names, *cells]))
+        return "\n".join(lined([names, *cells]))
 
 
 def figures(layout: Layout, items: Sequence[Item], scores: Sequence[np.ndarray], **bootstrap: Any) -> list[Figure]:
@@ -224,7 +224,7 @@ def _signed(value: float) -> str:
     return "-" if np.isnan(value) else f"{value:+.4f}"
 
 
-def _lined(cells: list[list[str]]) -> list[str]:
+def lined(cells: list[list[str]]) -> list[str]:
     """Rows in columns: the first two begin on the left, numbers end on the right."""
     widths = [max(map(len, column)) for column in zip(*cells)]
     return [

@@ -187,3 +187,16 @@ def test_a_model_of_several_rewards_is_refused(tmp_path):
     done = evaluate(tmp_path / "three", tmp_path, written.pairs())
     assert done.exit_code == 1
     assert "a model of one reward, got one of 3" in done.stderr
+
+
+def test_parity_of_a_sample_is_printed_and_written(folder, tmp_path):
+    done = evaluate(folder, tmp_path, written.rewardbench2(), "--parity", 9)
+    assert done.exit_code == 0, done.output
+    assert "parity: largest difference " in done.stdout
+    with (tmp_path / "out" / "parity.csv").open(newline="") as file:
+        table = list(csv.DictReader(file))
+    assert [row["n"] for row in table] == ["9"] * 5
+    assert max(float(row["largest"]) for row in table) < 2e-5
+    everything = evaluate(folder, tmp_path, written.rewardbench2(), "--parity", 10**6)
+    assert everything.exit_code == 0, everything.output
+    assert " 105\n" in everything.stdout  # all texts that there are
