@@ -5,6 +5,8 @@ from __future__ import annotations
 import random
 from typing import Any
 
+import models
+
 SUBSETS = ("alpacaeval-easy", "mt-bench-hard", "donotanswer", "math-prm", "hep-cpp", "hep-rust")  # of all four sections
 WORDS = ["good", "bad", "one", "two", "long and plain", "!", "yes", "no way"]
 
@@ -62,6 +64,25 @@ def rm_bench(n: int = 10, seed: int = 0) -> list[dict[str, Any]]:
         rows.append({"id": f"r{i}", "prompt": f"ask {i}", "chosen": some[:3], "rejected": some[3:],
                      "domain": domains[i % len(domains)]})  # fmt: skip
     return rows
+
+
+def process_bench(n: int = 16, seed: int = 0) -> list[dict[str, Any]]:
+    """Solutions of two sets, half of them with a wrong step."""
+    rng = random.Random(seed)
+    rows = []
+    for i in range(n):
+        steps = texts(rng, rng.randint(1, 5))
+        label = rng.randrange(len(steps)) if i % 4 < 2 else -1
+        rows.append({"id": f"{('gsm8k', 'math')[i % 2]}-{i}", "generator": "m", "problem": f"sum {i}", "steps": steps,
+                     "final_answer_correct": label < 0, "label": label})  # fmt: skip
+    return rows
+
+
+def step_tokenizer() -> Any:
+    """A tokenizer with a chat template and the tag <t>."""
+    made = models.tokenizer("decoder", chat=True)
+    made.add_special_tokens({"additional_special_tokens": ["<t>"]})
+    return made
 
 
 def ordinal(rng: random.Random, counts: list[int], most: int = 6) -> list[list[float]]:

@@ -41,11 +41,9 @@ class BenchmarkRows:
             raise BadRow(str(error)) from None
 
     def cells(self, model: Any, results: list[tuple[Any, Any]]) -> dict[str, Any]:
-        if model.num_labels != 1:
-            raise ValueError(
-                f"Expected a model of one reward, got one of {model.num_labels}: responses have no order under several"
-            )
-        return {SCORES: [reward for _, reward in results]}
+        self.layout.expect(model)
+        encoded, rewards = zip(*results)
+        return {SCORES: self.layout.scores_of(model, encoded, rewards)}
 
 
 def as_lines(files: Sequence[Path], path: Path) -> Path:
@@ -59,12 +57,12 @@ def as_lines(files: Sequence[Path], path: Path) -> Path:
     return path
 
 
-def first_layout(path: Path, name: str | None) -> Layout:
-    """The layout called `name`, or that of the first readable row."""
+def first_layout(path: Path, name: str | None, step_tag: str | None, threshold: float | None) -> Layout:
+    """The layout called `name`, or that of the first readable row; of steps, with their tag and threshold."""
     row = next((row for row in read_rows(path) if not row.error), None)
     if row is None:
         raise ValueError(f"Expected {path.name} to hold at least one row, got none")
-    return layout_of(row.data, name)
+    return layout_of(row.data, name, step_tag, threshold)
 
 
 def figures_of(layout: Layout, options: Options, **bootstrap: Any) -> Evaluation:

@@ -29,13 +29,19 @@ def evaluate(
     data: Annotated[
         str,
         typer.Option(
-            help="A .jsonl, .csv, .parquet or .json file, or a benchmark: rewardbench, rewardbench2, rm-bench."
+            help="A table or .json file, or a benchmark's name: rewardbench, rewardbench2, rm-bench, processbench."
         ),
     ],
     output: Annotated[Path, typer.Option(help="The folder to write, or to go on with.", file_okay=False)],
     layout: Annotated[
-        Literal["pairs", "rewardbench", "rewardbench2", "rm-bench"] | None,
+        Literal["pairs", "rewardbench", "rewardbench2", "rm-bench", "processbench"] | None,
         typer.Option(help="What the rows hold; default: by their columns."),
+    ] = None,
+    step_tag: Annotated[
+        str | None, typer.Option(help="Of processbench: the token behind each step, like <extra_0>.")
+    ] = None,
+    threshold: Annotated[
+        float | None, typer.Option(help="Of processbench: a step of a lower value is wrong; default 0.5.")
     ] = None,
     intervention: Annotated[
         list[Path] | None,
@@ -73,14 +79,17 @@ def evaluate(
     shared = {"on_error": on_error, "window": window, "engine": engine, "overwrite": overwrite}
     with claimed(output, _FILES, reads):
         input_ = files[0] if is_table(files) else as_lines(files, output / "data.jsonl")
-        of = first_layout(input_, layout)
+        of = first_layout(input_, layout, step_tag, threshold)
+        if parity is not None and of.method != "score":
+            raise ValueError(f"Expected no --parity with the layout {of.name}, whose texts have several scores")
 
         def scored(model: ModelOptions, interventions: list[Path], name: str) -> Any:
             own = {field.name: getattr(model, field.name) for field in dataclasses.fields(ModelOptions)}
             given = Options(**own, input=input_, output=output / name, **shared)  # type: ignore[arg-type]
             rows = BenchmarkRows(of)
-            run = Run("evaluate", given, SCORES, interventions=interventions, layout=rows, layout_name=of.name)
-            run.go("score")
+            run = Run("evaluate", given, SCORES, interventions=interventions, layout=rows, layout_name=of.name,
+                      step_tag=step_tag)  # fmt: skip
+            run.go(of.method)
             return figures_of(of, given, **bootstrap)
 
         result = scored(options, intervention or [], "rows.jsonl")

@@ -9,10 +9,12 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from rmfast import arguments
+from rmfast.engine.options import Encoding
 from rmfast.evaluation.data import cells_of, given_rows
 from rmfast.evaluation.layout import Item, Layout
 from rmfast.evaluation.layouts import layout_of
 from rmfast.evaluation.result import Evaluation, figures
+from rmfast.texts.tables import Row
 
 if TYPE_CHECKING:
     from rmfast.engine.scorer import Scorer
@@ -23,6 +25,8 @@ def evaluate(
     data: str | Path | Iterable[Mapping[str, Any]],
     *,
     layout: str | None = None,
+    step_tag: str | None = None,
+    threshold: float | None = None,
     resamples: int = 1000,
     confidence: float = 0.95,
     seed: int = 0,
@@ -31,11 +35,13 @@ def evaluate(
     """Score a benchmark and compute its figures, with intervals of a bootstrap over prompts.
 
     Args:
-        rm: a model of one reward; with interventions too.
+        rm: a model of one reward (of steps, also of two classes); with interventions too.
         data: a file (JSONL, CSV, Parquet, or a JSON array), a published benchmark by name
             (`rmfast.evaluation.PUBLISHED`), or rows as mappings.
-        layout: "pairs", "rewardbench", "rewardbench2" or "rm-bench"; default by the columns of the first row
-            (docs/evaluate.md).
+        layout: "pairs", "rewardbench", "rewardbench2", "rm-bench" or "processbench"; default by the columns of the
+            first row (docs/evaluate.md).
+        step_tag, threshold: of processbench, the token behind each step, and the value under which a step is wrong
+            (`rmfast.evaluation.steps.ProcessBench`).
         resamples, confidence, seed: of the bootstrap.
         scoring: arguments of `RewardModel.score`: batch_tokens, max_length, truncation, format, engine, progress, ...
 
@@ -43,35 +49,44 @@ def evaluate(
         An `Evaluation`.
 
     Raises:
-        ValueError: a row differs from the layout (the message has its line), there are none, or the model has several
-            rewards.
+        ValueError: a row differs from the layout (the message has its line), there are none, or the model can't score
+            them.
         InputError: a text can't be scored; `.index` is its place among all rows' texts.
     """
-    expect_one_reward(rm)
-    of, items = read_items(given_rows(data), layout)
-    flat = rm.score([text for item in items for text in item.inputs], **scoring).double().numpy()
-    ends = np.cumsum([len(item.inputs) for item in items])[:-1]
-    return evaluated(of, items, np.split(flat, ends), resamples=resamples, confidence=confidence, seed=seed)
+    expect_scorer(rm)
+    of, items = read_items(given_rows(data), layout, step_tag, threshold)
+    of.expect(rm)
+    encoding = {name: scoring.pop(name) for name in Encoding.__annotations__ if name in scoring}
+    encoded = rm.encode([text for item in items for text in item.inputs], **encoding)
+    results = getattr(rm, of.method)(encoded, max_length=encoding.get("max_length"), **scoring)
+    scores, start = [], 0
+    for item in items:
+        end = start + len(item.inputs)
+        scores.append(of.scores_of(rm, encoded[start:end], results[start:end]))
+        start = end
+    return evaluated(of, items, scores, resamples=resamples, confidence=confidence, seed=seed)
 
 
-def expect_one_reward(rm: Any) -> None:
-    """TypeError for what is no model, ValueError for a model of several rewards."""
+def expect_scorer(rm: Any) -> None:
+    """TypeError for what is no model."""
     from rmfast.engine.scorer import Scorer  # not before a model is there
 
-    if arguments.instance("rm", rm, Scorer).num_labels != 1:
-        raise ValueError(
-            f"Expected a model of one reward, got one of {rm.num_labels}: responses have no order under several"
-        )
+    arguments.instance("rm", rm, Scorer)
 
 
-def read_items(rows: Iterable[Any], name: str | None = None) -> tuple[Layout, list[Item]]:
-    """The layout (called `name`, or that of the first row) and the items of `rmfast.texts.tables.Row`s."""
+def read_items(
+    rows: Iterable[Row], name: str | None = None, step_tag: str | None = None, threshold: float | None = None
+) -> tuple[Layout, list[Item]]:
+    """The layout (called `name`, or that of the first row) and the items of rows.
+
+    step_tag, threshold: as for `evaluate`.
+    """
     layout: Layout | None = None
     items = []
     for row in rows:
         try:
             cells = cells_of(row)
-            layout = layout or layout_of(cells, name)
+            layout = layout or layout_of(cells, name, step_tag, threshold)
             items.append(layout.item(cells))
         except ValueError as error:
             raise ValueError(f"line {row.line}: {error}") from None
@@ -99,7 +114,7 @@ def evaluated(
     }
     if not items:
         raise ValueError("Expected at least one row with scores, got none")
-    found = [arguments.finite(f"scores[{i}]", each, len(items[i].inputs)) for i, each in enumerate(scores)]
+    found = [arguments.finite(f"scores[{i}]", each, layout.count(items[i])) for i, each in enumerate(scores)]
     at = np.arange(len(items)) if places is None else np.asarray(places, np.int64)
     rows = figures(layout, items, found, **bootstrap)
     return Evaluation(

@@ -6,9 +6,13 @@ import json
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
+
+if TYPE_CHECKING:
+    from rmfast.engine.scorer import Scorer
+    from rmfast.texts.inputs import Encoded
 
 Value = Callable[[np.ndarray], np.ndarray]  # of weights (B, n) of the items: (B,)
 ALL = "all"  # the subset of figures over several
@@ -22,7 +26,7 @@ class Item:
         subset: by which figures are told apart.
         prompt: what items of one cluster share: they are drawn together by the bootstrap.
         inputs: the texts to score, as `RewardModel.score` takes them.
-        correct: so many of them, from the first on, are right (of styles: as many are chosen).
+        correct: so many of them, from the first on, are right (of styles: are chosen); of a solution, its steps.
         id: the row's own, or None.
         label: of steps, the index of the first wrong one, −1 for none.
     """
@@ -47,9 +51,15 @@ class Measure:
 
 
 class Layout(ABC):
-    """The layout of a benchmark's rows, and its formulas."""
+    """The layout of a benchmark's rows, and its formulas.
+
+    Attributes:
+        name: of the layout.
+        method: of the model, that makes the scores.
+    """
 
     name: str
+    method = "score"
 
     @abstractmethod
     def fits(self, row: Mapping[str, Any]) -> bool:
@@ -59,6 +69,18 @@ class Layout(ABC):
     def item(self, row: Mapping[str, Any]) -> Item:
         """The row's texts. Raises ValueError for one that differs from the layout."""
 
+    def expect(self, rm: Scorer) -> None:
+        """ValueError for a model that can't score such items."""
+        expect_one_reward(rm)
+
+    def count(self, item: Item) -> int:
+        """How many scores an item has."""
+        return len(item.inputs)
+
+    def scores_of(self, rm: Scorer, encoded: Sequence[Encoded], results: Sequence[Any]) -> list[float]:
+        """The scores of an item, from what the model's method gives for each of its texts."""
+        return [float(result) for result in results]
+
     @abstractmethod
     def measures(self, items: Sequence[Item], scores: Sequence[np.ndarray]) -> list[Measure]:
         """The figures of items with the scores of their inputs, one (k,) float64 each."""
@@ -66,6 +88,14 @@ class Layout(ABC):
     @abstractmethod
     def columns(self, items: Sequence[Item], scores: Sequence[np.ndarray]) -> dict[str, list[Any]]:
         """The scores in the shape that the benchmark's own tools write."""
+
+
+def expect_one_reward(rm: Scorer) -> None:
+    """ValueError for a model of several rewards."""
+    if rm.num_labels != 1:
+        raise ValueError(
+            f"Expected a model of one reward, got one of {rm.num_labels}: responses have no order under several"
+        )
 
 
 def mean(values: np.ndarray, where: np.ndarray) -> Value:

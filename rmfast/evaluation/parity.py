@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 
 from rmfast import arguments
-from rmfast.evaluation.evaluate import expect_one_reward
+from rmfast.evaluation.evaluate import expect_scorer
+from rmfast.evaluation.layout import expect_one_reward
 from rmfast.evaluation.result import lined
 
 if TYPE_CHECKING:
@@ -81,6 +82,7 @@ def parity(rm: Scorer, inputs: Sequence[Any], *, scores: Any = None, batch_token
         ValueError: no inputs, or the model has several rewards.
         InputError: a text can't be scored.
     """
+    expect_scorer(rm)
     expect_one_reward(rm)
     encoded = rm.encode(inputs, **encoding)
     if not encoded:

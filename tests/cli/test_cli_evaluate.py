@@ -200,3 +200,24 @@ def test_parity_of_a_sample_is_printed_and_written(folder, tmp_path):
     everything = evaluate(folder, tmp_path, written.rewardbench2(), "--parity", 10**6)
     assert everything.exit_code == 0, everything.output
     assert " 105\n" in everything.stdout  # all texts that there are
+
+
+def test_steps_of_solutions(tmp_path):
+    rows = written.process_bench()
+    models.decoder(max_position_embeddings=512, labels=2, task="TokenClassification").save_pretrained(
+        tmp_path / "model"
+    )
+    written.step_tokenizer().save_pretrained(tmp_path / "model")
+    (tmp_path / "data.json").write_text(json.dumps(rows))
+    given = ["evaluate", "--model", tmp_path / "model", "--data", tmp_path / "data.json", "--output", tmp_path / "out"]
+    assert "Expected step_tag" in run(*given).stderr
+    assert "Expected no --parity" in run(*given, "--step-tag", "<t>", "--parity", 3).stderr
+    done = run(*given, "--step-tag", "<t>")
+    assert done.exit_code == 0, done.output
+    expected = evaluation.evaluate(rmfast.load(tmp_path / "model"), rows, step_tag="<t>")
+    assert str(expected) in done.stdout
+    assert "was begun with step_tag" in run(*given, "--step-tag", "+").stderr
+    # Another threshold is another table of the same scores.
+    lower = run(*given, "--step-tag", "<t>", "--threshold", 0.1)
+    again = evaluation.evaluate(rmfast.load(tmp_path / "model"), rows, step_tag="<t>", threshold=0.1)
+    assert str(again) in lower.stdout and "is complete" in lower.stderr

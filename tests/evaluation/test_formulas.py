@@ -157,6 +157,33 @@ def test_styles(seed):
     )
 
 
+@pytest.mark.parametrize("threshold", [None, 0.5, 0.2])
+@pytest.mark.parametrize("seed", range(4))
+def test_the_first_wrong_step(seed, threshold):
+    rows, rng = written.process_bench(24, seed), random.Random(seed)
+    of, items = read_items((Row(i + 1, row) for i, row in enumerate(rows)), None, "<t>", threshold)
+    values = [[rng.choice([0.1, 0.3, 0.5, 0.7, 0.9, 0.9, 0.9]) for _ in row["steps"]] for row in rows]
+    got = evaluated(of, items, values, resamples=20)
+    f1s = []
+    for name in ("gsm8k", "math"):
+        error, correct = [], []
+        for row, each in zip(rows, values):
+            if row["id"].startswith(name):
+                under = [place for place, value in enumerate(each) if value < (threshold or 0.5)]
+                (correct if row["label"] == -1 else error).append((under[0] if under else -1) == row["label"])
+        a, b = average(error), average(correct)
+        f1s.append(2 * a * b / (a + b) if a + b else 0)
+        assert got[name, "error accuracy"].value == pytest.approx(a)
+        assert got[name, "correct accuracy"].value == pytest.approx(b)
+        assert got[name, "F1"].value == pytest.approx(f1s[-1])
+        assert (got[name, "error accuracy"].n, got[name, "correct accuracy"].n) == (len(error), len(correct))
+    assert got["all", "F1"].value == pytest.approx(average(f1s))
+    columns = got.leaderboard_scores("me")
+    assert columns["scores"] == values and sum(columns["match"]) == sum(
+        place == row["label"] for place, row in zip(columns["prediction"], rows)
+    )
+
+
 @pytest.mark.parametrize("make", [written.pairs, written.rewardbench, written.rewardbench2, written.rm_bench])
 def test_a_layout_is_told_by_its_columns(make):
     names = {"pairs": "pairs", "rewardbench": "rewardbench", "rewardbench2": "rewardbench2", "rm_bench": "rm-bench"}
@@ -188,6 +215,31 @@ def test_a_row_that_differs_is_named_by_its_line(make, change, message):
     rows[1] = {**rows[0], **change}
     with pytest.raises(ValueError, match=rf"line 2: .*{message}"):
         found(rows)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"label": 9}, "has label 9 and"),
+        ({"label": "last"}, "column 'label' holds no whole number but 'last'"),
+        ({"problem": "so <t>"}, "has the tag '<t>' in its problem"),
+        ({"steps": ["one", "two<t>"], "label": -1}, "has the tag '<t>' in its step 1"),
+        ({"steps": "one"}, "column 'steps' holds text"),
+    ],
+)
+def test_a_solution_that_differs_is_named_by_its_line(change, message):
+    rows = written.process_bench()
+    rows[1] = {**rows[1], **change}
+    with pytest.raises(ValueError, match=rf"line 2: .*{message}"):
+        read_items((Row(i + 1, row) for i, row in enumerate(rows)), None, "<t>")
+
+
+def test_a_tag_goes_with_steps_alone():
+    assert layout_of(written.process_bench()[0], None, "<t>", 0.2).threshold == 0.2
+    with pytest.raises(ValueError, match="Expected step_tag, the token behind each step"):
+        layout_of(written.process_bench()[0])
+    with pytest.raises(ValueError, match="no step_tag and threshold with rows of the layout pairs"):
+        layout_of(written.pairs()[0], None, "<t>")
 
 
 def test_an_id_of_ties_twice_is_refused():
