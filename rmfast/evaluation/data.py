@@ -7,6 +7,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from rmfast import arguments
 from rmfast.texts.chat import messages_in
 from rmfast.texts.tables import SUFFIXES, Row, read_rows
 
@@ -81,6 +82,7 @@ def given_rows(given: str | Path | Iterable[Mapping[str, Any]]) -> Iterator[Row]
         return
     if isinstance(given, Mapping) or not isinstance(given, Iterable):
         raise TypeError(f"Expected data to be a file, a name or rows, got {type(given).__name__}")
+    arguments.expect_dimension("data", given)
     for number, data in enumerate(given):
         if not isinstance(data, Mapping):
             raise TypeError(f"Expected data[{number}] to be a mapping, got {type(data).__name__}")

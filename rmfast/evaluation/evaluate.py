@@ -89,7 +89,7 @@ def read_items(
             layout = layout or layout_of(cells, name, step_tag, threshold)
             items.append(layout.item(cells))
         except ValueError as error:
-            raise ValueError(f"line {row.line}: {error}") from None
+            raise ValueError(f"data, line {row.line}: {error}") from None
     if layout is None:
         raise ValueError("Expected data with at least one row, got none")
     return layout, items

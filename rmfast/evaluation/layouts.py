@@ -29,7 +29,8 @@ def layout_of(
     if isinstance(layout, ProcessBench):
         if not step_tag:
             raise ValueError(
-                "Expected step_tag, the token behind each step at which the model is read (Qwen2.5-Math-PRM: <extra_0>)"
+                "Expected step_tag with the layout processbench, the token behind each step at which the model is read "
+                "(Qwen2.5-Math-PRM: <extra_0>)"
             )
         return ProcessBench(step_tag, None if threshold is None else number("threshold", threshold))
     if step_tag is not None or threshold is not None:

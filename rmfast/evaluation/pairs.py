@@ -96,9 +96,10 @@ class Pairs(Layout):
         margin = np.array([pair[0] - pair[1] for pair in scores])
         ties = margin == 0
         credit = (margin > 0) + self.tie * ties
+        subsets = of_subset(items)
+        unnamed = ALL if len(subsets) == 1 else "(none)"
         found = [
-            Measure(name or ALL, "accuracy", mean(credit, where), where, ties)
-            for name, where in of_subset(items).items()
+            Measure(name or unnamed, "accuracy", mean(credit, where), where, ties) for name, where in subsets.items()
         ]
         return credit, ties, found
 

@@ -98,14 +98,14 @@ def parity(rm: Scorer, inputs: Sequence[Any], *, scores: Any = None, batch_token
         off = np.abs(arguments.finite("scores", score(), len(encoded)) - base)
         return Way(way, float(off.max()), int(off.argmax()), int((off > 0).sum()), len(encoded), "")
 
-    packed = isinstance(rm.packed_engine(), str)
+    unpacked = isinstance(rm.packed_engine(), str)
     why = _not_plain(rm)
     rows = [
         of("alone", lambda: [float(rm.score([item])) for item in encoded]),
         of("in small batches, reversed", lambda: rm.score(encoded[::-1], batch_tokens=2 * longest).flip(0)),
         of(
             "padded engine", lambda: rm.score(encoded, engine="padded"),
-            "the only one that this model has" if packed else "it promises no equal bits" if rm.invariant else None,
+            "the only one that this model has" if unpacked else "it promises no equal bits" if rm.invariant else None,
         ),
         of("transformers, alone", lambda: plain(rm, encoded, 1), why),
         of("transformers, batches of 8", lambda: plain(rm, encoded, _BATCH), why or _not_padded(rm)),

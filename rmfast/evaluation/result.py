@@ -10,7 +10,7 @@ import numpy as np
 
 from rmfast import arguments
 from rmfast.evaluation.bootstrap import clusters, intervals
-from rmfast.evaluation.layout import Item, Layout
+from rmfast.evaluation.layout import ALL, Item, Layout
 from rmfast.plots import axes, needed
 
 
@@ -196,6 +196,10 @@ class Differences(Table[Change]):
 def figures(layout: Layout, items: Sequence[Item], scores: Sequence[np.ndarray], **bootstrap: Any) -> list[Figure]:
     """The figures of a layout, with intervals of a bootstrap over prompts (resamples, confidence, seed)."""
     found = layout.measures(items, scores)
+    if len({(measure.subset, measure.measure) for measure in found}) < len(found):
+        raise ValueError(
+            f"Expected data without a subset called {ALL!r}, which figures over several subsets are called"
+        )
     of = clusters([item.prompt for item in items])
     once = np.ones((1, len(items)))
     low, high = intervals([measure.value for measure in found], of, **bootstrap)

@@ -49,6 +49,19 @@ def test_pairs_without_a_subset_have_one_figure():
     assert [row[:2] for row in got.rows] == [("all", "accuracy")]
 
 
+def test_pairs_of_no_subset_among_others_are_named_so():
+    rows = [row | ({"subset": None} if i < 4 else {}) for i, row in enumerate(written.pairs(12))]
+    got, _ = found(rows)
+    assert got["(none)", "accuracy"].n == 4 and got["all", "accuracy"].n == 12
+
+
+def test_a_subset_called_all_is_refused_beside_others():
+    with pytest.raises(ValueError, match="without a subset called 'all'"):
+        found([row | ({"subset": "all"} if i < 4 else {}) for i, row in enumerate(written.pairs(12))])
+    got, _ = found([row | {"subset": "all"} for row in written.pairs(12)])
+    assert len(got.rows) == 1
+
+
 @pytest.mark.parametrize("seed", range(5))
 def test_sections_of_rewardbench_weight_their_subsets_and_a_tie_is_wrong(seed):
     rows = written.rewardbench(36)
@@ -236,7 +249,7 @@ def test_a_solution_that_differs_is_named_by_its_line(change, message):
 
 def test_a_tag_goes_with_steps_alone():
     assert layout_of(written.process_bench()[0], None, "<t>", 0.2).threshold == 0.2
-    with pytest.raises(ValueError, match="Expected step_tag, the token behind each step"):
+    with pytest.raises(ValueError, match="Expected step_tag with the layout processbench, the token"):
         layout_of(written.process_bench()[0])
     with pytest.raises(ValueError, match="no step_tag and threshold with rows of the layout pairs"):
         layout_of(written.pairs()[0], None, "<t>")

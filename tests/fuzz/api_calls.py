@@ -19,7 +19,7 @@ import torch
 from safetensors.torch import save_file
 
 import rmfast
-from rmfast import debias, interventions, last_token, losses, ops, values
+from rmfast import debias, evaluation, interventions, last_token, losses, ops, values
 from rmfast.interpret.comparison import mean_of_pairs
 
 Right = Callable[[Any], bool]
@@ -213,6 +213,7 @@ def calls() -> Iterator[Call]:
     yield from _sweeps(w)
     yield from _readings(w)
     yield from _biases(w)
+    yield from _benchmarks(w)
     yield from _training(w)
     yield from _kernels(w)
 
@@ -419,6 +420,16 @@ def _biases(w: SimpleNamespace) -> Iterator[Call]:
     yield call("LWR.expected", w.curve.expected, characters=([1, 2], array))
     yield call("Intervention.save", w.clamp.save, path=("saved", path))
     yield call("interventions.load", interventions.load, path=(w.folder / "clamp", path))
+
+
+def _benchmarks(w: SimpleNamespace) -> Iterator[Call]:
+    rm, rows = (w.rm, instance(rmfast.RewardModel)), [dict(zip(("prompt", "chosen", "rejected"), p)) for p in PAIRS]
+    yield call("evaluate", evaluation.evaluate, rm=rm, data=(rows, instance(list, tuple, Iterator)), **OPTIONS,
+               layout=(None, optional(one_of(*evaluation.LAYOUTS))),
+               resamples=(20, whole(1)), **CONFIDENCE, **SEED)  # fmt: skip
+    found = evaluation.evaluate(w.rm, rows, resamples=5)
+    yield call("Evaluation.minus", found.minus, other=(found, instance(evaluation.Evaluation)))
+    yield call("parity", evaluation.parity, rm=rm, inputs=(TEXTS, texts), scores=([1, 2], optional(array)), **ENCODING)
 
 
 def _training(w: SimpleNamespace) -> Iterator[Call]:

@@ -300,8 +300,8 @@ WORDS = st.sampled_from(
 PATHS = st.sampled_from(
     ["in.jsonl", "in.csv", "pairs.jsonl", "nowhere.jsonl", "folder", "out.jsonl", "out.csv", "-", ""]
 )
-CALLED = {"model", "input", "pairs", "output", "clean", "corrupted", "traceback"}
-SLOW = {"trials": "2", "k": "1"}
+CALLED = {"model", "input", "pairs", "data", "output", "clean", "corrupted", "traceback"}
+SLOW = {"debias": {"trials": "2", "k": "1"}, "evaluate": {"resamples": "20", "parity": "2"}}  # of commands, always so
 
 
 def _value(option: inspect.Parameter) -> st.SearchStrategy[list[str]]:
@@ -325,7 +325,11 @@ def _kinds(annotation: Any) -> set[Any]:
 
 
 def _line(command: str) -> st.SearchStrategy[list[str]]:
-    own = [o for o in inspect.signature(COMMANDS[command]).parameters.values() if o.name not in {*CALLED, *SLOW}]
+    own = [
+        o
+        for o in inspect.signature(COMMANDS[command]).parameters.values()
+        if o.name not in {*CALLED, *SLOW.get(command, {})}
+    ]
     few = st.lists(st.sampled_from(own).flatmap(_value), max_size=4)
     return few.map(lambda options: [command, *(word for option in options for word in option)])
 
@@ -347,7 +351,8 @@ def test_any_command_line_ends_as_documented(folder, rm, tmp_path_factory, line,
         "values": ["--model", folder, "--input", "in.jsonl", "--output", out],
         "sweep": ["--model", folder, "--clean", "a good film", "--corrupted", "a grim film", "--output", out],
         "debias": ["--model", folder, "--pairs", "pairs.jsonl", "--output", out],
+        "evaluate": ["--model", folder, "--data", "pairs.jsonl", "--output", out],
     }
     given = always.get(line[0], []) if needed else []
-    slow = [word for name, value in SLOW.items() if line[0] == "debias" for word in (f"--{name}", value)]
+    slow = [word for name, value in SLOW.get(line[0], {}).items() for word in (f"--{name}", value)]
     run(place, line[0], *given, *slow, *line[1:])
