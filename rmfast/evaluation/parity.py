@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
@@ -85,26 +86,27 @@ def parity(rm: Scorer, inputs: Sequence[Any], *, scores: Any = None, batch_token
     expect_scorer(rm)
     expect_one_reward(rm)
     encoded = rm.encode(inputs, **encoding)
+    score = partial(rm.score, max_length=encoding.get("max_length"))  # else one over the model's own limit is refused
     if not encoded:
         raise ValueError("Expected inputs with at least one text, got none")
     if scores is None:
-        scores = rm.score(encoded, batch_tokens=batch_tokens)
+        scores = score(encoded, batch_tokens=batch_tokens)
     base = arguments.finite("scores", scores, len(encoded))
     longest = max(map(len, encoded))
 
-    def of(way: str, score: Callable[[], Any], why: str | None = None) -> Way:
+    def of(way: str, scored: Callable[[], Any], why: str | None = None) -> Way:
         if why is not None:
             return Way(way, float("nan"), -1, 0, len(encoded), why)
-        off = np.abs(arguments.finite("scores", score(), len(encoded)) - base)
+        off = np.abs(arguments.finite("scores", scored(), len(encoded)) - base)
         return Way(way, float(off.max()), int(off.argmax()), int((off > 0).sum()), len(encoded), "")
 
     unpacked = isinstance(rm.packed_engine(), str)
     why = _not_plain(rm)
     rows = [
-        of("alone", lambda: [float(rm.score([item])) for item in encoded]),
-        of("in small batches, reversed", lambda: rm.score(encoded[::-1], batch_tokens=2 * longest).flip(0)),
+        of("alone", lambda: [float(score([item])) for item in encoded]),
+        of("in small batches, reversed", lambda: score(encoded[::-1], batch_tokens=2 * longest).flip(0)),
         of(
-            "padded engine", lambda: rm.score(encoded, engine="padded"),
+            "padded engine", lambda: score(encoded, engine="padded"),
             "the only one that this model has" if unpacked else "it promises no equal bits" if rm.invariant else None,
         ),
         of("transformers, alone", lambda: plain(rm, encoded, 1), why),
@@ -131,7 +133,7 @@ def plain(rm: Scorer, encoded: Sequence[Encoded], size: int) -> list[float]:
             logits: Any = logits_of(binding.root(**given))
             if logits.dim() == 3:
                 at = [rm.position(item.ids, start + i) for i, item in enumerate(batch)]
-                logits = logits[torch.arange(len(batch)), at]
+                logits = logits[list(range(len(batch))), at]
             found += logits.reshape(len(batch)).double().tolist()
     return found
 

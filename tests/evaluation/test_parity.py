@@ -91,6 +91,14 @@ def test_ways_that_cannot_be_tried_say_why():
     assert evaluation.parity(invariant, PAIRS)["padded engine"].why == "it promises no equal bits"
 
 
+def test_texts_over_the_models_limit_are_scored_where_that_was_asked_for():
+    long = [("x" * 300, "a"), ("x" * 200, "bc")]
+    found = evaluation.parity(model(), long, max_length=400)
+    assert found.largest < 1e-4
+    cut = evaluation.parity(model(), long, max_length=20, truncation="left")
+    assert cut.largest < 2e-5
+
+
 def test_what_is_wrong_is_said():
     rm = model()
     with pytest.raises(ValueError, match="at least one text"):
