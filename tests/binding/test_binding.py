@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import pickle
 import threading
-from typing import ClassVar
 
 import models as M
 import pytest
@@ -62,16 +61,14 @@ def test_the_norms_eps_is_the_modules_own():
 class OddNorm(nn.Module):
     """A norm that is none of the formulas; `rows` are those that it ran on, beside its settings, which are its own."""
 
-    rows: ClassVar[list[int]] = []
-
-    rows: ClassVar = []  # of the class: a list of its own that changes would be a setting that does
+    rows = ()
 
     def __init__(self, d):
         super().__init__()
         self.weight = nn.Parameter(torch.rand(d) + 0.5)
 
     def forward(self, x):
-        OddNorm.rows.append(x.shape[:-1].numel())
+        OddNorm.rows += (x.shape[:-1].numel(),)
         return self.weight * x / (1e-3 + x.abs().mean(-1, keepdim=True))
 
 
@@ -80,7 +77,7 @@ def test_an_unknown_norm_is_run_by_its_own_module_on_the_scored_rows():
     model.model.norm = OddNorm(48)
     reward_model = RewardModel(model, invariant=False)  # without rows of padding
     assert reward_model.binding.norm_kind is None and reward_model.binding.leaves_norm_out
-    OddNorm.rows.clear()
+    OddNorm.rows = ()
     got = reward_model.score(IDS)
     assert sum(OddNorm.rows) == len(IDS)
     M.assert_rewards(got, own_scores(model), M.reward_scale(model))
