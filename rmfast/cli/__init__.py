@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 import rmfast
-from rmfast.cli import debias, explain, score, sweep, values
+from rmfast.cli import debias, explain, score, steps, sweep, values
 
 __all__ = ["app", "main"]
 
@@ -22,6 +22,7 @@ app = typer.Typer(
 
 app.command()(score.score)
 app.command()(values.values)
+app.command()(steps.steps)
 app.command()(sweep.sweep)
 app.command()(debias.debias)
 app.command()(explain.explain)

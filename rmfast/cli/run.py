@@ -1,4 +1,4 @@
-"""The resumable run over files that `score` and `values` share."""
+"""The resumable run over files that `score`, `values` and `steps` share."""
 
 from __future__ import annotations
 
@@ -27,12 +27,18 @@ Score = Callable[[list[Any]], Any]  # encoded inputs to a reward, or token rewar
 
 
 class Run:
-    """One run of `score` or `values`: windows of rows in, lines out, in the input's order."""
+    """One run of `score` or `values`: windows of rows in, lines out, in the input's order. `steps` has its own."""
 
     output: Lines
 
     def __init__(
-        self, command: str, options: Options, column: str, tokens: bool = False, interventions: list[Path] | None = None
+        self,
+        command: str,
+        options: Options,
+        column: str,
+        tokens: bool = False,
+        interventions: list[Path] | None = None,
+        layout: Callable[..., Layout] = Layout,
     ) -> None:
         self.options, self.column, self.interventions = options, column, interventions or []
         self.kind = options.input_format or kind_of(options.input)
@@ -43,7 +49,7 @@ class Run:
         self.base = _base_folder(local)
         self.encoding = encoding_of(options)
         fixed = ("columns", "pooling", "num_labels", "dtype", "compute", "revision", "gguf_file")
-        names = [field.name for field in dataclasses.fields(Options) if field.name.endswith("_column")]
+        names = [field.name for field in dataclasses.fields(options) if field.name.endswith("_column")]
         self.run = {
             "rmfast": rmfast.__version__,
             "command": command,
@@ -59,23 +65,32 @@ class Run:
             **{name: getattr(options, name) for name in [*fixed, *names]},
         }
         self.bad = self.texts = self.n_tokens = self.cut = 0
-        self.layout = Layout(options, self.source, self.kind, column, tokens)
+        self.layout = layout(options, self.source, self.kind, column, tokens)
 
-    def go(self, method: str) -> None:
-        """Score all rows that are not done, by the model's `score` or `token_values`."""
+    def load(self) -> Any:
+        """The model."""
+        return load_model(self.options)
+
+    def encode(self, model: Any, inputs: list[Any]) -> list[Any]:
+        """The inputs as token ids; errors in the place of those that can't be scored."""
+        return model.encode(inputs, errors="return", **self.encoding)
+
+    def go(self, method: str, **settings: Any) -> None:
+        """Score all rows that are not done, by a method of the model's, which is given `settings`."""
         o = self.options
+        self.run |= settings
         with opened(o.output, self.run, reads=self._reads(), overwrite=o.overwrite) as self.output:
             if self.output.finished:
                 return typer.echo(f"rmfast: {o.output} is complete; --overwrite starts anew", err=True)
             try:
-                self._go(method)
+                self._go(method, settings)
             except KeyboardInterrupt as error:
                 if o.output != STANDARD:
                     error.args = ("(the same command goes on where it stopped)",)
                 raise
 
-    def _go(self, method: str) -> None:
-        model = load_model(self.options)
+    def _go(self, method: str, settings: dict[str, Any]) -> None:
+        model = self.load()
         if self.interventions:
             from rmfast.interventions import load
 
@@ -89,7 +104,7 @@ class Run:
 
         o = self.options
         function = functools.partial(
-            getattr(model, method), batch_tokens=o.batch_tokens, max_length=o.max_length, engine=o.engine
+            getattr(model, method), batch_tokens=o.batch_tokens, max_length=o.max_length, engine=o.engine, **settings
         )
         first, start = self.output.next_row, time.perf_counter()
         backend = chosen_backend(o)
@@ -141,7 +156,7 @@ class Run:
             except BadRow as error:
                 errors[place] = str(error)
         given = [item for _, item in inputs]
-        encoded = model.encode(given, errors="return", **self.encoding)
+        encoded = self.encode(model, given)
         results: dict[int, list[tuple[Any, Any]]] = {}  # place: (encoded input, reward) of its texts
         for place, item, result in self._results([place for place, _ in inputs], encoded, errors, function):
             if not _finite(result):
@@ -152,7 +167,7 @@ class Run:
         lines, skipped = [], []
         for place, row in enumerate(rows[:end]):
             if place not in errors:
-                lines.append(dump_line(row.data | self.layout.cells(model, results[place])))
+                lines.append(dump_line(row.data | self.layout.cells(model, row, results[place])))
                 continue
             self.bad += 1
             self._report(row.line, errors[place])

@@ -258,6 +258,12 @@ def _models(w: SimpleNamespace) -> Iterator[Call]:
     yield call("token_values", rm.token_values, **inputs, **NORMALIZE, **OPTIONS, **ENGINE)
     responses = {k: v for k, v in OPTIONS.items() if k != "truncation"}
     yield call(
+        "step_scores", rm.step_scores, question=("1 + 1?", anything), steps=([["a", "b"], ["c"]], anything),
+        reduce=("min", optional(one_of("min", "prod", "last", "mean"))), separator=(" ", optional(instance(str))),
+        step_tag_id=(None, optional(whole(0, 271))), activation=(None, optional(one_of("sigmoid", "none"))),
+        **responses, **ENGINE,
+    )  # fmt: skip
+    yield call(
         "values_and_reward", rm.values_and_reward, inputs=([("a", "b"), ("c", "de")], texts),
         gamma=(0.9, number(0, 1)), lam=(0.9, number(0, 1)), **responses, **ENGINE,
     )  # fmt: skip
