@@ -31,6 +31,8 @@ if TYPE_CHECKING:
     from rmfast.patching.grid import PatchSweep as PatchSweep
     from rmfast.reward_model import RewardModel as RewardModel
     from rmfast.reward_model import load as load
+    from rmfast.rewards.ensemble import Ensemble as Ensemble
+    from rmfast.rewards.ensemble import EnsembleScores as EnsembleScores
     from rmfast.texts.inputs import InputError as InputError
     from rmfast.training.values import ResponseValues as ResponseValues
 
@@ -45,6 +47,8 @@ _HOME = {
     "explain": "rmfast.backends",
     "InputError": "rmfast.texts.inputs",
     "DirectionRemoval": "rmfast.debias.interventions",
+    "Ensemble": "rmfast.rewards.ensemble",
+    "EnsembleScores": "rmfast.rewards.ensemble",
     "Lens": "rmfast.interpret.lens",
     "LengthPenalty": "rmfast.debias.interventions",
     "LWR": "rmfast.debias.interventions",
@@ -65,6 +69,8 @@ __all__ = [
     "BackendError",
     "Comparison",
     "DirectionRemoval",
+    "Ensemble",
+    "EnsembleScores",
     "Estimate",
     "InputError",
     "LengthPenalty",

@@ -271,6 +271,10 @@ def _models(w: SimpleNamespace) -> Iterator[Call]:
         "values_and_reward of given rewards", rm.values_and_reward, inputs=([[5, 6, 7], [8, 9, 10]], anything),
         rewards=([[1.0], [1.0]], optional(all_of(all_of(number())))), response_start=([2, 2], all_of(whole(0, 2))),
     )  # fmt: skip
+    members = all_of(instance(rmfast.RewardModel), 1)
+    yield call("Ensemble", rmfast.Ensemble, members=([rm, w.three], members), beta=(1.0, number(0, open=True)),
+               reduce=("min", one_of("mean", "min", "uwo", "soft_min")), lam=(0.5, number(0)))  # fmt: skip
+    yield call("Ensemble.score", rmfast.Ensemble([rm, rm]).score, **inputs, **OPTIONS, **ENGINE)
     yield call("split", w.values.split, flat=(w.values.values, tensor))
     yield call("with_interventions", rm.with_interventions)
     yield call(
