@@ -116,11 +116,12 @@ class Ensemble:
     @takes(ScoreOptions)
     def score(self, inputs: Sequence[Any], **options: Unpack[ScoreOptions]) -> EnsembleScores:
         """Rewards of all members and what they reduce to; arguments and errors are those of `RewardModel.score`."""
-        running = (options.pop("batch_tokens", None), options.pop("progress", False), options.pop("engine", None))
+        encoding: dict[str, Any] = {**options}
+        running = (encoding.pop("batch_tokens", None), encoding.pop("progress", False), encoding.pop("engine", None))
         encoded: dict[Any, list[Encoded]] = {}
         for member, key in zip(self.members, self._tokens):
             if key not in encoded:
-                encoded[key] = member.rm.encode(inputs, **options)
+                encoded[key] = member.rm.encode(inputs, **encoding)
         found: dict[int, Tensor] = {}
         for group in self._groups:
             pending = list(group)
