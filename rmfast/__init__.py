@@ -33,6 +33,8 @@ if TYPE_CHECKING:
     from rmfast.reward_model import load as load
     from rmfast.rewards.ensemble import Ensemble as Ensemble
     from rmfast.rewards.ensemble import EnsembleScores as EnsembleScores
+    from rmfast.rewards.strength import Strength as Strength
+    from rmfast.rewards.strength import strength as strength
     from rmfast.texts.inputs import InputError as InputError
     from rmfast.training.values import ResponseValues as ResponseValues
 
@@ -58,6 +60,8 @@ _HOME = {
     "RewardModel": "rmfast.reward_model",
     "SAE": "rmfast.interpret.sae",
     "SAEAttribution": "rmfast.interpret.sae_attribution",
+    "Strength": "rmfast.rewards.strength",
+    "strength": "rmfast.rewards.strength",
     "TokenHead": "rmfast.heads.tokens",
     "load": "rmfast.reward_model",
 }
@@ -80,6 +84,7 @@ __all__ = [
     "ResponseValues",
     "RewardModel",
     "SAEAttribution",
+    "Strength",
     "TokenHead",
     "__version__",
     "backend",
@@ -90,6 +95,7 @@ __all__ = [
     "load",
     "losses",
     "ops",
+    "strength",
 ]
 
 

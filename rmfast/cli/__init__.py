@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 import rmfast
-from rmfast.cli import debias, explain, merge, score, steps, sweep, values
+from rmfast.cli import debias, explain, merge, score, steps, strength, sweep, values
 
 __all__ = ["app", "main"]
 
@@ -25,6 +25,7 @@ app.command()(values.values)
 app.command()(steps.steps)
 app.command()(sweep.sweep)
 app.command()(debias.debias)
+app.command()(strength.strength)
 app.command()(merge.merge)
 app.command()(explain.explain)
 

@@ -53,8 +53,7 @@ class Run:
         self.run = {
             "rmfast": rmfast.__version__,
             "command": command,
-            "model": str(local.resolve()) if local.exists() else options.model,
-            "model_files": _files_digest(local) if local.exists() else None,
+            **dict(zip(("model", "model_files"), digest_of_model(options.model))),
             "base": None if self.base is None else str(self.base.resolve()),
             "base_files": None if self.base is None else _files_digest(self.base),
             "interventions": [_content_digest(folder) for folder in self.interventions] or None,
@@ -130,7 +129,7 @@ class Run:
         yield Path("/dev/stdin") if self.options.input == STANDARD else self.options.input
         yield from files_of_options(self.options.tools, self.options.chat_template_kwargs)
         for folder in (Path(self.options.model), *([self.base] if self.base else []), *self.interventions):
-            yield from _model_files(folder)
+            yield from model_files(folder)
 
     def _rates(self, seconds: float) -> str:
         return f"{self.texts / seconds:.1f} texts/s, {self.n_tokens / seconds:.0f} tokens/s"
@@ -214,7 +213,7 @@ class Run:
         tqdm.write(f"{self.source.name}, line {line}: {reason}", file=sys.stderr)
 
 
-def _model_files(path: Path) -> list[Path]:
+def model_files(path: Path) -> list[Path]:
     """The files of a local model or intervention; none of one on the hub.
 
     Tables are none of the model's: they are what somebody keeps there, as the output of this or another run.
@@ -249,9 +248,15 @@ def _adapter_revision(options: Options) -> str | None:
     return extract_commit_hash(file, None)
 
 
+def digest_of_model(model: str) -> list[str | None]:
+    """What a model is: its folder and a digest of its files, or its id on the hub."""
+    local = Path(model)
+    return [str(local.resolve()), _files_digest(local)] if local.exists() else [model, None]
+
+
 def _files_digest(folder: Path) -> str:
     """Of the names, sizes and times of a model's files: reading 16 GB of weights at every start would take 16 s."""
-    seen = [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in _model_files(folder)]
+    seen = [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in model_files(folder)]
     return hashlib.sha256(repr(seen).encode()).hexdigest()
 
 

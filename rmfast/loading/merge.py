@@ -61,8 +61,8 @@ def merge(models: Sequence[Any], output: Any) -> list[float]:
         for path, distance in zip(paths, distances):
             if not distance <= _FARTHEST:
                 raise ValueError(
-                    f"Expected models fine-tuned from one base: the weights of {path} are {distance:.2f} of their norm away "
-                    f"from those of {paths[0]}, and the mean of models without a common base is none"
+                    f"Expected models fine-tuned from one base: the weights of {path} are {distance:.2f} of their norm "
+                    f"away from those of {paths[0]}, and the mean of models without a common base is none"
                 )
         if made.exists():
             made.rmdir()

@@ -105,6 +105,11 @@ class Ensemble:
         """How often a body runs; once more for members that share one and read other tokens."""
         return len(self._groups)
 
+    @property
+    def same_ids(self) -> bool:
+        """Whether a text has the same token ids for all members."""
+        return len(set(self._tokens)) == 1
+
     def __repr__(self) -> str:
         more = {"uwo": f", lam={self.lam:g}", "soft_min": f", beta={self.beta:g}"}.get(self.reduce, "")
         return f"Ensemble({self.size} members, {self.runs} runs, reduce={self.reduce!r}{more})"
@@ -152,9 +157,7 @@ class Ensemble:
     def reduced(self, members: Tensor) -> tuple[Tensor, Tensor]:
         """Rewards (N,) and standard deviations (N,) of members' rewards (M, N), summed in their order, in fp64."""
         wide, count = members.double(), len(members)
-        mean = sum(wide[1:], wide[0]) / count
-        squares = [(each - mean).square() for each in wide]
-        variance = sum(squares[1:], squares[0]) / count
+        mean, variance = moments(wide)
         if self.reduce == "mean":
             out = mean
         elif self.reduce == "uwo":
@@ -166,6 +169,13 @@ class Ensemble:
                 least = least - self.beta * (rowwise.each(torch.log, sum(powers[1:], powers[0])) - math.log(count))
             out = least
         return out.to(members), variance.sqrt().to(members)
+
+
+def moments(members: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean (N,) and variance (N,) of (M, N), by M, added up in the members' order."""
+    mean = sum(members[1:], members[0]) / len(members)
+    squares = [(each - mean).square() for each in members]
+    return mean, sum(squares[1:], squares[0]) / len(members)
 
 
 def _member(given: Any) -> _Member:

@@ -275,6 +275,13 @@ def _models(w: SimpleNamespace) -> Iterator[Call]:
     yield call("Ensemble", rmfast.Ensemble, members=([rm, w.three], members), beta=(1.0, number(0, open=True)),
                reduce=("min", one_of("mean", "min", "uwo", "soft_min")), lam=(0.5, number(0)))  # fmt: skip
     yield call("Ensemble.score", rmfast.Ensemble([rm, rm]).score, **inputs, **OPTIONS, **ENGINE)
+    yield call("strength", rmfast.strength, ensemble=(rmfast.Ensemble([rm, rm]), instance(rmfast.Ensemble)),
+               pairs=(PAIRS, instance(list, tuple, Iterator)), **OPTIONS, **ENGINE)  # fmt: skip
+    fitted = {"loss": (None, anything), "l2": (0.1, number(0, open=True))}
+    yield call("heads.fit", partial(rmfast.heads.fit, rm), inputs=(TEXTS, texts), targets=([0.5, 1.0], anything),
+               **fitted, **OPTIONS)  # fmt: skip
+    yield call("heads.fit of pairs", partial(rmfast.heads.fit, rm), inputs=(TEXTS, texts), pairs=([(0, 1)], anything),
+               **fitted)  # fmt: skip
     yield call("split", w.values.split, flat=(w.values.values, tensor))
     yield call("with_interventions", rm.with_interventions)
     yield call(
