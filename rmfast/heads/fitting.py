@@ -67,7 +67,8 @@ def fit(
     l2 = number("l2", l2, 0, above=True)
     if (targets is None) == (pairs is None):
         raise ValueError("Expected targets or pairs, got " + ("neither" if pairs is None else "both"))
-    loss = word("loss", loss or ("ridge" if pairs is None else "logistic"), ("ridge", "logistic"))  # type: ignore[assignment]
+    default = "ridge" if pairs is None else "logistic"
+    kind = word("loss", default if loss is None else loss, ("ridge", "logistic"))
     given = isinstance(inputs, Tensor) and inputs.dim() == 2 and inputs.is_floating_point()
     if given and options:
         raise TypeError(f"Expected no {min(options)} with rows")
@@ -78,11 +79,11 @@ def fit(
     spread = x.std(0)
     spread[spread == 0] = 1.0  # of no influence: a constant is the bias
     if pairs is not None:
-        if loss != "logistic":
-            raise ValueError(f'Expected loss to be "logistic" with pairs, got {loss!r}')
+        if kind != "logistic":
+            raise ValueError(f'Expected loss to be "logistic" with pairs, got {kind!r}')
         at = _places(pairs, len(x))
         weight, bias = _logistic((x[at[:, 0]] - x[at[:, 1]]) / spread, np.ones(len(at)), l2, False)
-    elif loss == "logistic":
+    elif kind == "logistic":
         y = array("targets", targets, len(x))
         if not np.isin(y, (0, 1)).all():
             raise ValueError('Expected targets to be 0 or 1 for loss="logistic"')

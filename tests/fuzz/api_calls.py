@@ -276,7 +276,7 @@ def _models(w: SimpleNamespace) -> Iterator[Call]:
                reduce=("min", one_of("mean", "min", "uwo", "soft_min")), lam=(0.5, number(0)))  # fmt: skip
     yield call("Ensemble.score", rmfast.Ensemble([rm, rm]).score, **inputs, **OPTIONS, **ENGINE)
     yield call("strength", rmfast.strength, ensemble=(rmfast.Ensemble([rm, rm]), instance(rmfast.Ensemble)),
-               pairs=(PAIRS, instance(list, tuple, Iterator)), **OPTIONS, **ENGINE)  # fmt: skip
+               pairs=(PAIRS, instance(list, tuple, np.ndarray, Iterator)), **OPTIONS, **ENGINE)  # fmt: skip
     fitted = {"loss": (None, anything), "l2": (0.1, number(0, open=True))}
     yield call("heads.fit", partial(rmfast.heads.fit, rm), inputs=(TEXTS, texts), targets=([0.5, 1.0], anything),
                **fitted, **OPTIONS)  # fmt: skip
