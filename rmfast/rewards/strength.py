@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from torch import Tensor
 
-from rmfast.arguments import instance
+from rmfast.arguments import instance, sequence
 from rmfast.engine.options import ScoreOptions, takes
 from rmfast.rewards.ensemble import Ensemble, moments
 from rmfast.texts.pairs import read_pairs
@@ -47,7 +47,7 @@ def strength(ensemble: Ensemble, pairs: Iterable[Any], **options: Unpack[ScoreOp
     instance("ensemble", ensemble, Ensemble)
     if ensemble.size < 2:
         raise ValueError(f"Expected an ensemble of at least two members, got {ensemble.size}")
-    both = [side for pair in read_pairs(pairs) for side in pair.inputs]
+    both = [side for pair in read_pairs(sequence("pairs", pairs, "a sequence of pairs")) for side in pair.inputs]
     members = ensemble.score(both, **options).members
     margins = members[:, ::2].double() - members[:, 1::2].double()
     mean, variance = moments(margins)
