@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from rmfast.arguments import array, finite, number, word
+from rmfast.binding.session import on_the_host
 from rmfast.heads.linear import Linear
 
 
@@ -31,8 +32,9 @@ def rows(rm: Any, inputs: Sequence[Any], *, positions: Sequence[int] | None = No
         x = rm.binding.normed(hidden, at)[0]
         return x.to(torch.promote_types(x.dtype, torch.float32))
 
-    found = rm.run(encoded, rm.reads(encoded, positions), *running, normed)
-    return torch.cat(found) if found else torch.empty(0, rm.binding.width)
+    with on_the_host():
+        found = rm.run(encoded, rm.reads(encoded, positions), *running, normed)
+        return torch.cat(found) if found else torch.empty(0, rm.binding.width)
 
 
 _RUNNING = {"batch_tokens": None, "progress": False, "engine": None}
