@@ -224,6 +224,7 @@ setup(
         "rmfast.loading",
         "rmfast.ops",
         "rmfast.patching",
+        "rmfast.rewards",
         "rmfast.texts",
         "rmfast.training",
         "rmfast.kernels",

@@ -26,7 +26,6 @@ import torch
 import transformers
 from rich.console import Console
 from rich.text import Text
-from scipy.optimize import minimize
 
 import rmfast
 
@@ -87,44 +86,26 @@ def heading(text: str) -> None:
 
 def train(base: Path, rated: list[tuple[float, str]], folder: Path) -> tuple[Path, float]:
     """Fit a head, save the model with it as a transformers folder; returns that and the mean training reward."""
-    model = transformers.AutoModelForSequenceClassification.from_pretrained(base)
+    model = transformers.AutoModelForSequenceClassification.from_pretrained(base, num_labels=1)
     tokenizer = transformers.AutoTokenizer.from_pretrained(base)
-    d = model.config.hidden_size
-    # A reward model whose head is the identity: its d "rewards" are the features that any linear head reads.
-    model.score = torch.nn.Linear(d, d, bias=False)
-    torch.nn.init.eye_(model.score.weight)
-    model.config.num_labels = d
+    rm = rmfast.RewardModel(model, tokenizer)
     began = time.perf_counter()
-    features = rmfast.RewardModel(model, tokenizer).score([text for _, text in rated], progress=True).double().numpy()
+    features = rmfast.heads.rows(rm, [text for _, text in rated], progress=True)
     seconds = time.perf_counter() - began
     better, worse = demo_data.training_pairs(
         np.array([rating for rating, _ in rated]), partners=20, rng=np.random.default_rng(1)
     )
-    weight = bradley_terry(features, better, worse)
-    accuracy = float(((features[better] - features[worse]) @ weight > 0).mean())
+    weight = rmfast.heads.fit(rm, features, pairs=np.stack([better, worse], 1), l2=L2).weight
+    rewards = (features @ weight[0]).numpy()
+    accuracy = float((rewards[better] > rewards[worse]).mean())
     console.print(f"features of {len(rated)} snippets in {seconds:.1f} s; {len(better)} pairs, {accuracy:.1%} right")
 
-    model.score = torch.nn.Linear(d, 1, bias=False)
     with torch.no_grad():
-        model.score.weight.copy_(torch.from_numpy(weight)[None])
-    model.config.num_labels = 1
+        model.score.weight.copy_(weight)
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     console.print(f"saved as {folder}")
-    return folder, float((features @ weight).mean())
-
-
-def bradley_terry(features: np.ndarray, better: np.ndarray, worse: np.ndarray) -> np.ndarray:
-    """The weight (d,) that maximises the likelihood of the pairs, features (N, d), with an L2 penalty."""
-    spread = features.std(axis=0)
-    difference = (features[better] - features[worse]) / spread
-
-    def loss(weight: np.ndarray) -> tuple[float, np.ndarray]:
-        margin = difference @ weight
-        gradient = -difference.T @ (1 / (1 + np.exp(margin))) / len(margin)
-        return np.logaddexp(0, -margin).mean() + L2 / 2 * weight @ weight, gradient + L2 * weight
-
-    return minimize(loss, np.zeros(features.shape[1]), jac=True, method="L-BFGS-B").x / spread
+    return folder, float(rewards.mean())
 
 
 def score(folder: Path, pairs: list[dict[str, object]]) -> None:

@@ -31,6 +31,10 @@ if TYPE_CHECKING:
     from rmfast.patching.grid import PatchSweep as PatchSweep
     from rmfast.reward_model import RewardModel as RewardModel
     from rmfast.reward_model import load as load
+    from rmfast.rewards.ensemble import Ensemble as Ensemble
+    from rmfast.rewards.ensemble import EnsembleScores as EnsembleScores
+    from rmfast.rewards.strength import Strength as Strength
+    from rmfast.rewards.strength import strength as strength
     from rmfast.texts.inputs import InputError as InputError
     from rmfast.training.values import ResponseValues as ResponseValues
 
@@ -45,6 +49,8 @@ _HOME = {
     "explain": "rmfast.backends",
     "InputError": "rmfast.texts.inputs",
     "DirectionRemoval": "rmfast.debias.interventions",
+    "Ensemble": "rmfast.rewards.ensemble",
+    "EnsembleScores": "rmfast.rewards.ensemble",
     "Lens": "rmfast.interpret.lens",
     "LengthPenalty": "rmfast.debias.interventions",
     "LWR": "rmfast.debias.interventions",
@@ -54,6 +60,8 @@ _HOME = {
     "RewardModel": "rmfast.reward_model",
     "SAE": "rmfast.interpret.sae",
     "SAEAttribution": "rmfast.interpret.sae_attribution",
+    "Strength": "rmfast.rewards.strength",
+    "strength": "rmfast.rewards.strength",
     "TokenHead": "rmfast.heads.tokens",
     "load": "rmfast.reward_model",
 }
@@ -65,6 +73,8 @@ __all__ = [
     "BackendError",
     "Comparison",
     "DirectionRemoval",
+    "Ensemble",
+    "EnsembleScores",
     "Estimate",
     "InputError",
     "LengthPenalty",
@@ -74,6 +84,7 @@ __all__ = [
     "ResponseValues",
     "RewardModel",
     "SAEAttribution",
+    "Strength",
     "TokenHead",
     "__version__",
     "backend",
@@ -85,6 +96,7 @@ __all__ = [
     "load",
     "losses",
     "ops",
+    "strength",
 ]
 
 

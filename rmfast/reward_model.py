@@ -118,12 +118,9 @@ class RewardModel(Scorer):
 
     @takes(ScoreOptions)
     def token_values(  # type: ignore[override]
-        self,
-        inputs: Sequence[Any],
-        *,
-        normalize: tuple[Any, Any] | Literal["own"] | None = None,
+        self, inputs: Sequence[Any], *, normalize: tuple[Any, Any] | Literal["own"] | None = None,
         **options: Unpack[ScoreOptions],
-    ) -> list[Tensor]:
+    ) -> list[Tensor]:  # fmt: skip
         """The reward read at every token of every input, from one pass of the body.
 
         Arguments and errors are those of `score`. Value t of an input is what `score` with position t gives.
@@ -138,16 +135,46 @@ class RewardModel(Scorer):
         return super().token_values(inputs, normalize=normalize, **options)
 
     @takes(ScoreOptions, "truncation")
+    def step_scores(
+        self, question: Any, steps: Any = None, *, reduce: Literal["min", "prod", "last", "mean"] | None = None,
+        separator: str | None = None, answer: str | None = None, step_tag_id: int | None = None,
+        returned_token_ids: Sequence[int] | None = None,
+        activation: Literal["sigmoid", "softmax", "none"] | None = None, **options: Unpack[ScoreOptions],
+    ) -> Any:  # fmt: skip
+        """Process rewards: the head read at the end of each step, all solutions in one packed run (docs/steps.md).
+
+        Args:
+            question: a text or messages, for all solutions, or one for each; without steps texts as `score` takes them,
+                which are read at every token of the id step_tag_id.
+            steps: the texts of a solution's steps, or a list of such lists.
+            reduce: one number for each solution: its least step, the product, the last one or the mean.
+            separator: text behind each step, whose last token is read; default the model's step token, else a newline.
+            answer: each step is a turn of the user's that the model answers so, read before the answer ("+", RLHFlow).
+            step_tag_id: the token that ends a step; default the one at which the model is read.
+            returned_token_ids: of a `rmfast.TokenHead`'s tokens or of labels those that are compared by a softmax, the
+                right one first.
+            activation: what makes step scores of rewards; default as the head says.
+            options: as for `score`, but for truncation.
+
+        Returns:
+            (S,) for one solution's S steps, else a list of such tensors; with reduce a number, or (N,). On the CPU.
+
+        Raises:
+            InputError: as for `score`; a solution without steps, a step without tokens, a text without the step's tag.
+            ValueError, TypeError: an argument is wrong; the head does not say what makes step scores of its rewards.
+        """
+        from rmfast.rewards.steps import step_scores
+
+        return step_scores(
+            self, question, steps, reduce=reduce, separator=separator, answer=answer, step_tag_id=step_tag_id,
+            returned_token_ids=returned_token_ids, activation=activation, **options,  # type: ignore[misc]
+        )  # fmt: skip
+
+    @takes(ScoreOptions, "truncation")
     def values_and_reward(
-        self,
-        inputs: Sequence[Any],
-        *,
-        gamma: float = 1.0,
-        lam: float = 0.95,
-        rewards: Sequence[Any] | None = None,
-        response_start: Sequence[int] | None = None,
-        **options: Unpack[ScoreOptions],
-    ) -> ResponseValues:
+        self, inputs: Sequence[Any], *, gamma: float = 1.0, lam: float = 0.95, rewards: Sequence[Any] | None = None,
+        response_start: Sequence[int] | None = None, **options: Unpack[ScoreOptions],
+    ) -> ResponseValues:  # fmt: skip
         """Critic and reward of PPO from one pass of the body: values, rewards, advantages and returns of all responses.
 
         Meant for models trained with the TCRM loss (arXiv 2604.22981), whose reward read at any token is the expected
@@ -183,25 +210,14 @@ class RewardModel(Scorer):
 
     @takes(RunOptions)
     def patch_sweep(
-        self,
-        clean: Any,
-        corrupted: Any = None,
-        *,
-        mode: str | Tensor | Mapping[str, Tensor] = "denoising",
-        sites: str | Sequence[str] = "resid_post",
-        layers: int | Iterable[int] | None = None,
-        positions: str | Iterable[Any] | None = None,
-        heads: int | Iterable[int] | None = None,
-        neurons: int | Iterable[int] | None = None,
-        align: Any = "auto",
-        metric: Callable[[Tensor], Any] | None = None,
-        baseline: Sequence[Any] | None = None,
-        seed: int = 0,
-        screen: Literal["atp"] | None = None,
-        top: int | None = None,
-        checkpoint: str | os.PathLike[str] | None = None,
-        **options: Unpack[RunOptions],
-    ) -> Any:
+        self, clean: Any, corrupted: Any = None, *, mode: str | Tensor | Mapping[str, Tensor] = "denoising",
+        sites: str | Sequence[str] = "resid_post", layers: int | Iterable[int] | None = None,
+        positions: str | Iterable[Any] | None = None, heads: int | Iterable[int] | None = None,
+        neurons: int | Iterable[int] | None = None, align: Any = "auto",
+        metric: Callable[[Tensor], Any] | None = None, baseline: Sequence[Any] | None = None, seed: int = 0,
+        screen: Literal["atp"] | None = None, top: int | None = None,
+        checkpoint: str | os.PathLike[str] | None = None, **options: Unpack[RunOptions],
+    ) -> Any:  # fmt: skip
         """Activation patching over a grid of sites: the reward of a run in which one activation is replaced, for each.
 
         The *base run* is the corrupted text's for denoising and the clean text's for all other modes. Rewards are those
@@ -247,22 +263,13 @@ class RewardModel(Scorer):
 
     @takes(Encoding)
     def attribution_patch(
-        self,
-        clean: Any,
-        corrupted: Any = None,
-        *,
-        mode: str | Tensor | Mapping[str, Tensor] = "denoising",
-        sites: str | Sequence[str] = "resid_post",
-        layers: int | Iterable[int] | None = None,
-        positions: str | Iterable[Any] | None = None,
-        heads: int | Iterable[int] | None = None,
-        neurons: int | Iterable[int] | None = None,
-        align: Any = "auto",
-        metric: Callable[[Tensor], Any] | None = None,
-        baseline: Sequence[Any] | None = None,
-        seed: int = 0,
+        self, clean: Any, corrupted: Any = None, *, mode: str | Tensor | Mapping[str, Tensor] = "denoising",
+        sites: str | Sequence[str] = "resid_post", layers: int | Iterable[int] | None = None,
+        positions: str | Iterable[Any] | None = None, heads: int | Iterable[int] | None = None,
+        neurons: int | Iterable[int] | None = None, align: Any = "auto",
+        metric: Callable[[Tensor], Any] | None = None, baseline: Sequence[Any] | None = None, seed: int = 0,
         **options: Unpack[Encoding],
-    ) -> Any:
+    ) -> Any:  # fmt: skip
         """Attribution patching (AtP): what `patch_sweep` gives, estimated for all sites from one backward pass.
 
         The effect of a site is taken as the reward's gradient at the base run times the change of the activation.

@@ -71,18 +71,6 @@ def test_content_of_another_hash_is_refused(tmp_path, monkeypatch):
     assert not (tmp_path / "cache" / "f.whl").exists()
 
 
-def test_bradley_terry_finds_the_direction_of_the_pairs(monkeypatch):
-    pytest.importorskip("scipy")
-    pytest.importorskip("matplotlib")
-    monkeypatch.syspath_prepend(Path(__file__).parents[1] / "examples")
-    demo = example("demo")
-    rng = np.random.default_rng(0)
-    features, truth = rng.normal(size=(300, 6)) * [1, 2, 3, 1, 2, 3], np.array([1.0, 0, -1, 0, 2, 0])
-    better, worse = data.training_pairs(features @ truth, partners=20, rng=rng)
-    weight = demo.bradley_terry(features, better, worse)
-    assert weight @ truth / np.linalg.norm(weight) / np.linalg.norm(truth) > 0.95
-
-
 @pytest.fixture
 def folder(tmp_path):
     models.decoder().save_pretrained(tmp_path / "model")

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 import rmfast
-from rmfast.cli import debias, evaluate, explain, score, sweep, values
+from rmfast.cli import debias, evaluate, explain, merge, score, steps, strength, sweep, values
 
 __all__ = ["app", "main"]
 
@@ -22,9 +22,12 @@ app = typer.Typer(
 
 app.command()(score.score)
 app.command()(values.values)
+app.command()(steps.steps)
 app.command()(sweep.sweep)
 app.command()(debias.debias)
 app.command()(evaluate.evaluate)
+app.command()(strength.strength)
+app.command()(merge.merge)
 app.command()(explain.explain)
 
 

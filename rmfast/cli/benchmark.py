@@ -40,7 +40,7 @@ class BenchmarkRows:
         except ValueError as error:
             raise BadRow(str(error)) from None
 
-    def cells(self, model: Any, results: list[tuple[Any, Any]]) -> dict[str, Any]:
+    def cells(self, model: Any, row: Row, results: list[tuple[Any, Any]]) -> dict[str, Any]:
         self.layout.expect(model)
         encoded, rewards = zip(*results)
         return {SCORES: self.layout.scores_of(model, encoded, rewards)}

@@ -86,9 +86,10 @@ def evaluate(
         def scored(model: ModelOptions, interventions: list[Path], name: str) -> Any:
             own = {field.name: getattr(model, field.name) for field in dataclasses.fields(ModelOptions)}
             given = Options(**own, input=input_, output=output / name, **shared)  # type: ignore[arg-type]
-            rows = BenchmarkRows(of)
-            run = Run("evaluate", given, SCORES, interventions=interventions, layout=rows, layout_name=of.name,
-                      step_tag=step_tag)  # fmt: skip
+            run = Run(
+                "evaluate", given, SCORES, interventions=interventions, layout=lambda *_: BenchmarkRows(of),
+                layout_name=of.name, step_tag=step_tag,
+            )  # fmt: skip
             run.go(of.method)
             return figures_of(of, given, **bootstrap)
 

@@ -74,7 +74,7 @@ def _there(path: Path) -> Path:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Options(ModelOptions):
-    """What `score` and `values` share besides."""
+    """What `score`, `values` and `steps` share besides."""
 
     input: Annotated[
         Path,
@@ -102,7 +102,9 @@ class Options(ModelOptions):
     rejected_column: Annotated[str, typer.Option()] = "rejected"
     messages_column: Annotated[str, typer.Option()] = "messages"
     text_column: Annotated[str, typer.Option()] = "text"
-    output_column: Annotated[str | None, typer.Option(help="The new column; default: reward, or values.")] = None
+    output_column: Annotated[
+        str | None, typer.Option(help="The new column; default: reward, values or step_scores.")
+    ] = None
     input_format: Annotated[
         Literal["jsonl", "csv", "parquet"] | None, typer.Option(help="Default: by the file's suffix.")
     ] = None
@@ -159,8 +161,8 @@ def fail(message: str, code: int = 1) -> NoReturn:
     raise typer.Exit(code)
 
 
-def load_model(options: ModelOptions) -> Any:
-    """The RewardModel that the options name."""
+def load_model(options: ModelOptions, **more: Any) -> Any:
+    """The RewardModel that the options name; `more` is for `rmfast.load`."""
     pooling: str | int = int(options.pooling) if options.pooling.lstrip("-").isdigit() else options.pooling
     given = {name: getattr(options, name) for name in ("dtype", "device", "revision", "num_labels", "gguf_file")}
     return rmfast.load(
@@ -169,6 +171,7 @@ def load_model(options: ModelOptions) -> Any:
         trust_remote_code=options.trust_remote_code,
         invariant=options.invariant or None,
         compute=options.compute,
+        **more,
         **{name: value for name, value in given.items() if value is not None},
     )
 

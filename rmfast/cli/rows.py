@@ -65,7 +65,7 @@ class RowLayout(Protocol):
 
     def new_columns(self) -> list[str]: ...
     def inputs(self, row: Row) -> list[Any]: ...
-    def cells(self, model: Any, results: list[tuple[Any, Any]]) -> dict[str, Any]: ...
+    def cells(self, model: Any, row: Row, results: list[tuple[Any, Any]]) -> dict[str, Any]: ...
 
 
 class Layout:
@@ -111,7 +111,7 @@ class Layout:
             raise BadRow(f"column {column!r} holds {'messages' if self.mode == 'text' else 'no list of messages'}")
         return [cell if self.mode == "text" else {"messages": cell, **own}]
 
-    def cells(self, model: Any, results: list[tuple[Any, Any]]) -> dict[str, Any]:
+    def cells(self, model: Any, row: Row, results: list[tuple[Any, Any]]) -> dict[str, Any]:
         """The new columns of a row, from (encoded input, reward) of its texts."""
         cells = {self.column + suffix: result for suffix, (_, result) in zip(self._suffixes(), results, strict=True)}
         for suffix, (item, _) in zip(self._suffixes(), results, strict=True):

@@ -1,4 +1,4 @@
-"""The resumable run over files that `score` and `values` share."""
+"""The resumable run over files that `score`, `values` and `steps` share."""
 
 from __future__ import annotations
 
@@ -27,15 +27,15 @@ Score = Callable[[list[Any]], Any]  # encoded inputs to a reward, or token rewar
 
 
 class Run:
-    """One run of `score` or `values`: windows of rows in, lines out, in the input's order."""
+    """One run of `score` or `values`: windows of rows in, lines out, in the input's order. `steps` has its own."""
 
     output: Lines
 
     def __init__(
         self, command: str, options: Options, column: str, tokens: bool = False,
-        interventions: list[Path] | None = None, layout: RowLayout | None = None, **run: Any,
+        interventions: list[Path] | None = None, layout: Callable[..., RowLayout] = Layout, **run: Any,
     ) -> None:  # fmt: skip
-        """layout: what rows hold, in place of columns that `options` name; `run`: what else an output is of."""
+        """layout: makes what says what rows hold; `run`: what else an output is of."""
         self.options, self.column, self.interventions = options, column, interventions or []
         self.kind = options.input_format or kind_of(options.input)
         check_output(options.output)
@@ -45,12 +45,11 @@ class Run:
         self.base = _base_folder(local)
         self.encoding = encoding_of(options)
         fixed = ("columns", "pooling", "num_labels", "dtype", "compute", "revision", "gguf_file")
-        names = [field.name for field in dataclasses.fields(Options) if field.name.endswith("_column")]
+        names = [field.name for field in dataclasses.fields(options) if field.name.endswith("_column")]
         self.run = {
             "rmfast": rmfast.__version__,
             "command": command,
-            "model": str(local.resolve()) if local.exists() else options.model,
-            "model_files": _files_digest(local) if local.exists() else None,
+            **dict(zip(("model", "model_files"), digest_of_model(options.model))),
             "base": None if self.base is None else str(self.base.resolve()),
             "base_files": None if self.base is None else _files_digest(self.base),
             "interventions": [_content_digest(folder) for folder in self.interventions] or None,
@@ -62,23 +61,32 @@ class Run:
             **run,
         }
         self.bad = self.texts = self.n_tokens = self.cut = 0
-        self.layout = layout or Layout(options, self.source, self.kind, column, tokens)
+        self.layout = layout(options, self.source, self.kind, column, tokens)
 
-    def go(self, method: str) -> None:
-        """Score all rows that are not done, by the model's `score` or `token_values`."""
+    def load(self) -> Any:
+        """The model."""
+        return load_model(self.options)
+
+    def encode(self, model: Any, inputs: list[Any]) -> list[Any]:
+        """The inputs as token ids; errors in the place of those that can't be scored."""
+        return model.encode(inputs, errors="return", **self.encoding)
+
+    def go(self, method: str, **settings: Any) -> None:
+        """Score all rows that are not done, by a method of the model's, which is given `settings`."""
         o = self.options
+        self.run |= settings
         with opened(o.output, self.run, reads=self._reads(), overwrite=o.overwrite) as self.output:
             if self.output.finished:
                 return typer.echo(f"rmfast: {o.output} is complete; --overwrite starts anew", err=True)
             try:
-                self._go(method)
+                self._go(method, settings)
             except KeyboardInterrupt as error:
                 if o.output != STANDARD:
                     error.args = ("(the same command goes on where it stopped)",)
                 raise
 
-    def _go(self, method: str) -> None:
-        model = load_model(self.options)
+    def _go(self, method: str, settings: dict[str, Any]) -> None:
+        model = self.load()
         if self.interventions:
             from rmfast.interventions import load
 
@@ -92,7 +100,7 @@ class Run:
 
         o = self.options
         function = functools.partial(
-            getattr(model, method), batch_tokens=o.batch_tokens, max_length=o.max_length, engine=o.engine
+            getattr(model, method), batch_tokens=o.batch_tokens, max_length=o.max_length, engine=o.engine, **settings
         )
         first, start = self.output.next_row, time.perf_counter()
         backend = chosen_backend(o)
@@ -118,7 +126,7 @@ class Run:
         yield Path("/dev/stdin") if self.options.input == STANDARD else self.options.input
         yield from files_of_options(self.options.tools, self.options.chat_template_kwargs)
         for folder in (Path(self.options.model), *([self.base] if self.base else []), *self.interventions):
-            yield from _model_files(folder)
+            yield from model_files(folder)
 
     def _rates(self, seconds: float) -> str:
         return f"{self.texts / seconds:.1f} texts/s, {self.n_tokens / seconds:.0f} tokens/s"
@@ -144,7 +152,7 @@ class Run:
             except BadRow as error:
                 errors[place] = str(error)
         given = [item for _, item in inputs]
-        encoded = model.encode(given, errors="return", **self.encoding)
+        encoded = self.encode(model, given)
         results: dict[int, list[tuple[Any, Any]]] = {}  # place: (encoded input, reward) of its texts
         for place, item, result in self._results([place for place, _ in inputs], encoded, errors, function):
             if not _finite(result):
@@ -155,7 +163,7 @@ class Run:
         lines, skipped = [], []
         for place, row in enumerate(rows[:end]):
             if place not in errors:
-                lines.append(dump_line(row.data | self.layout.cells(model, results[place])))
+                lines.append(dump_line(row.data | self.layout.cells(model, row, results[place])))
                 continue
             self.bad += 1
             self._report(row.line, errors[place])
@@ -202,7 +210,7 @@ class Run:
         tqdm.write(f"{self.source.name}, line {line}: {reason}", file=sys.stderr)
 
 
-def _model_files(path: Path) -> list[Path]:
+def model_files(path: Path) -> list[Path]:
     """The files of a local model or intervention; none of one on the hub.
 
     Tables are none of the model's: they are what somebody keeps there, as the output of this or another run.
@@ -237,9 +245,15 @@ def _adapter_revision(options: Options) -> str | None:
     return extract_commit_hash(file, None)
 
 
+def digest_of_model(model: str) -> list[str | None]:
+    """What a model is: its folder and a digest of its files, or its id on the hub."""
+    local = Path(model)
+    return [str(local.resolve()), _files_digest(local)] if local.exists() else [model, None]
+
+
 def _files_digest(folder: Path) -> str:
     """Of the names, sizes and times of a model's files: reading 16 GB of weights at every start would take 16 s."""
-    seen = [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in _model_files(folder)]
+    seen = [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in model_files(folder)]
     return hashlib.sha256(repr(seen).encode()).hexdigest()
 
 

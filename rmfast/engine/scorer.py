@@ -293,9 +293,10 @@ class Scorer:
         if batch_tokens is None:
             batch_tokens = self.default_batch_tokens(packed)
         counts = [len(r) for r in read]
-        if self.binding.clamps_last and any(count != 1 for count in counts):
-            # What a clamp does at a token, later ones must not see: each is the end of a text of its own, whose other
-            # tokens the planner finds in the longest one.
+        some = packed is not None and any(count not in (1, len(item)) for count, item in zip(counts, encoded))
+        if (self.binding.clamps_last or some) and any(count != 1 for count in counts):
+            # Each is the end of a text of its own, whose other tokens the planner finds in the longest one: what a
+            # clamp does at a token, later ones must not see, and the last layer runs the tokens that are read alone.
             encoded = [item for item, count in zip(encoded, counts) for _ in range(count)]
             read = [r[i : i + 1] for r in read for i in range(len(r))]
         with self.binding.session(), tqdm(total=len(encoded), unit="text", disable=not progress) as bar:

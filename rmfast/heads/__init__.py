@@ -1,6 +1,7 @@
 """Reward heads as data: programs over rows of the final normed stream, found by the names of their tensors."""
 
 from rmfast.heads.binned import Binned
+from rmfast.heads.fitting import fit, rows
 from rmfast.heads.function import FunctionHead
 from rmfast.heads.gated import Gated
 from rmfast.heads.gaussian import Gaussian
@@ -22,4 +23,6 @@ __all__ = [
     "Quantile",
     "TokenHead",
     "TwoWay",
+    "fit",
+    "rows",
 ]

@@ -44,6 +44,10 @@ class FunctionHead(Head):
     def num_labels(self) -> int:
         return self.labels
 
+    @property
+    def step_activation(self) -> str:
+        return "none"
+
     def to(self, device: torch.device) -> FunctionHead:
         return self
 

@@ -71,8 +71,13 @@ def pattern_of(tokenizer: Any, model_type: str | None) -> tuple[int, ...]:
 
 def last_occurrence(ids: np.ndarray, pattern: tuple[int, ...]) -> int | None:
     """The first index of the last occurrence of a pattern in ids (T,)."""
-    if len(ids) < len(pattern):
-        return None
-    windows = np.lib.stride_tricks.sliding_window_view(ids, len(pattern))
-    found = np.flatnonzero((windows == np.array(pattern)).all(1))
+    found = occurrences(ids, pattern)
     return int(found[-1]) if len(found) else None
+
+
+def occurrences(ids: np.ndarray, pattern: tuple[int, ...]) -> np.ndarray:
+    """The first index of each occurrence of a pattern in ids (T,), int64."""
+    if len(ids) < len(pattern):
+        return np.zeros(0, np.int64)
+    windows = np.lib.stride_tricks.sliding_window_view(ids, len(pattern))
+    return np.flatnonzero((windows == np.array(pattern)).all(1))

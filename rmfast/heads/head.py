@@ -32,6 +32,11 @@ class LinearMap(NamedTuple):
     bias: Tensor | None
 
 
+def activation_of(labels: int) -> str | None:
+    """What makes process rewards of a head that is linear maps alone: a value's sigmoid, the softmax of two classes."""
+    return {1: "sigmoid", 2: "softmax"}.get(labels)
+
+
 @dataclass(eq=False, kw_only=True)
 class Head:
     """What all kinds of heads have; a kind says what its tensors are.
@@ -77,6 +82,11 @@ class Head:
     def width(self) -> int:
         """d, of the rows."""
         raise NotImplementedError
+
+    @property
+    def step_activation(self) -> str | None:
+        """What makes process rewards of its rewards: "sigmoid", "softmax" of two, "none"; None: it does not say."""
+        return None
 
     def on(self, rows: Tensor, logits: Tensor | None) -> Self:
         """The head for a model that gives these normed rows (T, d) on a few tokens, and, where it is a language model,

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from rmfast.heads import rowwise
-from rmfast.heads.head import Apply, Head, LinearMap
+from rmfast.heads.head import Apply, Head, LinearMap, activation_of
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "relu": torch.relu,
@@ -50,6 +50,10 @@ class Linear(Head):
     @property
     def width(self) -> int:
         return self.weight.size(1)
+
+    @property
+    def step_activation(self) -> str | None:
+        return activation_of(self.num_labels)
 
     def values(self, apply: Apply, rows: Callable[[], Tensor]) -> Tensor:
         return apply(self.weight, self.bias)
@@ -118,6 +122,10 @@ class MLP(Head):
     @property
     def width(self) -> int:
         return self.layers.weights[0].size(1)
+
+    @property
+    def step_activation(self) -> str | None:
+        return activation_of(self.num_labels)
 
     def values(self, apply: Apply, rows: Callable[[], Tensor]) -> Tensor:
         return self.layers.above(apply(*self.layers.first))

@@ -118,6 +118,10 @@ class TokenRows(Head):
     def width(self) -> int:
         return active(self.module).weight.size(1)  # type: ignore[operator, union-attr, return-value]
 
+    @property
+    def step_activation(self) -> str | None:
+        return "sigmoid" if self.difference else None
+
     def to(self, device: torch.device) -> TokenRows:
         return self  # its weights stay where the model's are
 

@@ -19,6 +19,10 @@ class TwoWay(MLP):
     def num_labels(self) -> int:
         return 1
 
+    @property
+    def step_activation(self) -> str:
+        return "none"
+
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.layers.out != 2:

@@ -16,6 +16,7 @@ _HEADS = {
     "regression_layer.pt": "regression_layer.",
     "gating_layer.pt": "gating_layer.",
 }
+_CODES = {torch.float64: "F64", torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16", torch.int64: "I64"}
 _HUB = ("cache_dir", "local_files_only", "revision", "subfolder", "token")
 
 
@@ -71,6 +72,28 @@ class Tensors:
     @property
     def names(self) -> list[str]:
         return list(self._places)
+
+    def files(self) -> dict[str, dict[str, str]]:
+        """Of each file the tensors by name, with what they are called in the file."""
+        found: dict[str, dict[str, str]] = {}
+        for name, (file, inside) in self._places.items():
+            found.setdefault(file, {})[name] = inside
+        return found
+
+    def shapes(self) -> dict[str, tuple[tuple[int, ...], str]]:
+        """Shapes and dtypes by name, without reading the tensors of safetensors files."""
+        from safetensors import safe_open
+
+        found: dict[str, tuple[tuple[int, ...], str]] = {}
+        for file, names in self.files().items():
+            if file.endswith(".safetensors"):
+                with safe_open(file, "pt") as opened:
+                    parts = {name: opened.get_slice(inside) for name, inside in names.items()}
+                    found |= {name: (tuple(part.get_shape()), str(part.get_dtype())) for name, part in parts.items()}
+            else:
+                pickled = {name: self._pickle(file)[inside] for name, inside in names.items()}
+                found |= {name: (tuple(x.shape), _CODES.get(x.dtype, str(x.dtype))) for name, x in pickled.items()}
+        return found
 
     def _listed(self, file: str) -> list[str]:
         if not file.endswith(".safetensors"):

@@ -1,5 +1,6 @@
 """What users can call, a right value for each argument, and which other values are right: what the fuzz tries."""
 
+# Over 500 lines: one table of all that users call.
 from __future__ import annotations
 
 import json
@@ -259,6 +260,11 @@ def _models(w: SimpleNamespace) -> Iterator[Call]:
     yield call("token_values", rm.token_values, **inputs, **NORMALIZE, **OPTIONS, **ENGINE)
     responses = {k: v for k, v in OPTIONS.items() if k != "truncation"}
     yield call(
+        "step_scores", rm.step_scores, question=("1 + 1?", anything), steps=([["a", "b"], ["c"]], anything),
+        reduce=("min", optional(one_of("min", "prod", "last", "mean"))), separator=(" ", optional(instance(str))),
+        activation=(None, optional(one_of("sigmoid", "none"))), **responses, **ENGINE,
+    )  # fmt: skip
+    yield call(
         "values_and_reward", rm.values_and_reward, inputs=([("a", "b"), ("c", "de")], texts),
         gamma=(0.9, number(0, 1)), lam=(0.9, number(0, 1)), **responses, **ENGINE,
     )  # fmt: skip
@@ -266,6 +272,13 @@ def _models(w: SimpleNamespace) -> Iterator[Call]:
         "values_and_reward of given rewards", rm.values_and_reward, inputs=([[5, 6, 7], [8, 9, 10]], anything),
         rewards=([[1.0], [1.0]], optional(all_of(all_of(number())))), response_start=([2, 2], all_of(whole(0, 2))),
     )  # fmt: skip
+    yield call("Ensemble", rmfast.Ensemble, members=([rm, w.three], all_of(instance(rmfast.RewardModel), 1)),
+               reduce=("min", one_of("mean", "min", "uwo", "soft_min")), beta=(1.0, number(0, open=True)),
+               lam=(0.5, number(0)))  # fmt: skip
+    yield call("strength", rmfast.strength, ensemble=(rmfast.Ensemble([rm, rm]), instance(rmfast.Ensemble)),
+               pairs=(PAIRS, instance(list, tuple, np.ndarray, Iterator)), **OPTIONS, **ENGINE)  # fmt: skip
+    yield call("heads.fit", partial(rmfast.heads.fit, rm), **inputs, targets=([0.5, 1.0], anything),
+               loss=(None, anything), l2=(0.1, number(0, open=True)), **OPTIONS)  # fmt: skip
     yield call("split", w.values.split, flat=(w.values.values, tensor))
     yield call("with_interventions", rm.with_interventions)
     yield call(
