@@ -130,7 +130,7 @@ def test_choices_and_seed_of_numpy_are_saved(rm, tmp_path):
 
 @pytest.mark.parametrize("positions", ["last", "all"])
 def test_texts_longer_than_the_models_own_limit_take_a_max_length(rm, positions, monkeypatch):
-    monkeypatch.setattr(rm, "max_length", 20)
+    monkeypatch.setattr(type(rm), "max_length", 20)
     kw = {"attributes": ["length"], "max_length": 100}
     assert len(debias.fit(rm, pairs(10), k=1, positions=positions, **kw)) > 0
     assert len(debias.localise(rm, pairs(10), **kw)) == 192
