@@ -20,6 +20,7 @@ from rmfast.binding.session import lock_of
 from rmfast.engine.options import ScoreOptions, takes
 from rmfast.engine.scorer import Scorer
 from rmfast.heads import rowwise
+from rmfast.heads.tokens import TokenRows
 from rmfast.texts.inputs import Encoded
 
 if TYPE_CHECKING:
@@ -84,6 +85,7 @@ class Ensemble:
         self.members = [_member(each) for each in sequence("members", members, "a sequence of RewardModels")]
         if not self.members:
             raise ValueError("Expected members of an ensemble, at least one, got none")
+        _expect_own_heads(self.members)
         self._tokens = [_encoding_key(member.rm) for member in self.members]
         self._groups: list[list[int]] = []
         for i, member in enumerate(self.members):
@@ -189,6 +191,20 @@ def _member(given: Any) -> _Member:
     return _Member(rm, adapter)
 
 
+def _expect_own_heads(members: list[_Member]) -> None:
+    """ValueError where one head would be put on several adapters: a head that lies beside an adapter is its alone."""
+    heads: dict[int, str] = {}
+    for member in members:
+        program = member.rm.binding.program
+        if member.adapter is None or program is None or isinstance(program, TokenRows):
+            continue
+        if heads.setdefault(id(program), member.adapter) != member.adapter:
+            raise ValueError(
+                f"Expected a head for each adapter, got the same {program.kind} for {heads[id(program)]} and "
+                f"{member.adapter}: give (rmfast.RewardModel(model, tokenizer, head=...), {member.adapter!r})"
+            )
+
+
 def _encoding_key(rm: Scorer) -> Any:
     """Equal for models that make the same ids of all inputs."""
     tokenizer, program = rm.tokenizer, rm.binding.program
@@ -228,7 +244,8 @@ def _shares(binding: Binding) -> bool:
 
 
 def _settings(binding: Binding) -> dict[str, Any]:
-    return {name: value for name, value in binding.config.to_dict().items() if name not in _OF_HEADS}
+    found = {name: value for name, value in binding.config.to_dict().items() if name not in _OF_HEADS}
+    return found | {"attention": getattr(binding.config, "_attn_implementation", None)}
 
 
 def _equal(a: nn.Module, b: nn.Module) -> bool:

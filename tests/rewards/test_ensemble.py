@@ -170,6 +170,17 @@ def test_adapters_are_switched_over_one_model(adapted, monkeypatch):
         rmfast.Ensemble([(rm, "c")])
 
 
+def test_adapters_have_heads_of_their_own(adapted):
+    tokenizer = M.tokenizer()
+    one, two = (rmfast.RewardModel(adapted, tokenizer, head=Linear(weight=torch.randn(1, 48))) for _ in range(2))
+    with pytest.raises(ValueError, match="a head for each adapter"):
+        rmfast.Ensemble([(one, "a"), (one, "b")])
+    got = rmfast.Ensemble([(one, "a"), (two, "b")]).score(PAIRS).members
+    for (rm, name), rewards in zip([(one, "a"), (two, "b")], got):
+        adapted.set_adapter(name)
+        assert torch.equal(rewards, rm.score(PAIRS))
+
+
 def test_weights_that_change_later_are_seen(members):
     model = M.decoder()
     one, two = (rmfast.RewardModel(headed(model, seed), M.tokenizer()) for seed in (1, 2))
