@@ -45,6 +45,13 @@ class ModelOptions:
     num_labels: Annotated[
         int | None, typer.Option(min=1, help="Rewards of a text, where the checkpoint does not say.")
     ] = None
+    head: Annotated[
+        str | None, typer.Option(help="The name of the head's layers in the checkpoint, where it is none of the known.")
+    ] = None
+    token_head: Annotated[
+        list[str] | None,
+        typer.Option(help="A token, or its id, whose logit is the reward of a language model; two: their difference."),
+    ] = None
     dtype: Annotated[
         Literal["float32", "bfloat16", "float16", "float64"] | None, typer.Option(help="Default: as it is saved.")
     ] = None
@@ -164,15 +171,20 @@ def fail(message: str, code: int = 1) -> NoReturn:
 def load_model(options: ModelOptions, **more: Any) -> Any:
     """The RewardModel that the options name; `more` is for `rmfast.load`."""
     pooling: str | int = int(options.pooling) if options.pooling.lstrip("-").isdigit() else options.pooling
-    given = {name: getattr(options, name) for name in ("dtype", "device", "revision", "num_labels", "gguf_file")}
+    given = {
+        name: getattr(options, name) for name in ("dtype", "device", "revision", "num_labels", "gguf_file", "head")
+    }
+    if options.token_head:
+        if options.head is not None:
+            raise ValueError("Expected --head or --token-head, got both")
+        given["head"] = rmfast.TokenHead(*(int(t) if t.isdigit() else t for t in options.token_head))
     return rmfast.load(
         options.model,
         pooling=pooling,
         trust_remote_code=options.trust_remote_code,
         invariant=options.invariant or None,
         compute=options.compute,
-        **more,
-        **{name: value for name, value in given.items() if value is not None},
+        **{name: value for name, value in given.items() if value is not None} | more,
     )
 
 

@@ -44,7 +44,7 @@ class Run:
         local = Path(options.model)
         self.base = _base_folder(local)
         self.encoding = encoding_of(options)
-        fixed = ("columns", "pooling", "num_labels", "dtype", "compute", "revision", "gguf_file")
+        fixed = ("columns", "pooling", "num_labels", "head", "token_head", "dtype", "compute", "revision", "gguf_file")
         names = [field.name for field in dataclasses.fields(options) if field.name.endswith("_column")]
         self.run = {
             "rmfast": rmfast.__version__,

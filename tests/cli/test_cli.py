@@ -208,6 +208,22 @@ def test_explain_of_a_model_tells_its_engine(folder, rm):
     assert printed == wanted and done.stdout.startswith("engine: ")
 
 
+def test_the_head_is_named_on_the_command_line(tmp_path):
+    model, tokenizer = models.decoder("llama", task="CausalLM"), models.tokenizer()
+    model.save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    write(tmp_path / "in.jsonl", [{"text": text} for text in TEXTS])
+    paths = ["--model", tmp_path / "model", "--input", tmp_path / "in.jsonl", "--output", tmp_path / "out.jsonl"]
+    done = run("score", *paths, "--token-head", "a", "--token-head", "98")
+    assert done.exit_code == 0, done.output
+    want = rmfast.RewardModel(model, tokenizer, head=rmfast.TokenHead("a", 98)).score(TEXTS)
+    assert [row["reward"] for row in read(tmp_path / "out.jsonl")] == want.tolist()
+    done = run("score", *paths, "--token-head", "a")
+    assert done.exit_code and "head" in done.output  # another run
+    done = run("score", *paths, "--overwrite", "--head", "v_head", "--token-head", "a")
+    assert done.exit_code and "Expected --head or --token-head, got both" in done.output
+
+
 def test_explain_takes_how_the_model_is_loaded(folder):
     done = run("explain", "--model", folder, "--dtype", "bfloat16", "--compute", "fp32", "--num-labels", 1)
     assert "compute: fp32 on bfloat16 weights (as was asked for" in done.stdout, done.output
