@@ -28,6 +28,9 @@ NAMES = ("cuda", "triton", "cpp", "eager")
 # Order of preference by device. On CUDA, Triton stands first until rows in bench/data/ show CUDA C++ ahead.
 _PREFERENCE = {"cuda": ("triton", "cuda", "eager"), "cpu": ("cpp", "eager")}
 
+# Of the compiled libraries' ops, as csrc/include/rmfast/interface.h has it.
+_INTERFACE = 1
+
 _requested: ContextVar[str | None] = ContextVar("rmfast_backend", default=None)
 _ops: dict[str, dict[str, Callable[[], Callable]]] = {}
 
@@ -112,6 +115,9 @@ def _load(name: str) -> str | None:
             f"or a missing libstdc++; fix: pip install --no-build-isolation --force-reinstall .\n"
             + traceback.format_exc(limit=0).strip()
         )
+    interface = getattr(ctypes.CDLL(str(path)), "rmfast_interface", None)  # None: a library built before it
+    if interface is None or interface() != _INTERFACE:
+        return f"{path.name} was built from another version of rmfast; fix: pip install --no-build-isolation ."
     return None
 
 

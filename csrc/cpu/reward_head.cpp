@@ -9,6 +9,7 @@
 #include <optional>
 #include <tuple>
 
+#include "rmfast/interface.h"
 #include "rows.h"
 #include "tensors.h"
 
@@ -178,6 +179,8 @@ extern "C" __attribute__((visibility("default"))) const char* rmfast_cpu_isa() {
   const rmfast::Isa* found = rmfast::found_isa();
   return found ? found->name : nullptr;
 }
+
+extern "C" __attribute__((visibility("default"))) int rmfast_interface() { return RMFAST_INTERFACE; }
 
 extern "C" __attribute__((visibility("default"))) bool rmfast_cpu_is_amd() {
 #ifdef RMFAST_X86

@@ -9,6 +9,7 @@
 
 #include <tuple>
 
+#include "rmfast/interface.h"
 #include "rmfast/cuda/patch_rows.cuh"
 #include "stream.h"
 
@@ -78,3 +79,5 @@ Pair patch_rows(const Tensor& base, const Tensor& values, const Tensor& base_row
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(rmfast_native, CUDA, m) { m.impl("patch_rows", TORCH_BOX(&patch_rows)); }
+
+extern "C" __attribute__((visibility("default"))) int rmfast_interface() { return RMFAST_INTERFACE; }
