@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
@@ -115,6 +116,11 @@ class Fp32(TorchFunctionMode):
 def holds() -> bool:
     """Whether this thread is in a session that holds `Fp32`."""
     return any(isinstance(mode, Fp32) for mode in torch.overrides._get_current_function_mode_stack())
+
+
+def outside() -> AbstractContextManager[Any]:
+    """For what a session runs that is not of the model (an SAE): in its own dtypes."""
+    return torch._C.DisableTorchFunction()
 
 
 def _wide(value: Any) -> Any:

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from rmfast.arguments import whole, word
+from rmfast.binding.compute import outside
 from rmfast.engine.attention import entering, of_rows_read
 from rmfast.engine.scorer import Scorer
 from rmfast.interpret.components import Components
@@ -313,7 +314,8 @@ class _Features:
         assert h is not None
         h = h.to(self.direction.device)
         scale = scale.to(self.direction)  # (m, 1)
-        features, activations, kept, rest, b_dec = self._features(h)
+        with outside():
+            features, activations, kept, rest, b_dec = self._features(h)
         total = reward_head(h, self.direction).to(self.dtype)  # (m, K)
         error = (total.double() - kept.double().sum(1) - rest.double() - b_dec.double()).to(self.dtype)
         terms = [kept.flatten(1), rest, b_dec, error, total]

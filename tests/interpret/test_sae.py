@@ -255,9 +255,12 @@ def test_features_are_made_some_rows_at_a_time(tmp_path, monkeypatch):
     torch.testing.assert_close(parts.contributions, whole.contributions, rtol=1e-5, atol=1e-6)
 
 
-def test_16_bit_models_and_saes(tmp_path):
+@pytest.mark.parametrize("compute", ["native", "fp32"])
+def test_16_bit_models_and_saes(tmp_path, compute):
     m = model("llama", torch.bfloat16)
-    found = rmfast.RewardModel(m).sae_attribution(IDS, load(tmp_path, dtype="bfloat16"), positions="all")
+    found = rmfast.RewardModel(m, compute=compute).sae_attribution(
+        IDS, load(tmp_path, dtype="bfloat16"), positions="all"
+    )
     assert found.contributions.dtype == torch.float32
     total, parts = terms(found)
     torch.testing.assert_close(parts, total, rtol=1e-4, atol=1e-4)
