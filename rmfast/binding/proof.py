@@ -25,7 +25,7 @@ from rmfast.binding.modules import (
     text_config,
 )
 from rmfast.binding.norms import Call, gain_of
-from rmfast.binding.session import replaced_forward
+from rmfast.binding.session import of_this_thread, replaced_forward
 
 _SPECIALS = ("pad", "bos", "eos", "sep", "cls", "decoder_start")
 _MOST_SPECIALS = 8  # of a tokenizer's hundreds: those that the configuration names, and the first
@@ -74,7 +74,7 @@ def record(model: nn.Module, root: nn.Module, ids: Tensor) -> tuple[list[Call], 
                 given = args[0] if args else next(iter(kwargs.values()), None)
                 calls.append(Call(name, module, given, out))
 
-            handle = module.register_forward_hook(hook, with_kwargs=True)
+            handle = module.register_forward_hook(of_this_thread(hook), with_kwargs=True)
             stack.callback(handle.remove)
         try:
             out = model(**call_arguments(root, ids, torch.ones_like(ids), None))
@@ -139,7 +139,7 @@ def check_bounds(bound: Binding, ids: Tensor) -> bool:
         name = next(iter(kwargs))
         return args, {**kwargs, name: _ENLARGED * kwargs[name]}
 
-    handle = bound.head[0].register_forward_pre_hook(enlarge, with_kwargs=True)
+    handle = bound.head[0].register_forward_pre_hook(of_this_thread(enlarge), with_kwargs=True)
     try:
         values, own, eps = _values(bound, ids)
     finally:

@@ -74,6 +74,16 @@ def replaced_forward(module: nn.Module, forward: Callable) -> Iterator[None]:
                 module.forward = own  # type: ignore[method-assign]
 
 
+def of_this_thread(hook: Callable[..., Any]) -> Callable[..., Any]:
+    """A forward hook that does nothing in other threads, which may run the model at the same time."""
+    thread = threading.get_ident()
+
+    def call(*args: Any, **kwargs: Any) -> Any:
+        return hook(*args, **kwargs) if threading.get_ident() == thread else None
+
+    return call
+
+
 @contextmanager
 def passing_through(norm: nn.Module | None) -> Iterator[None]:
     """Makes the norm give back what it is given while the body runs once: no normalised copy of all the tokens is

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface
 
-from rmfast.binding.session import rows_read
+from rmfast.binding.session import of_this_thread, rows_read
 from rmfast.engine.planner import Chunk
 from rmfast.ops import suffix_attention
 
@@ -80,9 +80,8 @@ def given_to(modules: list[nn.Module]) -> Iterator[dict[nn.Module, dict[str, Any
     given: dict[nn.Module, dict[str, Any]] = {}
     with ExitStack() as stack:
         for module in modules:
-            handle = module.register_forward_pre_hook(
-                lambda module, args, kwargs: given.__setitem__(module, kwargs), with_kwargs=True
-            )
+            note = of_this_thread(lambda module, args, kwargs: given.__setitem__(module, kwargs))
+            handle = module.register_forward_pre_hook(note, with_kwargs=True)
             stack.callback(handle.remove)
         yield given
 

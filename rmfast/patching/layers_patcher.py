@@ -20,7 +20,7 @@ from torch import Tensor
 from rmfast.binding.binding import Binding
 from rmfast.binding.find import probe_ids
 from rmfast.binding.layer_list import layered
-from rmfast.binding.session import reading, replaced_forward
+from rmfast.binding.session import of_this_thread, reading, replaced_forward
 from rmfast.engine.memory import out_of_memory
 from rmfast.heads.given import last_occurrence
 from rmfast.patching.points import PLACES, Point, given, points
@@ -207,7 +207,8 @@ class LayersPatcher:
 
         with ExitStack() as stack:
             for layer, module in enumerate(self.modules):
-                hook = module.register_forward_hook(lambda module, args, out, layer=layer: tail(layer, out))
+                note = of_this_thread(lambda module, args, out, layer=layer: tail(layer, out))
+                hook = module.register_forward_hook(note)
                 stack.callback(hook.remove)
                 here = kinds if layers is None or layer in layers else set()
                 for kind in sorted(here | {"resid_pre", "resid_post"}):

@@ -175,3 +175,33 @@ def test_the_mode_is_put_back_when_switching_it_fails():
     with pytest.raises(RuntimeError, match="always training"), eval_mode(model):
         pass
     assert all(module.training for module in model.modules())
+
+
+def test_a_model_that_another_thread_runs_is_bound_and_tried_and_patched():
+    """What is tried on the model, by hooks, is of the thread that tries; the other's forwards are the model's own."""
+    model, long = M.decoder("qwen3"), torch.tensor(M.token_ids([90]))
+    with torch.no_grad():
+        own = model(input_ids=long).logits
+    stop, wrong = threading.Event(), []
+
+    def run():
+        while not stop.is_set():
+            with torch.no_grad():
+                if not torch.allclose(model(input_ids=long).logits, own, rtol=0, atol=1e-5):
+                    wrong.append(1)
+
+    thread = threading.Thread(target=run)
+    thread.start()
+    try:
+        want = None
+        for _ in range(8):
+            rm = RewardModel(model)
+            grid = rm.patch_sweep(IDS[1], IDS[1][:20] + IDS[3][:13], sites=["resid_post"]).rewards
+            got = torch.cat([rm.score(IDS), grid.flatten()])
+            want = got if want is None else want
+            assert "packed, fused layers" in rm.explain()
+            torch.testing.assert_close(got, want, rtol=0, atol=1e-5, equal_nan=True)
+    finally:
+        stop.set()
+        thread.join()
+    assert not wrong
