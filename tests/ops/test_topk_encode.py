@@ -192,6 +192,8 @@ def test_bf16_products_are_rounded_only_where_the_cpu_s_bf16_matmul_is_the_faste
 
 
 def test_which_matmul_pays_is_a_property_of_the_cpu(monkeypatch):
+    monkeypatch.delenv("ONEDNN_MAX_CPU_ISA", raising=False)
+    monkeypatch.delenv("DNNL_MAX_CPU_ISA", raising=False)
     ask = backends.bf16_matmul_pays.__wrapped__
     assert ask() in (True, False)
     monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: True)
