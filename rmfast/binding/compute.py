@@ -8,7 +8,7 @@ everything that is made of them is fp32, as in the same model after `.float()`.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -17,26 +17,22 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from rmfast import backends as _backends
-from rmfast.arguments import word
 from rmfast.ops import linear
 
 COMPUTE = ("auto", "native", "fp32")
 _LOW = (torch.bfloat16, torch.float16)
 _FLOATS = (torch.float64, torch.float32, *_LOW)
 _PLAIN = (Tensor, nn.Parameter)
+_ASKED = "as was asked for"
 
 
-def stored_dtype(root: nn.Module) -> torch.dtype:
+def stored_dtype(parameters: Iterable[Tensor]) -> torch.dtype:
     """Of a model's weights: what most of their elements have."""
     counts: dict[torch.dtype, int] = {}
-    for p in root.parameters():
+    for p in parameters:
         if p.is_floating_point():
             counts[p.dtype] = counts.get(p.dtype, 0) + p.numel()
     return max(counts, key=lambda dtype: counts[dtype], default=torch.float32)
-
-
-def checked_compute(compute: Any) -> None:
-    word("compute", compute, COMPUTE)
 
 
 def chosen(compute: str, root: nn.Module) -> tuple[bool, str]:
@@ -47,31 +43,32 @@ def chosen(compute: str, root: nn.Module) -> tuple[bool, str]:
     Raises:
         ValueError: "fp32" for weights that are not ordinary tensors in float32, bfloat16 or float16.
     """
-    parameters = [p for p in root.parameters() if p.is_floating_point()]
-    stored = stored_dtype(root)
-    name = str(stored)[6:]
+    if compute == "native":
+        return False, _ASKED
+    parameters = list(root.parameters())  # looked through once: every session asks
+    stored = stored_dtype(parameters)
     why_not = (
-        "its weights are quantised, and multiply by themselves" if _is_quantised(root)
+        "its weights are quantised, and multiply by themselves" if _are_quantised(parameters, root)
         else "some of its weights are offloaded" if any(p.is_meta for p in parameters)
         else "its weights are float64" if stored == torch.float64
         else None
     )  # fmt: skip
-    if compute == "fp32" and why_not is not None:
-        raise ValueError(f'Expected compute to be "native" or "auto", got "fp32": {why_not}')
-    if compute != "auto":
-        return compute == "fp32", "as was asked for"
+    if compute == "fp32":
+        if why_not is not None:
+            raise ValueError(f'Expected compute to be "native" or "auto", got "fp32": {why_not}')
+        return True, _ASKED
     if why_not is not None:
         return False, why_not
     devices = {p.device.type for p in parameters}
     if devices != {"cpu"}:
-        return False, f"{name} is multiplied on {' and '.join(sorted(devices)) or 'no device'}"
+        return False, f"{str(stored)[6:]} is multiplied on {' and '.join(sorted(devices)) or 'no device'}"
     return _backends.fp32_linear_pays(stored)
 
 
-def _is_quantised(root: nn.Module) -> bool:
+def _are_quantised(parameters: Iterable[Tensor], root: nn.Module) -> bool:
     """Whether weights are tensors of another class (torchao), or are packed into small integers or 8-bit floats, as
     parameters (bitsandbytes, FP8) or as buffers (GPTQ, AWQ)."""
-    if any(type(p.data) is not Tensor or p.dtype not in _FLOATS for p in root.parameters()):
+    if any(type(p.data) is not Tensor or p.dtype not in _FLOATS for p in parameters):
         return True
     return any(buffer.dtype not in (*_FLOATS, torch.int64, torch.bool) for buffer in root.buffers())
 

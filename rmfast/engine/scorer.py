@@ -15,7 +15,7 @@ from tqdm.auto import tqdm
 from rmfast import arguments
 from rmfast import backends as _backends
 from rmfast.binding.binding import Binding
-from rmfast.binding.compute import checked_compute, chosen, measured, stored_dtype
+from rmfast.binding.compute import COMPUTE, chosen, measured, stored_dtype
 from rmfast.binding.find import bind
 from rmfast.binding.modules import has_hooks, same_settings, settings_of
 from rmfast.binding.session import lock_of, on_the_host, share_lock
@@ -69,7 +69,7 @@ class Scorer:
         pooling = checked_pooling(pooling)
         if invariant is not None:
             arguments.flag("invariant", invariant)
-        checked_compute(compute)
+        arguments.word("compute", compute, COMPUTE)
         program = None if head is None else head_of(head, model, tokenizer)
         if program is not None and pooling == "auto" and not isinstance(program.reading, str):
             pooling = program.reading
@@ -435,7 +435,7 @@ class Scorer:
         """In which arithmetic linear layers run, by which rule, and what a short measurement says of it."""
         root = self.binding.root
         fp32, why = chosen(self.binding.compute, root)
-        stored = stored_dtype(root)
+        stored = stored_dtype(root.parameters())
         way = f"fp32 on {str(stored)[6:]} weights" if fp32 else f"torch's own, {str(stored)[6:]} weights"
         witness = f"; {measured(stored)}" if self.binding.device.type == "cpu" and stored != torch.float64 else ""
         return f"{way} ({why}{witness})"
