@@ -1,11 +1,16 @@
-"""Small data files in the published layouts, and formulas written out plainly."""
+"""Small files in the published layouts: checkpoints and data; and formulas written out plainly."""
 
 from __future__ import annotations
 
+import json
 import random
+from pathlib import Path
 from typing import Any
 
 import models
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
 
 SUBSETS = ("alpacaeval-easy", "mt-bench-hard", "donotanswer", "math-prm", "hep-cpp", "hep-rust")  # of all four sections
 WORDS = ["good", "bad", "one", "two", "long and plain", "!", "yes", "no way"]
@@ -88,3 +93,19 @@ def step_tokenizer() -> Any:
 def ordinal(rng: random.Random, counts: list[int], most: int = 6) -> list[list[float]]:
     """Scores with many ties."""
     return [[float(rng.randint(0, most)) for _ in range(count)] for count in counts]
+
+
+def write_weights(path: Path, weights: dict[str, Tensor], form: str) -> None:
+    """A checkpoint's weights in a folder, as one file ("safetensors"), a pickle ("bin") or two shards."""
+    if form == "bin":
+        torch.save(weights, path / "pytorch_model.bin")
+    elif form == "safetensors":
+        save_file(weights, path / "model.safetensors", metadata={"format": "pt"})
+    else:
+        names, places = sorted(weights), {}
+        for i, part in enumerate((names[::2], names[1::2]), 1):
+            file = f"model-0000{i}-of-00002.safetensors"
+            save_file({name: weights[name] for name in part}, path / file, metadata={"format": "pt"})
+            places |= dict.fromkeys(part, file)
+        index = {"metadata": {}, "weight_map": places}
+        (path / "model.safetensors.index.json").write_text(json.dumps(index))

@@ -12,6 +12,7 @@ import models as M
 import torch
 from safetensors.torch import save_file
 from torch import Tensor
+from written import write_weights
 
 D = 48  # the width of `models.decoder`
 PATTERN = [M.EOS, M.ASSISTANT]  # what its chat template puts between a prompt and its response
@@ -62,17 +63,7 @@ def write(
     weights = {prefix + name: x.clone() for name, x in model.state_dict().items()} | head
     (path / "config.json").write_text(json.dumps({**model.config.to_dict(), **config}))
     (tokenizer or M.tokenizer("decoder", chat=True)).save_pretrained(path)
-    if form == "safetensors":
-        save_file(weights, path / "model.safetensors", metadata={"format": "pt"})
-    elif form == "bin":
-        torch.save(weights, path / "pytorch_model.bin")
-    else:
-        names, places = sorted(weights), {}
-        for i, part in enumerate((names[::2], names[1::2]), 1):
-            file = f"model-0000{i}-of-00002.safetensors"
-            save_file({name: weights[name] for name in part}, path / file, metadata={"format": "pt"})
-            places |= dict.fromkeys(part, file)
-        (path / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": places}))
+    write_weights(path, weights, form)
     for name, some in (files or {}).items():
         if name.endswith(".safetensors"):
             save_file(some, path / name)

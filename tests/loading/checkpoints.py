@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
+from written import write_weights
 
 Weights = dict[str, Tensor]
 
@@ -34,18 +34,7 @@ def changed(
     path.mkdir(exist_ok=True)
     given = {**model.config.to_dict(), "architectures": [type(model).__name__], **config}
     (path / "config.json").write_text(json.dumps(given))
-    if form == "bin":
-        torch.save(weights, path / "pytorch_model.bin")
-    elif form == "safetensors":
-        save_file(weights, path / "model.safetensors", metadata={"format": "pt"})
-    else:
-        names, places = sorted(weights), {}
-        for i, part in enumerate((names[::2], names[1::2]), 1):
-            file = f"model-0000{i}-of-00002.safetensors"
-            save_file({name: weights[name] for name in part}, path / file, metadata={"format": "pt"})
-            places |= dict.fromkeys(part, file)
-        index = {"metadata": {}, "weight_map": places}
-        (path / "model.safetensors.index.json").write_text(json.dumps(index))
+    write_weights(path, weights, form)
     return path
 
 
