@@ -15,7 +15,7 @@ READY = $(VENV)/.ready
 # What is never imported need not be compiled to bytecode.
 INSTALL = $(BIN)/pip install -q --no-compile -c constraints.txt
 
-.PHONY: demo help test test-interpreter test-models test-reward-lens fuzz bench lint format build libraries gpu-check clean
+.PHONY: demo docs help test test-interpreter test-models test-reward-lens fuzz bench lint format build libraries gpu-check clean
 
 demo: $(TORCHED)  ## real text, scored by a real model, beside plain transformers
 	@$(MAKE) --no-print-directory -j 2 $(DEMO) libraries
@@ -50,7 +50,8 @@ test-models: build  ## the models' tests on the oldest transformers that is supp
 REWARD_LENS = build/reward-lens-
 test-reward-lens: build $(REWARD_LENS)2.0.1/.ready $(REWARD_LENS)3.1.0/.ready  ## reward-lens on our engines, with its tests
 	$(call with_reward_lens,2.0.1) $(PYTEST) tests/integrations/test_reward_lens*.py
-	$(call with_reward_lens,3.1.0) $(PYTEST) tests/integrations/test_reward_lens*.py
+	$(call with_reward_lens,3.1.0) $(PYTEST) tests/integrations/test_reward_lens*.py \
+		'tests/docs/test_snippets.py::test_snippets_run[docs/reward_lens.md]'
 	$(call its_own_tests,2.0.1)
 	$(call its_own_tests,3.1.0)
 
@@ -73,6 +74,11 @@ fuzz: build  ## random inputs for a while: make fuzz MINUTES=30
 
 bench: build  ## the benchmark rows: make bench ARGS='--only reward_head'
 	$(BIN)/python -m bench $(ARGS)
+
+# Strict: a link, an anchor or a name of the reference that is not there is an error.
+docs: $(READY)  ## the documentation site, in build/site
+	test -x $(BIN)/mkdocs || RMFAST_BUILD_EXT=0 $(INSTALL) --no-build-isolation -e ".[docs]"
+	NO_MKDOCS_2_WARNING=1 DISABLE_MKDOCS_2_WARNING=true $(BIN)/mkdocs build -q
 
 lint: $(READY)  ## ruff, mypy and who may import whom
 	$(BIN)/ruff check .

@@ -45,7 +45,7 @@ class Attribution:
         axes: for each of them the names of its dimensions: "layer" (but for the embedding), "position" (where every
             token is read), "head" or "neuron", "label" (for K > 1).
         constant: () or (K,), what belongs to no component: the head's bias, and a final layer norm's β·w.
-        rewards: ([T,] [K]), the model's own.
+        rewards: ([T] + [K]), the model's own.
         norm: "frozen", or "raw" for contributions that leave the final norm out.
         read: the token where the reward is read.
         tokens, token_ids: of the text.
@@ -71,7 +71,7 @@ class Attribution:
 
     @property
     def total(self) -> Tensor:
-        """([T,] [K]): the constant and all contributions that were asked for.
+        """([T] + [K]): the constant and all contributions that were asked for.
 
         With embedding, attention and MLPs among them it is the reward for norm="frozen"; for norm="raw" it is
         w·h_L + b, which is not.

@@ -58,12 +58,12 @@ class SAEAttribution:
         features: ([T,] m) int64, the features of a token of largest contribution, |·|, largest first.
         activations: ([T,] m), f; 0 where fewer than m are active.
         contributions: ([T,] m[, K]), CPU, fp32 (fp64 for an fp64 model).
-        rest: ([T] [K]), of all other active features.
-        b_dec: ([T] [K]), of the SAE's output bias (and of the mean that "layer_norm" gives back).
-        error: ([T] [K]), of what the SAE does not reconstruct, h − x̂.
-        total: ([T] [K]), of the stream.
+        rest: ([T] + [K]), of all other active features.
+        b_dec: ([T] + [K]), of the SAE's output bias (and of the mean that "layer_norm" gives back).
+        error: ([T] + [K]), of what the SAE does not reconstruct, h − x̂.
+        total: ([T] + [K]), of the stream.
         constant: () or (K,), what belongs to no stream: the head's bias, and a final layer norm's β·w.
-        rewards: ([T] [K]), the model's own.
+        rewards: ([T] + [K]), the model's own.
         norm: "frozen", or "raw" for contributions that leave the final norm out.
         layer, site: of the stream, a word of `rmfast.patching.sites`.
         read: the token where the reward is read.

@@ -140,7 +140,7 @@ def linear_value_loss(
         head NaN.
 
     Raises:
-        As `tcrm_loss` and `rmfast.ops.reward_head`; ValueError for an odd number of texts or more than one head.
+        ValueError: an odd number of texts, more than one head, or what `tcrm_loss` and `rmfast.ops.reward_head` refuse.
     """
     expect_tensor(hidden, "hidden")
     expect_tensor(weight, "weight")
