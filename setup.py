@@ -6,6 +6,7 @@ and rmfast.engine.planner_python plans in Python.
 Environment: RMFAST_BUILD_EXT, RMFAST_BUILD_CUDA, TORCH_CUDA_ARCH_LIST, MAX_JOBS, NVCC_THREADS, CXX (ENVIRONMENT.md).
 """
 
+import json
 import os
 import platform
 import re
@@ -15,7 +16,7 @@ import sys
 import sysconfig
 from pathlib import Path
 
-from setuptools import Extension, setup
+from setuptools import Command, Extension, setup
 from setuptools.command.build_ext import build_ext
 from setuptools.errors import CompileError
 
@@ -117,6 +118,48 @@ class NinjaBuild(build_ext):
             return super().get_ext_filename(fullname)
         # No Python version in the name: the libraries hold torch ops and no Python module.
         return fullname.replace(".", os.sep) + ".so"
+
+
+class KernelTree(Command):
+    """`python setup.py kernel_tree`: the ops as a tree that `kernels.get_local_kernel("build/kernel-tree")` loads.
+
+    Of the libraries that `build_ext --inplace` has made. One variant serves any Python and torch >= 2.10; the planner,
+    which is built for one Python, and what scores models stay out.
+    """
+
+    user_options: list = []
+    initialize_options = finalize_options = lambda self: None
+
+    def run(self):
+        tree = ROOT / "build" / "kernel-tree"
+        shutil.rmtree(tree, ignore_errors=True)
+        machine = f"{platform.machine().lower()}-linux"
+        self.variant(tree, f"torch-stable-abi210-cpu-{machine}", "cpu", ["_C.so"])
+        if (ROOT / "rmfast" / "_C_cuda.so").exists():
+            major, minor = nvcc_version(shutil.which("nvcc") or "/usr/local/cuda/bin/nvcc")
+            self.variant(tree, f"torch-stable-abi210-cu{major}{minor}-{machine}", "cuda", ["_C.so", "_C_cuda.so"])
+
+    def variant(self, tree, name, backend, libraries):
+        package = tree / "build" / name / "rmfast"
+        package.mkdir(parents=True)
+        for module in ("__init__.py", "arguments.py", "backends.py", "py.typed", *libraries):
+            shutil.copy2(ROOT / "rmfast" / module, package)
+        for folder, source in (("ops", ROOT / "rmfast" / "ops"), ("kernels", ROOT / "kernels")):
+            shutil.copytree(source, package / folder, ignore=shutil.ignore_patterns("__pycache__"))
+        about = {"id": f"rmfast_{backend}_{version().replace('.', '_')}", "name": "rmfast", "version": 1}
+        about |= {"license": "Apache-2.0", "python-depends": [], "backend": {"type": backend}}
+        (package.parent / "metadata.json").write_text(json.dumps(about, indent=2) + "\n")
+        (package.parent / "__init__.py").write_text(
+            '"""rmfast\'s ops; those of an installed rmfast where there is one: torch knows one set in a process."""\n'
+            "import importlib.util\nimport os\nimport sys\n\n"
+            'if importlib.util.find_spec("rmfast") is None:\n    sys.path.append(os.path.dirname(__file__))\n'
+            "from rmfast.ops import *  # noqa: E402, F403\n"
+        )
+
+
+def nvcc_version(nvcc):
+    said = subprocess.run([nvcc, "--version"], capture_output=True, text=True).stdout
+    return re.findall(r"release (\d+)\.(\d+)", said)[0]
 
 
 def ninja():
@@ -241,5 +284,5 @@ setup(
     package_dir={"rmfast": "rmfast", "rmfast.kernels": "kernels"},
     package_data={"rmfast": ["py.typed"]},
     ext_modules=extensions(),
-    cmdclass={"build_ext": NinjaBuild},
+    cmdclass={"build_ext": NinjaBuild, "kernel_tree": KernelTree},
 )

@@ -15,7 +15,6 @@ __all__ = ["app", "main"]
 app = typer.Typer(
     help="Fast, exact reward-model scoring.",
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
