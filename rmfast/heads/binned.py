@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from rmfast.heads import rowwise
-from rmfast.heads.head import Apply, Head
+from rmfast.heads.head import Apply, Head, expect_width
 from rmfast.heads.linear import Layers, stacked
 
 
@@ -32,6 +32,7 @@ class Binned(Head):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        expect_width(self.gate.width, self.width)
         if self.layers.out != self.gate.out * self.bins:
             raise ValueError(
                 f"Expected {self.bins} bins for each of {self.gate.out} weights, got {self.layers.out} outputs"
@@ -43,7 +44,7 @@ class Binned(Head):
 
     @property
     def width(self) -> int:
-        return self.layers.weights[0].size(1)
+        return self.layers.width
 
     @cached_property
     def _stacked(self) -> tuple[Tensor, Tensor]:

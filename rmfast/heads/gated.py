@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from torch import Tensor
 
 from rmfast.heads import rowwise
-from rmfast.heads.head import Apply, Head, LinearMap
+from rmfast.heads.head import Apply, Head, LinearMap, expect_layer, expect_width
 from rmfast.heads.linear import Layers
 
 # The attributes of ArmoRM's 19 rewards, in order.
@@ -50,6 +50,10 @@ class Gated(Head):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        expect_layer(self.weight, self.bias)
+        expect_width(self.gate.width, self.width)
+        if not self.temperature > 0:
+            raise ValueError(f"Expected temperature to be a positive number, got {self.temperature!r}")
         wanted = (self.attributes, self.gate.out)
         if tuple(self.transform.shape) != wanted:
             raise ValueError(

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from rmfast.heads import rowwise
-from rmfast.heads.head import Apply, Head, LinearMap
+from rmfast.heads.head import Apply, Head, LinearMap, expect_layer, expect_width
 from rmfast.heads.linear import Layers, stacked
 
 HELPSTEER = tuple(
@@ -38,6 +38,8 @@ class Gaussian(Head):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        expect_layer(self.weight, self.bias)
+        expect_width(self.gate.width, self.width)
         if self.weight.size(0) != 2 * self.gate.out:
             raise ValueError(
                 f"Expected a mean and a spread for each of {self.gate.out} weights, got {self.weight.size(0)} outputs"

@@ -37,6 +37,26 @@ def activation_of(labels: int) -> str | None:
     return {1: "sigmoid", 2: "softmax"}.get(labels)
 
 
+def expect_layer(weight: object, bias: object, name: str = "weight") -> None:
+    """ValueError, by name, for what is no weight (n, d) and bias (n,) or None of one linear layer."""
+    if not isinstance(weight, Tensor) or weight.dim() != 2 or not weight.is_floating_point():
+        raise ValueError(f"Expected {name} to be a floating tensor (outputs, d), got {_shown(weight)}")
+    if bias is None:
+        return
+    if not isinstance(bias, Tensor) or tuple(bias.shape) != (weight.size(0),) or not bias.is_floating_point():
+        wanted = f"a floating tensor ({weight.size(0)},) or None"
+        raise ValueError(f"Expected the bias of {name} to be {wanted}, got {_shown(bias)}")
+
+
+def expect_width(gate: int, width: int) -> None:
+    if gate != width:
+        raise ValueError(f"Expected a gate that reads rows of width {width}, as the rest of the head does, got {gate}")
+
+
+def _shown(value: object) -> str:
+    return f"{value.dtype} {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
+
+
 @dataclass(eq=False, kw_only=True)
 class Head:
     """What all kinds of heads have; a kind says what its tensors are.

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from rmfast.heads import rowwise
-from rmfast.heads.head import Apply, Head, LinearMap, activation_of
+from rmfast.heads.head import Apply, Head, LinearMap, activation_of, expect_layer
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "relu": torch.relu,
@@ -42,6 +42,10 @@ class Linear(Head):
 
     weight: Tensor
     bias: Tensor | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        expect_layer(self.weight, self.bias)
 
     @property
     def num_labels(self) -> int:
@@ -79,6 +83,14 @@ class Layers:
     activation: str = "relu"
 
     def __post_init__(self) -> None:
+        if not self.weights or len(self.weights) != len(self.biases):
+            raise ValueError(
+                f"Expected a weight and a bias (or None) for each layer, got {len(self.weights)} and {len(self.biases)}"
+            )
+        if self.activation not in ACTIVATIONS:
+            raise ValueError(f"Expected activation to be one of {', '.join(ACTIVATIONS)}, got {self.activation!r}")
+        for i, (weight, bias) in enumerate(zip(self.weights, self.biases)):
+            expect_layer(weight, bias, f"weights[{i}]")
         for below, above in zip(self.weights, self.weights[1:]):
             if above.size(1) != below.size(0):
                 raise ValueError(
@@ -89,6 +101,11 @@ class Layers:
     @property
     def first(self) -> tuple[Tensor, Tensor | None]:
         return self.weights[0], self.biases[0]
+
+    @property
+    def width(self) -> int:
+        """d, of the rows."""
+        return self.weights[0].size(1)
 
     @property
     def out(self) -> int:
@@ -121,7 +138,7 @@ class MLP(Head):
 
     @property
     def width(self) -> int:
-        return self.layers.weights[0].size(1)
+        return self.layers.width
 
     @property
     def step_activation(self) -> str | None:

@@ -23,6 +23,13 @@ class Quantile(Gated):
 
     quantiles: int
 
+    def __post_init__(self) -> None:
+        if not isinstance(self.quantiles, int) or self.quantiles < 1 or len(self.weight) % self.quantiles:
+            raise ValueError(
+                f"Expected quantiles to divide the {len(self.weight)} outputs of weight, got {self.quantiles!r}"
+            )
+        super().__post_init__()
+
     @property
     def attributes(self) -> int:
         return self.weight.size(0) // self.quantiles
