@@ -267,6 +267,7 @@ setup(
         "rmfast.loading",
         "rmfast.ops",
         "rmfast.patching",
+        "rmfast.probes",
         "rmfast.rewards",
         "rmfast.texts",
         "rmfast.training",

@@ -25,6 +25,7 @@ OPS = (
     "sweep",
     "interventions",
     "lens",
+    "probes",
     "reward_lens",
 )
 

@@ -97,8 +97,11 @@ class Scoring(Problem):
         self.device, self.dtype = device, getattr(torch, shape["dtype"])
         self.model = load(shape, device)
         self.rm = rmfast.RewardModel(self.model, compute=self.compute)
-        self.inputs = [texts(shape)]
-        every = self.inputs[0]
+        self.of(texts(shape))
+
+    def of(self, every: Texts) -> None:
+        """What is known of these texts, which become the input."""
+        self.inputs = [every]
         self.input_bytes = sum(t.nbytes for t in every)
         layers = self.model.model.layers
         self.bytes_moved = sum(p.nbytes for p in layers.parameters())

@@ -96,12 +96,13 @@ __all__ = [
     "load",
     "losses",
     "ops",
+    "probes",
     "strength",
 ]
 
 
 def __getattr__(name: str):
-    if name in ("debias", "evaluation", "heads", "losses", "ops"):
+    if name in ("debias", "evaluation", "heads", "losses", "ops", "probes"):
         return importlib.import_module(f"rmfast.{name}")
     if name in _HOME:
         if name == "explain":

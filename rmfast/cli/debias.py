@@ -15,8 +15,8 @@ from rmfast.cli.options import (
     with_options,
 )
 from rmfast.cli.results import claimed, save_plot, write_csv
-from rmfast.cli.rows import cell_of, located, template_columns
-from rmfast.texts.tables import Row, read_rows
+from rmfast.cli.rows import preference
+from rmfast.texts.tables import read_rows
 
 _FILES = ("intervention.safetensors", "intervention.json", "report.csv", "report.png")
 
@@ -47,8 +47,8 @@ def debias(
     """Find the neurons that carry biases and clamp them: writes the intervention and reports (see docs/debias.md)."""
     if (output / "intervention.json").exists() and not overwrite:
         raise ValueError(f"Expected --output to hold no intervention, got {output}; --overwrite starts anew")
-    fitted = [_preference(row, pairs) for row in read_rows(pairs)]
-    tested = fitted if test is None else [_preference(row, test) for row in read_rows(test)]
+    fitted = [preference(row, pairs) for row in read_rows(pairs)]
+    tested = fitted if test is None else [preference(row, test) for row in read_rows(test)]
     names = None if attributes is None else [name.strip() for name in attributes.split(",")]
     ks = _numbers("--k", k)
     encoding = encoding_of(options)
@@ -76,16 +76,6 @@ def debias(
     typer.echo("reports on the pairs it was fitted on, which flatter it" if test is None else f"reports on {test.name}")
     for name, report in reports.items():
         typer.echo(f"\n{name}: {report}")
-
-
-def _preference(row: Row, path: Path) -> dict[str, Any]:
-    """The pair of one row, with the prompt where there is one."""
-    with located(row, path):
-        sides = {name: cell_of(row, name) for name in ("chosen", "rejected")}
-        own = template_columns(row)
-        return (
-            {**own, **sides} if row.data.get("prompt") is None else {**own, "prompt": cell_of(row, "prompt"), **sides}
-        )
 
 
 def _numbers(name: str, given: str) -> Any:

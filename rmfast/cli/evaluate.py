@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 
 import typer
 
-from rmfast.cli.options import ModelOptions, Options, files_of_options, with_options
+from rmfast.cli.options import ModelOptions, Options, files_of_options, other_than, with_options
 from rmfast.cli.results import claimed, save_plot, write_csv
 from rmfast.cli.run import Run
 
@@ -105,17 +105,8 @@ def evaluate(
             write_csv(output / "parity.csv", report.rows, report.rows[0]._fields)
             typer.echo(f"\nparity: {report}")
         if against is not None:
-            other = scored(*_other(options, intervention or [], against), "against.jsonl")
+            other = scored(*other_than(options, intervention or [], against), "against.jsonl")
             changes = result.minus(other)
             write_csv(output / "against.csv", changes.rows, changes.rows[0]._fields)
             save_plot(changes.plot, output / "against.png")
             typer.echo(f"\nagainst {against}\n{changes}")
-
-
-def _other(options: ModelOptions, interventions: list[Path], against: str) -> tuple[ModelOptions, list[Path]]:
-    """What is compared with: the model under an intervention more, or another model."""
-    folder = Path(against)
-    if (folder / "intervention.json").exists():
-        return options, [*interventions, folder]
-    # Which files of the model's own folder or repository are read says nothing of another's.
-    return dataclasses.replace(options, model=against, revision=None, gguf_file=None), []

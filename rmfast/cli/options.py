@@ -188,6 +188,15 @@ def load_model(options: ModelOptions, **more: Any) -> Any:
     )
 
 
+def other_than(options: ModelOptions, interventions: list[Path], against: str) -> tuple[ModelOptions, list[Path]]:
+    """What is compared with: the model under an intervention more, or another model."""
+    folder = Path(against)
+    if (folder / "intervention.json").exists():
+        return options, [*interventions, folder]
+    # Which files of the model's own folder or repository are read says nothing of another's.
+    return dataclasses.replace(options, model=against, revision=None, gguf_file=None), []
+
+
 def encoding_of(options: ModelOptions) -> dict[str, Any]:
     """How texts become token ids, as `RewardModel.encode` takes it."""
     return {

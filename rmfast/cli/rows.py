@@ -146,3 +146,13 @@ class Layout:
 
     def _suffixes(self) -> tuple[str, ...]:
         return ("_chosen", "_rejected") if self.mode == "pairs" else ("",)
+
+
+def preference(row: Row, path: Path) -> dict[str, Any]:
+    """The pair of one row, with the prompt where there is one."""
+    with located(row, path):
+        sides = {name: cell_of(row, name) for name in ("chosen", "rejected")}
+        own = template_columns(row)
+        return (
+            {**own, **sides} if row.data.get("prompt") is None else {**own, "prompt": cell_of(row, "prompt"), **sides}
+        )

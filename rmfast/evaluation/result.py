@@ -9,9 +9,10 @@ from typing import Any, Generic, NamedTuple, TypeVar
 import numpy as np
 
 from rmfast import arguments
-from rmfast.evaluation.bootstrap import clusters, intervals
+from rmfast.evaluation.bootstrap import intervals
 from rmfast.evaluation.layout import ALL, Item, Layout
 from rmfast.plots import axes, needed
+from rmfast.resampling import clusters
 
 
 class Figure(NamedTuple):

@@ -32,7 +32,7 @@ def write_all(folder: Path) -> None:
     tokenizer = models.tokenizer(chat=True)
     tokenizer.add_tokens(["yes", "no"])
     for i, name in enumerate(("path/or/hub-id", "path/or/id/of/a/reward-model", "reward-model", "other-model")):
-        models.decoder(seed=i, max_position_embeddings=256).save_pretrained(folder / name)
+        models.decoder(seed=i, max_position_embeddings=1024).save_pretrained(folder / name)
         tokenizer.save_pretrained(folder / name)
     for name in (
         "peiyi9979/math-shepherd-mistral-7b-prm",
@@ -223,6 +223,7 @@ _OF: dict[str, Any] = {
     "docs/lens.md": _why,
     "docs/losses.md": _values,
     "docs/op.md": _op,
+    "docs/probes.md": lambda: {"rm": _load(), "pairs": _preferences(12)},
     "docs/reward_lens.md": lambda: {},
     "docs/reward_model.md": _scoring,
     "docs/steps.md": _steps,

@@ -9,7 +9,7 @@ import pytest
 import written
 
 from rmfast.evaluation import evaluated, read_items
-from rmfast.evaluation.bootstrap import clusters, drawn
+from rmfast.resampling import clusters, drawn
 from rmfast.texts.tables import Row
 
 
@@ -50,7 +50,7 @@ def test_an_interval_of_another_confidence_and_seed():
 def test_draws_in_pieces_are_those_of_one_go(monkeypatch):
     of = np.arange(10)
     whole = np.concatenate(list(drawn(of, 25, 0)))
-    monkeypatch.setattr("rmfast.evaluation.bootstrap._AT_ONCE", 30)
+    monkeypatch.setattr("rmfast.resampling._AT_ONCE", 30)
     assert (np.concatenate(list(drawn(of, 25, 0))) == whole).all()
 
 
