@@ -25,7 +25,7 @@ from rmfast.binding.modules import (
     text_config,
 )
 from rmfast.binding.norms import Call, gain_of
-from rmfast.binding.session import of_this_thread, replaced_forward
+from rmfast.binding.session import of_this_thread, replaced_forward, uncompiled_calls
 
 _SPECIALS = ("pad", "bos", "eos", "sep", "cls", "decoder_start")
 _MOST_SPECIALS = 8  # of a tokenizer's hundreds: those that the configuration names, and the first
@@ -67,7 +67,7 @@ def record(model: nn.Module, root: nn.Module, ids: Tensor) -> tuple[list[Call], 
     """Run the model on one text; every module's call, in the order in which they returned, and the output."""
     calls: list[Call] = []
     with ExitStack() as stack:
-        stack.enter_context(_uncompiled_calls(model))
+        stack.enter_context(uncompiled_calls(model))
         for name, module in root.named_modules():
 
             def hook(module: nn.Module, args: tuple, kwargs: dict, out: Any, name: str = name) -> None:
@@ -84,20 +84,6 @@ def record(model: nn.Module, root: nn.Module, ids: Tensor) -> tuple[list[Call], 
                 f"{type(error).__name__}: {error}"
             ) from error
     return calls, out
-
-
-@contextmanager
-def _uncompiled_calls(model: nn.Module) -> Iterator[None]:
-    """Sets aside what `model.compile()` made of its modules, in which hooks of the probe would not run."""
-    compiled = [module for module in model.modules() if module._compiled_call_impl is not None]
-    impls = [module._compiled_call_impl for module in compiled]
-    try:
-        for module in compiled:
-            module._compiled_call_impl = None
-        yield
-    finally:
-        for module, impl in zip(compiled, impls):
-            module._compiled_call_impl = impl
 
 
 def precision(calls: list[Call], own: Tensor) -> float:
