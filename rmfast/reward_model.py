@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any, Literal
 from torch import Tensor
 
 from rmfast.arguments import word
-from rmfast.engine.options import Encoding, RunOptions, ScoreOptions, takes
-from rmfast.engine.scorer import Scorer, checked_pooling
+from rmfast.engine.options import Encoding, RunOptions, ScoreOptions, check_options, takes
+from rmfast.engine.scorer import Scorer
 from rmfast.loading import load_checkpoint
 
 if TYPE_CHECKING:
@@ -478,8 +478,8 @@ def load(
             another shape, or has some that the model has no place for: the message names them.
         OSError: there is no such checkpoint (from transformers).
     """
-    checked_pooling(pooling)  # before gigabytes are loaded
+    check_options(pooling, invariant, compute)  # before gigabytes are loaded
     model, tokenizer, found = load_checkpoint(
         path_or_id, dtype=dtype, device=device, trust_remote_code=trust_remote_code, head=head, **kw
     )
-    return RewardModel(model, tokenizer, pooling=pooling, invariant=invariant, compute=compute, head=found)
+    return RewardModel.loaded(model, tokenizer, pooling=pooling, invariant=invariant, compute=compute, head=found)

@@ -86,9 +86,11 @@ def of_this_thread(hook: Callable[..., Any]) -> Callable[..., Any]:
 
 @contextmanager
 def uncompiled_calls(model: nn.Module) -> Iterator[None]:
-    """Sets aside what `model.compile()` made of its modules: hooks of the probe would not run in it, and under a mode of
-    torch functions (fp32 on 16-bit weights) what Dynamo leaves half compiled, at its limit of recompilations, gives
-    tensors of other shapes."""
+    """Sets aside what `model.compile()` made of its modules.
+
+    Hooks of the probe would not run in it, and under a mode of torch functions (`rmfast.binding.compute.Fp32`) what
+    Dynamo leaves half compiled, at its limit of recompilations, gives tensors of other shapes.
+    """
     compiled = [module for module in model.modules() if module._compiled_call_impl is not None]
     impls = [module._compiled_call_impl for module in compiled]
     try:
