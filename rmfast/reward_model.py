@@ -462,6 +462,9 @@ def load(
 ) -> RewardModel:
     """Load a reward model and its tokenizer with transformers.
 
+    Arguments are checked before weights are read. The model runs as a whole when it is first used: what only that shows
+    (activations that overflow) is an error then.
+
     Args:
         path_or_id: a folder or hub id of a sequence- or token-classification checkpoint, of one with a head that is
             known by its tensors (docs/heads.md), or of a peft adapter on one, or on a language model to which it brings
@@ -480,6 +483,7 @@ def load(
     """
     check_options(pooling, invariant, compute)  # before gigabytes are loaded
     model, tokenizer, found = load_checkpoint(
-        path_or_id, dtype=dtype, device=device, trust_remote_code=trust_remote_code, head=head, **kw
-    )
+        path_or_id, dtype=dtype, device=device, trust_remote_code=trust_remote_code, head=head, pooling=pooling,
+        compute=compute, **kw,
+    )  # fmt: skip
     return RewardModel.loaded(model, tokenizer, pooling=pooling, invariant=invariant, compute=compute, head=found)
