@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any, Literal
 from torch import Tensor
 
 from rmfast.arguments import word
-from rmfast.engine.options import Encoding, RunOptions, ScoreOptions, takes
-from rmfast.engine.scorer import Scorer, checked_pooling
+from rmfast.engine.options import Encoding, RunOptions, ScoreOptions, check_options, takes
+from rmfast.engine.scorer import Scorer
 from rmfast.loading import load_checkpoint
 
 if TYPE_CHECKING:
@@ -462,6 +462,9 @@ def load(
 ) -> RewardModel:
     """Load a reward model and its tokenizer with transformers.
 
+    Arguments are checked before weights are read. The model runs as a whole when it is first used: what only that shows
+    (activations that overflow) is an error then.
+
     Args:
         path_or_id: a folder or hub id of a sequence- or token-classification checkpoint, of one with a head that is
             known by its tensors (docs/heads.md), or of a peft adapter on one, or on a language model to which it brings
@@ -478,8 +481,9 @@ def load(
             another shape, or has some that the model has no place for: the message names them.
         OSError: there is no such checkpoint (from transformers).
     """
-    checked_pooling(pooling)  # before gigabytes are loaded
+    check_options(pooling, invariant, compute)  # before gigabytes are loaded
     model, tokenizer, found = load_checkpoint(
-        path_or_id, dtype=dtype, device=device, trust_remote_code=trust_remote_code, head=head, **kw
-    )
-    return RewardModel(model, tokenizer, pooling=pooling, invariant=invariant, compute=compute, head=found)
+        path_or_id, dtype=dtype, device=device, trust_remote_code=trust_remote_code, head=head, pooling=pooling,
+        compute=compute, **kw,
+    )  # fmt: skip
+    return RewardModel.loaded(model, tokenizer, pooling=pooling, invariant=invariant, compute=compute, head=found)

@@ -31,7 +31,15 @@ from rmfast.binding.modules import (
 )
 from rmfast.binding.norms import eps_of, gain_of, known_kind
 from rmfast.binding.rope import fresh_rope, kept_rope, length_groups, rope_modules
-from rmfast.binding.session import Clamp, eval_mode, lock_of, on_the_host, passing_through, with_clamps
+from rmfast.binding.session import (
+    Clamp,
+    eval_mode,
+    lock_of,
+    on_the_host,
+    passing_through,
+    uncompiled_calls,
+    with_clamps,
+)
 from rmfast.ops import reward_head
 
 _NO_NORM = "Expected a final norm that nothing is put on, for directions to be removed before it"
@@ -182,10 +190,18 @@ class Binding:
                 torch.inference_mode(not grad),
                 eval_mode(self.root),
                 kept_rope(self.rope),
-                Fp32() if self.in_fp32 and not holds() else ExitStack(),
+                self._arithmetic(),
                 with_clamps(self.root, self.clamps if clamped else ()),
             ):
                 yield
+
+    @contextmanager
+    def _arithmetic(self) -> Iterator[None]:
+        if not self.in_fp32 or holds():
+            yield
+            return
+        with uncompiled_calls(self.root), Fp32():
+            yield
 
     @property
     def in_fp32(self) -> bool:

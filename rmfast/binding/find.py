@@ -38,7 +38,7 @@ from rmfast.binding.norms import Call, norm_kind
 from rmfast.binding.proof import agree, check_bounds, drawn_states, find_reading, precision, record, special_ids
 from rmfast.binding.refusals import rule_of
 from rmfast.binding.rope import kept_rope, rope_modules
-from rmfast.binding.session import eval_mode, lock_of, on_the_host
+from rmfast.binding.session import eval_mode, lock_of, on_the_host, uncompiled_calls
 
 _PROBE_TOKENS = 7
 _CHANGED = 3  # of them, the last ones, by which it is tried whether earlier tokens see later ones
@@ -62,7 +62,14 @@ def bind(model: nn.Module, pooling: str | int = "auto", avoid: tuple[int, ...] =
         raise TypeError(f"Expected model to be a torch.nn.Module, got {type(model).__name__}")
     root = unwrap(model)
     expect_bare_compiled(model)
-    with lock_of(root), on_the_host(), torch.inference_mode(), eval_mode(root), kept_rope(rope_modules(root)):
+    with (
+        lock_of(root),
+        on_the_host(),
+        torch.inference_mode(),
+        eval_mode(root),
+        kept_rope(rope_modules(root)),
+        uncompiled_calls(model),
+    ):
         return _bind(root, model, pooling, avoid, program)
 
 

@@ -6,7 +6,7 @@ reads before its first end token, or that bounds its logits, is found out here.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -63,19 +63,23 @@ def reader(bound: Binding, rule: str | None = None) -> Callable[[np.ndarray], in
     return lambda ids: read(ids, pad, found)
 
 
-def record(model: nn.Module, root: nn.Module, ids: Tensor) -> tuple[list[Call], Any]:
-    """Run the model on one text; every module's call, in the order in which they returned, and the output."""
+def record(
+    model: nn.Module, root: nn.Module, ids: Tensor, names: Collection[str] | None = None
+) -> tuple[list[Call], Any]:
+    """Run the model on one text; every module's call (or those of some names), in the order in which they returned, and
+    the output."""
     calls: list[Call] = []
+    named = root.named_modules() if names is None else [(name, root.get_submodule(name)) for name in names]
+    name_of = {module: name for name, module in named}
+
+    def hook(module: nn.Module, args: tuple, kwargs: dict, out: Any) -> None:
+        given = args[0] if args else next(iter(kwargs.values()), None)
+        calls.append(Call(name_of[module], module, given, out))
+
+    seen = of_this_thread(hook)
     with ExitStack() as stack:
-        stack.enter_context(_uncompiled_calls(model))
-        for name, module in root.named_modules():
-
-            def hook(module: nn.Module, args: tuple, kwargs: dict, out: Any, name: str = name) -> None:
-                given = args[0] if args else next(iter(kwargs.values()), None)
-                calls.append(Call(name, module, given, out))
-
-            handle = module.register_forward_hook(of_this_thread(hook), with_kwargs=True)
-            stack.callback(handle.remove)
+        for module in name_of:
+            stack.callback(module.register_forward_hook(seen, with_kwargs=True).remove)
         try:
             out = model(**call_arguments(root, ids, torch.ones_like(ids), None))
         except Exception as error:
@@ -84,20 +88,6 @@ def record(model: nn.Module, root: nn.Module, ids: Tensor) -> tuple[list[Call], 
                 f"{type(error).__name__}: {error}"
             ) from error
     return calls, out
-
-
-@contextmanager
-def _uncompiled_calls(model: nn.Module) -> Iterator[None]:
-    """Sets aside what `model.compile()` made of its modules, in which hooks of the probe would not run."""
-    compiled = [module for module in model.modules() if module._compiled_call_impl is not None]
-    impls = [module._compiled_call_impl for module in compiled]
-    try:
-        for module in compiled:
-            module._compiled_call_impl = None
-        yield
-    finally:
-        for module, impl in zip(compiled, impls):
-            module._compiled_call_impl = impl
 
 
 def precision(calls: list[Call], own: Tensor) -> float:
@@ -202,10 +192,11 @@ def find_reading(bound: Binding, ids: Tensor) -> None:
 
 def _values(bound: Binding, ids: Tensor) -> tuple[Tensor, Tensor, float]:
     """Rewards (T, K) that the head gives at each token of one text (1, T), the model's own logits and their eps."""
-    calls, out = record(entry_of(bound.outermost, bound.root), bound.root, ids)
-    own, body = logits_of(out), bound.body
+    parts = [bound.body_name, *bound.head_names]
+    calls, out = record(entry_of(bound.outermost, bound.root), bound.root, ids, parts)
+    own = logits_of(out)
     assert own is not None
-    states = next(hidden_state_of(call.result) for call in calls if call.module is body)
+    states = next(hidden_state_of(call.result) for call in calls if call.name == bound.body_name)
     eps = precision([call for call in calls if call.name in bound.head_names], own)
     values = bound.apply_head(states.to(next((p.dtype for p in bound.head[0].parameters()), states.dtype)))
     return values.reshape(ids.numel(), -1), own, eps

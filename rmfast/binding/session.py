@@ -85,6 +85,24 @@ def of_this_thread(hook: Callable[..., Any]) -> Callable[..., Any]:
 
 
 @contextmanager
+def uncompiled_calls(model: nn.Module) -> Iterator[None]:
+    """Sets aside what `model.compile()` made of its modules.
+
+    Hooks of the probe would not run in it, and under a mode of torch functions (`rmfast.binding.compute.Fp32`) what
+    Dynamo leaves half compiled, at its limit of recompilations, gives tensors of other shapes.
+    """
+    compiled = [module for module in model.modules() if module._compiled_call_impl is not None]
+    impls = [module._compiled_call_impl for module in compiled]
+    try:
+        for module in compiled:
+            module._compiled_call_impl = None
+        yield
+    finally:
+        for module, impl in zip(compiled, impls):
+            module._compiled_call_impl = impl
+
+
+@contextmanager
 def passing_through(norm: nn.Module | None) -> Iterator[None]:
     """Makes the norm give back what it is given while the body runs once: no normalised copy of all the tokens is
     written.

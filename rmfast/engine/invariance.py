@@ -27,11 +27,14 @@ _found: dict[tuple, int | None] = {}
 
 
 def padding(rows: int, reads: int | None, tile: int) -> tuple[int, int]:
-    """Rows to add to `rows`, and how many of them to read beside `reads` (None: all), for multiples of `tile`."""
+    """Rows to add to `rows`, and how many of them to read beside `reads` (None: all), for multiples of `tile`.
+
+    At least one is read: bitsandbytes' 4-bit product divides by the rows that it is given.
+    """
     more = -rows % tile
     if reads is None:
         return more, more
-    read = -reads % tile
+    read = -reads % tile if reads else tile
     return more + (tile if read > more else 0), read
 
 
@@ -46,6 +49,9 @@ def tile_of(body: nn.Module) -> int | str:
 
     One module of each kind, shape and dtype is run on random rows, a few milliseconds for a small model.
     """
+    # bitsandbytes' int8: a row's products depend on which columns have an outlier in any row beside it.
+    if any(getattr(getattr(module, "state", None), "threshold", 0) for module in body.modules()):
+        return "int8 products take the columns with outliers of all their rows in 16 bits (llm_int8_threshold)"
     most = 1
     for key, module in _matmuls(body).items():
         if key not in _found:

@@ -7,7 +7,8 @@ from collections.abc import Callable, Mapping, Sequence
 from functools import wraps
 from typing import Any, Literal, TypedDict, TypeVar, get_type_hints
 
-from rmfast.arguments import flag, whole
+from rmfast.arguments import flag, is_whole, shown, whole, word
+from rmfast.binding.compute import COMPUTE
 from rmfast.binding.session import on_the_host
 from rmfast.texts.inputs import Format, Truncation
 
@@ -95,3 +96,17 @@ def checked_run(batch_tokens: Any, progress: Any) -> int | None:
     """`batch_tokens` of `RunOptions` as an int, once both are what they are documented to be."""
     flag("progress", progress)
     return None if batch_tokens is None else whole("batch_tokens", batch_tokens, 1)
+
+
+def checked_pooling(pooling: Any) -> str | int:
+    if pooling not in ("auto", "last") if isinstance(pooling, str) else not is_whole(pooling):
+        raise ValueError(f'Expected pooling to be "auto", "last" or a token id, got {shown(pooling)}')
+    return pooling if isinstance(pooling, str) else int(pooling)
+
+
+def check_options(pooling: Any, invariant: Any, compute: Any) -> None:
+    """TypeError or ValueError for options of `rmfast.RewardModel` that say nothing of the model."""
+    checked_pooling(pooling)
+    if invariant is not None:
+        flag("invariant", invariant)
+    word("compute", compute, COMPUTE)

@@ -15,14 +15,15 @@ from tqdm.auto import tqdm
 from rmfast import arguments
 from rmfast import backends as _backends
 from rmfast.binding.binding import Binding
-from rmfast.binding.compute import COMPUTE, chosen, measured, stored_dtype
+from rmfast.binding.compute import chosen, measured, stored_dtype
 from rmfast.binding.find import bind
 from rmfast.binding.modules import has_hooks, same_settings, settings_of
 from rmfast.binding.session import lock_of, on_the_host, share_lock
+from rmfast.binding.sketch import sketch
 from rmfast.engine.attention import Unsupported
 from rmfast.engine.layers import settings
 from rmfast.engine.limits import longest_text, position_table
-from rmfast.engine.options import Encoding, checked_run
+from rmfast.engine.options import Encoding, check_options, checked_pooling, checked_run
 from rmfast.engine.packed import Engine, run_packed
 from rmfast.engine.padded import run_padded
 from rmfast.engine.programs import outputs, run_heads
@@ -39,12 +40,6 @@ _BATCH_TOKENS = {"cpu": 3072}
 _BATCH_TOKENS_ACCELERATOR = 16384
 
 
-def checked_pooling(pooling: Any) -> str | int:
-    if pooling not in ("auto", "last") if isinstance(pooling, str) else not arguments.is_whole(pooling):
-        raise ValueError(f'Expected pooling to be "auto", "last" or a token id, got {arguments.shown(pooling)}')
-    return pooling if isinstance(pooling, str) else int(pooling)
-
-
 class Scorer:
     """What workloads run texts on; `rmfast.RewardModel`, which is one, says what arguments and errors are.
 
@@ -53,7 +48,7 @@ class Scorer:
         tokenizer: or None.
         pooling: the rule by which `position` goes.
         num_labels: K, the rewards of one token.
-        binding: the parts found in the model.
+        binding: the parts found in the model; of one from `rmfast.load` proven at first use.
         interventions: what the model is under (`rmfast.debias.apply.intervened`), or None.
         base: the scorer without them; None where this is it.
         invariant: whether texts must have the same bits in any batch (None: where it costs little, on CPUs).
@@ -64,30 +59,73 @@ class Scorer:
         self, model: nn.Module, tokenizer: Any = None, *, pooling: str | int = "auto", invariant: bool | None = None,
         compute: Literal["auto", "native", "fp32"] = "auto", head: Any = None,
     ):  # fmt: skip
+        check_options(pooling, invariant, compute)
         if tokenizer is not None and not (callable(tokenizer) and hasattr(tokenizer, "decode")):
             raise TypeError(f"Expected tokenizer to be one of transformers, or None, got {arguments.shown(tokenizer)}")
-        pooling = checked_pooling(pooling)
-        if invariant is not None:
-            arguments.flag("invariant", invariant)
-        arguments.word("compute", compute, COMPUTE)
+        self._set_up(model, tokenizer, checked_pooling(pooling), invariant, compute, head)
+
+    @classmethod
+    def loaded(
+        cls, model: nn.Module, tokenizer: Any, *, pooling: str | int, invariant: bool | None, compute: str, head: Any
+    ) -> Self:
+        """The scorer of a model that nobody else has seen: it is run as a whole at the first use of `binding`.
+
+        Args: as for `rmfast.RewardModel`, checked (`check_options`).
+        """
+        made = cls.__new__(cls)
+        made._set_up(model, tokenizer, checked_pooling(pooling), invariant, compute, head, whole=False)
+        return made
+
+    def _set_up(
+        self, model: nn.Module, tokenizer: Any, pooling: str | int, invariant: bool | None, compute: str, head: Any,
+        whole: bool = True,
+    ) -> None:  # fmt: skip
         program = None if head is None else head_of(head, model, tokenizer)
         if program is not None and pooling == "auto" and not isinstance(program.reading, str):
             pooling = program.reading
-        self.binding = bind(model, pooling, tuple(getattr(tokenizer, "all_special_ids", None) or ()), program)
-        chosen(compute, self.binding.root)
-        self.binding.compute = compute
+        avoid = tuple(getattr(tokenizer, "all_special_ids", None) or ())
+        found = None if whole or program is not None else sketch(model, pooling, avoid)
+        self._sketched = found is not None
+        self._binding = found = found or bind(model, pooling, avoid, program)
+        chosen(compute, found.root)
+        found.compute = compute
         self.model = model
         self.tokenizer = tokenizer
         self.pooling = pooling
-        self.num_labels = self.binding.num_labels
-        if self.pools and pooling != "auto":
-            name = "The head" if self.binding.reads_rows else type(self.binding.root).__name__
+        self.num_labels = found.num_labels
+        if pooling != "auto" and self.pools:
+            name = "The head" if found.reads_rows else type(found.root).__name__
             raise ValueError(f'{name} pools by itself: expected pooling to be "auto", got {pooling!r}')
         self.invariant = invariant
         self.interventions: Any = None
         self.base: Scorer | None = None
         self.warned: set[str] = set()
         self._engine: tuple[tuple, list[Any], Engine | str] | None = None
+
+    @property
+    def binding(self) -> Binding:
+        if self._sketched:
+            with lock_of(self._binding.root):
+                if self._sketched:
+                    self._prove()
+        return self._binding
+
+    @binding.setter
+    def binding(self, binding: Binding) -> None:
+        self._binding, self._sketched = binding, False
+
+    def _prove(self) -> None:
+        """Binds the whole model, all its layers run."""
+        sketched = self._binding
+        found = bind(self.model, self.pooling, sketched.avoid)
+        parts = [(each.body_name, each.head_names, each.num_labels) for each in (sketched, found)]
+        if parts[0] != parts[1]:
+            raise ValueError(
+                f"{type(found.root).__name__} has other parts than when it was loaded: expected body, head and labels "
+                f"{parts[0]}, got {parts[1]}. Make a new RewardModel of the model"
+            )
+        found.compute = sketched.compute
+        self.binding = found
 
     @property
     def pools(self) -> bool:
@@ -115,7 +153,7 @@ class Scorer:
         return (self.base or self).binding.fingerprint
 
     def __repr__(self) -> str:
-        bound = self.binding
+        bound = self._binding
         return (
             f"{type(self).__name__}({type(bound.root).__name__}, num_labels={self.num_labels}, "
             f"norm={bound.norm_kind!r}, pooling={self.pooling!r}, device={str(bound.device)!r})"

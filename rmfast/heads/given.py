@@ -38,11 +38,17 @@ def head_of(given: Any, model: nn.Module, tokenizer: Any) -> Head:
         return given.found(pattern_of(tokenizer, getattr(text_config(unwrap(model)), "model_type", None)))
     if isinstance(given, Head):
         return given
-    if callable(given):
-        return FunctionHead(of=given, reading="last but pad")
-    raise TypeError(
-        f"Expected head to be of rmfast.heads, a rmfast.TokenHead or a function of hidden states, got {shown(given)}"
-    )
+    expect_head(given)
+    return FunctionHead(of=given, reading="last but pad")
+
+
+def expect_head(given: Any) -> None:
+    """TypeError for what is no head."""
+    if not (isinstance(given, TokenHead | Head) or callable(given)):
+        raise TypeError(
+            f"Expected head to be of rmfast.heads, a rmfast.TokenHead or a function of hidden states, got "
+            f"{shown(given)}"
+        )
 
 
 def pattern_of(tokenizer: Any, model_type: str | None) -> tuple[int, ...]:

@@ -62,9 +62,13 @@ class TokenHead:
             )
         config = text_config(model)
         scale = getattr(config, "logit_scale", None) or 1 / (getattr(config, "logits_scaling", None) or 1.0)
-        ids = [self._id(token, tokenizer, weight.size(0)) for token in self.tokens]
+        ids = self.ids(tokenizer, weight.size(0))
         cap = getattr(config, "final_logit_softcapping", None)
         return TokenRows(module=module, ids=ids, difference=self.difference, cap=cap, scale=scale)
+
+    def ids(self, tokenizer: Any, vocabulary: int) -> list[int]:
+        """The tokens' ids; ValueError for one that is not among the tokenizer's, or the vocabulary's rows."""
+        return [self._id(token, tokenizer, vocabulary) for token in self.tokens]
 
     def _id(self, token: int | str, tokenizer: Any, vocabulary: int) -> int:
         if isinstance(token, str):

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from rmfast import arguments
+from rmfast.heads.given import expect_head
 from rmfast.loading.adapters import is_adapter, load_adapter
 from rmfast.loading.files import has_file
 from rmfast.loading.heads import beside, load_body, wants_program
@@ -19,19 +20,30 @@ _HUB_ARGUMENTS = ("cache_dir", "gguf_file", "local_files_only", "revision", "sub
 
 
 def load_checkpoint(
-    path: Any, *, dtype: Any = None, device: Any = None, trust_remote_code: bool = False, head: Any = None, **kw: Any
+    path: Any,
+    *,
+    dtype: Any = None,
+    device: Any = None,
+    trust_remote_code: bool = False,
+    head: Any = None,
+    pooling: str | int = "auto",
+    compute: str = "auto",
+    **kw: Any,
 ) -> tuple[nn.Module, Any, Any]:
     """A reward model, its tokenizer (None where there is none, with a warning), and its head where that is not the
     model's own: see `rmfast.load`."""
     if not isinstance(path, str | os.PathLike) or not os.fspath(path):
         raise TypeError(f"Expected path_or_id to be a folder or a hub id, got {arguments.shown(path)}")
     arguments.flag("trust_remote_code", trust_remote_code)
+    if head is not None and not isinstance(head, str):
+        expect_head(head)
     if device is not None:
-        arguments.device("device", device)
+        torch.empty(0, device=arguments.device("device", device))  # torch says which it has not
     if isinstance(dtype, str) and dtype != "auto":
         dtype = getattr(torch, dtype.removeprefix("torch."), dtype)
-    if not (dtype is None or isinstance(dtype, torch.dtype) or (isinstance(dtype, str) and dtype == "auto")):
-        raise ValueError(f"Expected dtype to be a dtype of torch or its name, got {arguments.shown(dtype)}")
+    floating = isinstance(dtype, torch.dtype) and dtype.is_floating_point
+    if not (dtype is None or floating or (isinstance(dtype, str) and dtype == "auto")):
+        raise ValueError(f"Expected dtype to be a floating dtype of torch or its name, got {arguments.shown(dtype)}")
     if device is not None and kw.get("device_map") is not None:
         raise ValueError("Expected device or device_map, got both")
     shared = {name: kw.pop(name) for name in _HUB_ARGUMENTS if name in kw} | {"trust_remote_code": trust_remote_code}
@@ -39,6 +51,8 @@ def load_checkpoint(
     if device is None and kw.get("device_map") is None and torch.cuda.is_available():
         device = "cuda"
     if not is_adapter(path, shared):
+        if compute == "fp32" or not isinstance(pooling, str):
+            _expect_fit(path, shared, options, pooling, compute)
         if not wants_program(path, shared, head):
             return load_model(path, shared, options, device), _load_tokenizer(path, shared), None
         tokenizer = _load_tokenizer(path, shared)
@@ -48,6 +62,20 @@ def load_checkpoint(
     head = beside(path, shared, head, {}, tokenizer)
     model, base, base_shared = load_adapter(path, shared, options, device, headed=head is not None)
     return model, tokenizer or _load_tokenizer(base, base_shared), head
+
+
+def _expect_fit(path: Any, shared: dict[str, Any], options: dict[str, Any], pooling: str | int, compute: str) -> None:
+    """ValueError for options that the checkpoint's configuration rules out."""
+    import transformers
+
+    config = transformers.AutoConfig.from_pretrained(path, **shared)
+    rows = getattr(config.get_text_config(), "vocab_size", None)
+    if not isinstance(pooling, str) and rows is not None and not 0 <= pooling < rows:
+        raise ValueError(f"Expected pooling to be a token id in [0, {rows}), got {pooling}")
+    quantised = options.get("quantization_config") or getattr(config, "quantization_config", None)
+    if compute == "fp32" and (quantised or options["dtype"] == torch.float64):
+        what = "quantised, and multiply by themselves" if quantised else "float64"
+        raise ValueError(f'Expected compute to be "native" or "auto", got "fp32": its weights are {what}')
 
 
 def _load_tokenizer(path: Any, shared: dict[str, Any]) -> Any:

@@ -59,9 +59,11 @@ def load_body(
 
     written = _written(path, shared)
     head = token_head(written) if head is None else head
-    if isinstance(head, TokenHead):
-        return load_model(path, shared, options, device, "AutoModelForCausalLM"), head
     config = transformers.AutoConfig.from_pretrained(path, **shared)
+    if isinstance(head, TokenHead):
+        if (rows := getattr(config.get_text_config(), "vocab_size", None)) is not None:
+            head.ids(tokenizer, rows)  # before gigabytes are loaded
+        return load_model(path, shared, options, device, "AutoModelForCausalLM"), head
     with torch.device("meta"):
         empty = transformers.AutoModel.from_config(config, trust_remote_code=shared["trust_remote_code"])
     tensors = Tensors(path, shared)

@@ -32,10 +32,10 @@ def load_model(
     import transformers
 
     config = transformers.AutoConfig.from_pretrained(path, **shared)
-    if shared.get("gguf_file") and not config.architectures:
+    if auto is None and shared.get("gguf_file") and not config.architectures:
         raise ValueError(
             f"{shared['gguf_file']} in {path} is not a reward model: transformers reads the body of a GGUF file and no "
-            "head. Load the checkpoint that it was made from"
+            "head. Load the checkpoint that it was made from, or give a head (docs/heads.md)"
         )
     auto = auto or _auto_class(path, config)
     own = (getattr(config, "auto_map", None) or {}).get(auto)

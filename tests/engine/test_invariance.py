@@ -101,11 +101,12 @@ def test_rewards_under_interventions_keep_their_bits():
     assert torch.equal(under.score(some), torch.stack([under.score([text])[0] for text in some]))
 
 
-@given(st.integers(1, 500), st.integers(1, 500), st.sampled_from([1, 8, 16, 128]))
+@given(st.integers(1, 500), st.integers(0, 500), st.sampled_from([1, 8, 16, 128]))
 def test_padding_makes_whole_tiles_of_rows_and_of_those_that_are_read(rows, reads, tile):
     reads = min(rows, reads)
     more, more_reads = invariance.padding(rows, reads, tile)
     assert (rows + more) % tile == 0 == (reads + more_reads) % tile and more_reads <= more < 2 * tile
+    assert reads + more_reads > 0
     more, more_reads = invariance.padding(rows, None, tile)
     assert (rows + more) % tile == 0 and more == more_reads < tile
     padded = invariance.padded(np.arange(5, 5 + rows), tile)

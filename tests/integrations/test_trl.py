@@ -387,6 +387,8 @@ made = trainer({folder!r}, loss="tcrm+crm", bins=3, bandwidth=0.5, per_device_tr
 made.train()
 if made.accelerator.is_main_process:
     torch.save(weights(made), {folder!r} + "/weights.pt")
+torch.distributed.barrier()  # a rank that ends while gloo's threads still talk to it takes the other one down
+torch.distributed.destroy_process_group()
 """
 
 

@@ -62,6 +62,36 @@ def test_load_without_a_tokenizer_takes_token_ids_only(tmp_path):
         loaded.score(["text"])
 
 
+@pytest.mark.filterwarnings("ignore:No tokenizer")
+@pytest.mark.parametrize(
+    "options, error",
+    [
+        ({"compute": "bf16"}, "compute"),
+        ({"compute": "fp32", "dtype": torch.float64}, "its weights are float64"),
+        ({"compute": "fp32", "quantization_config": {"quant_method": "fp8"}}, "its weights are quantised"),
+        ({"invariant": 1}, "invariant"),
+        ({"pooling": "first"}, "pooling"),
+        ({"pooling": 1000}, r"pooling to be a token id in \[0, \d+\), got 1000"),
+        ({"dtype": "int8"}, "floating dtype"),
+        ({"device": "cuda:99"}, "(?i)cuda"),
+        ({"device": "cpu", "device_map": "auto"}, "device or device_map"),
+        ({"trust_remote_code": "no"}, "trust_remote_code"),
+        ({"head": 3}, "head to be of rmfast.heads"),
+        ({"head": rmfast.TokenHead(1000)}, r"TokenHead\(1000.* got 1000"),
+        ({"head": rmfast.TokenHead("+")}, "there is no tokenizer"),
+    ],
+)
+def test_load_checks_its_arguments_before_it_reads_weights(tmp_path, monkeypatch, options, error):
+    save(tmp_path, M.decoder("llama"))
+
+    def reads(*args, **kwargs):
+        pytest.fail("weights were read")
+
+    monkeypatch.setattr(transformers.PreTrainedModel, "from_pretrained", reads)
+    with pytest.raises((ValueError, TypeError, RuntimeError, AssertionError), match=error):
+        rmfast.load(tmp_path, **options)
+
+
 def test_load_refuses_a_language_model(tmp_path):
     save(tmp_path, transformers.LlamaForCausalLM(M.decoder("llama").config))
     with pytest.raises(ValueError, match=r"is not a reward model: its config names \['LlamaForCausalLM'\]"):
