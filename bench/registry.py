@@ -25,6 +25,7 @@ OPS = (
     "sweep",
     "interventions",
     "lens",
+    "heads",
     "reward_lens",
 )
 

@@ -413,3 +413,22 @@ def test_reports_of_biases_take_a_gated_head():
     rm = model("gated")
     pairs = [("q" * (i % 3 + 1), "a" * i, "b " * i) for i in range(1, 14)]
     assert rmfast.debias.report(rm, pairs) is not None
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_text_has_the_same_bits_in_any_batch_under_a_gate_as_wide_as_published_ones(dtype):
+    weights = [C.random(96, C.D), C.random(96, 96, seed=1), C.random(A, 96, seed=2)]
+    gate = heads.Layers(weights=weights, biases=[C.random(96, seed=3), C.random(96, seed=4), None])
+    head = heads.Gated(weight=C.random(A, C.D), transform=torch.eye(A), gate=gate, temperature=0.5)
+    rm = rmfast.RewardModel(C.body().to(dtype), M.tokenizer("decoder", chat=True), head=head)
+    together = rm.score(C.PAIRS)
+    assert torch.equal(together, torch.cat([rm.score([pair]) for pair in C.PAIRS]))
+    assert torch.equal(together, rm.score(C.PAIRS, batch_tokens=16))
+    if dtype == torch.float32:
+        (item,) = rm.encode([C.PAIRS[0]])
+        x = run(rm, item.ids).last_hidden_state[0]
+        row = x[gate_of(item.ids)]
+        for i, (weight, bias) in enumerate(zip(gate.weights, gate.biases)):
+            row = weight.double() @ (row if i == 0 else torch.relu(row)) + (0 if bias is None else bias.double())
+        want = ((row / 0.5).softmax(0) * (head.weight.double() @ x[-1])).sum()
+        C.assert_near(together[0], want)
