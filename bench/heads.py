@@ -5,8 +5,8 @@ text and at its prompt's end. Baselines:
 - PyTorch: what its published module computes: the norm of all rows, the attributes of a text's last one, the gate's
   MLP on its prompt's end, for every text, R, T, softmax and sum;
 - a gate a prompt: the same, with the MLP run once for the texts that share a prompt, which it does not do.
-Ours multiplies in fp32 whatever the states and weights are stored in; on bf16 ones PyTorch's products are in 16 bits, and
-off by 5e-3. Targets are those of fp32.
+Ours multiplies in fp32 whatever the states and weights are stored in; on bf16 ones PyTorch's products are in 16 bits,
+and off by 5e-3. Targets are those of fp32.
 
 An ensemble is 8 linear heads on SmolLM2-135M; its baseline is a run of our own engine for each.
 
@@ -22,6 +22,7 @@ from __future__ import annotations
 import copy
 import functools
 from collections.abc import Callable
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -52,7 +53,7 @@ class GatedRows(Problem):
             return (x / size[-1] ** 0.5 if len(size) > 1 else x).to(self.dtype)
 
         sizes = [d, inner, inner, inner, ATTRIBUTES]
-        weights = [random(m, n) for n, m in zip(sizes, sizes[1:])]
+        weights = [random(m, n) for n, m in pairwise(sizes)]
         gate = heads.Layers(weights=weights, biases=[random(m) for m in sizes[1:]])
         self.head = heads.Gated(
             weight=random(ATTRIBUTES, d), transform=random(ATTRIBUTES, ATTRIBUTES), gate=gate, pattern=(1, 2)
@@ -61,7 +62,8 @@ class GatedRows(Problem):
             vocab_size=64, hidden_size=d, intermediate_size=8, num_hidden_layers=1, num_attention_heads=1, head_dim=8,
             num_key_value_heads=1, rms_norm_eps=EPS,
         )  # fmt: skip
-        body: Any = transformers.LlamaModel(config).to(device, self.dtype)  # its norm is what is run of it
+        body: Any = transformers.LlamaModel(config)  # its norm is what is run of it
+        body = body.to(device, self.dtype)
         nn.init.uniform_(body.norm.weight, 0.5, 1.5)
         self.norm = body.norm.requires_grad_(False)
         self.rm = rmfast.RewardModel(body, head=self.head)

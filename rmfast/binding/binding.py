@@ -313,9 +313,10 @@ class Binding:
             kind = norm["norm"]
             if kind != "layer":  # of which there is no op that gives rows
                 x = hidden.reshape(-1, hidden.size(-1))[rows].float()
-                if kind is not None:
-                    x = rms_norm(x, norm["norm_weight"], eps=norm["eps"], gemma=kind == "gemma_rms")
-                return row_product(x, weight, bias)
+                if kind is None:
+                    return row_product(x, weight, bias)
+                y = rms_norm(x, norm["norm_weight"], eps=norm["eps"], gemma=kind == "gemma_rms")
+                return row_product(y, weight, bias)  # type: ignore[arg-type]  # one tensor without a residual
         return self._fused(hidden, rows, weight, bias)
 
     def _fused(self, hidden: Tensor, rows: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:

@@ -14,6 +14,8 @@ import torch
 import rmfast
 from rmfast import DirectionRemoval, NeuronClamp, heads
 from rmfast.last_token import LastTokenRuns
+from rmfast.patching.layers_patcher import LayersPatcher
+from rmfast.patching.sites import KINDS
 
 A = 6  # attributes
 
@@ -251,7 +253,7 @@ CLEAN, CORRUPTED = ("what is it?", "it is a dog"), ("what is it!", "it is a cat"
 def test_patching_runs_the_whole_program(name):
     rm = model(name, num_hidden_layers=3)
     sweep = rm.patch_sweep(CLEAN, CORRUPTED, sites=("resid_post", "mlp_out"))
-    assert sweep.engine == ("layers" if rm.gated else "suffix")
+    assert sweep.engine == "suffix"
     clean, corrupted = rm.encode([CLEAN, CORRUPTED])
     run(rm, clean.ids)
     changed = np.flatnonzero(clean.ids != corrupted.ids)
@@ -272,6 +274,32 @@ def test_patching_runs_the_whole_program(name):
                 want = truth(rm, CORRUPTED, put, module.format(layer))
                 got = sweep.rewards[("resid_post", "mlp_out").index(kind), layer, position]
                 C.assert_near(got, squeezed(rm, want))
+
+
+@pytest.mark.parametrize("mode", ["denoising", "noising", "zero"])
+@pytest.mark.parametrize("name, family", [("gated", "llama"), ("quantile", "gemma2")])
+def test_the_suffix_engine_edits_texts_of_two_read_rows_as_hooks_do(name, family, mode, monkeypatch):
+    rm = model(name, family, num_hidden_layers=3)
+    texts = (CLEAN,) if mode == "zero" else (CLEAN, CORRUPTED)
+    asked = {"sites": KINDS, "neurons": [0, 7], "mode": mode}
+    found = rm.patch_sweep(*texts, **asked)
+    assert found.engine == "suffix"
+    again = rm.patch_sweep(*texts, **asked, batch_tokens=60)
+    assert torch.equal(again.rewards.nan_to_num(0), found.rewards.nan_to_num(0))
+    groups = {"positions": [[0, 4], range(6, 20), [-1], [3, -1]]}
+    grouped = rm.patch_sweep(*texts, **asked, **groups)
+    monkeypatch.setattr("rmfast.patching.request.patcher_of", lambda scorer: LayersPatcher(scorer.binding))
+    for got, more in ((found, {}), (grouped, groups)):
+        want = rm.patch_sweep(*texts, **asked, **more)
+        assert want.engine == "layers"
+        torch.testing.assert_close(got.rewards, want.rewards, rtol=0, atol=1e-5, equal_nan=True)
+        C.assert_near(got.clean_reward, want.clean_reward.double())
+
+
+def test_a_reward_that_is_read_before_its_prompts_end_is_no_sweeps():
+    rm = rmfast.RewardModel(C.body(), M.tokenizer("decoder", chat=True), pooling=M.USER, head=gated())
+    with pytest.raises(ValueError, match="text 0 to be read behind its prompt's end"):
+        rm.patch_sweep(CLEAN, CORRUPTED)
 
 
 def test_attribution_patching_takes_the_gradient_of_the_whole_program():
