@@ -1,7 +1,9 @@
 """Writes docs/models.md: what runs how on which family, each cell tried on a tiny random model of transformers.
 
-python docs/site/make_models.py             # all families, some minutes
-python docs/site/make_models.py opt gpt_oss # prints these alone
+    python docs/site/make_models.py              all families, some minutes
+    python docs/site/make_models.py opt gpt_oss  prints the rows of these alone
+
+A family is added by a row in OTHERS, or in tests/models.py.
 """
 
 from __future__ import annotations
@@ -226,9 +228,9 @@ def text(found: list[Tried]) -> str:
 
 INTRODUCTION = f"""# What runs how on which model
 
-Made by `python docs/site/make_models.py` with transformers {transformers.__version__}: each cell was tried on a tiny random
-model of the family, in fp32 on a CPU. Models are found by structure, not by name: others run as those do whose layers
-they share, and `rm.explain()` says how one runs and why.
+Made by `python docs/site/make_models.py` with transformers {transformers.__version__}: each cell was tried on a tiny
+random model of the family, in fp32 on a CPU. Models are found by structure, not by name: others run as those do whose
+layers they share, and `rm.explain()` says how one runs and why.
 
 - engine: *fused* (packed, layers by structure), *modules* (packed, the model's own layers around our attention) or
   *padded*.

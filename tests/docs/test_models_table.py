@@ -1,4 +1,4 @@
-"""docs/models.md is what docs/site/make_models.py makes: of all families a row, and of some the row that they have now."""
+"""docs/models.md is what its script makes: a row of all families, and of some the row that they have now."""
 
 from __future__ import annotations
 
