@@ -26,6 +26,7 @@ OPS = (
     "interventions",
     "lens",
     "probes",
+    "heads",
     "reward_lens",
 )
 

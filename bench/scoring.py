@@ -72,7 +72,8 @@ def load(shape: Shape, device: torch.device) -> Any:
 
 
 def texts(shape: Shape) -> Texts:
-    """Random ids: "hh" pairs that share their prompt, "best-of-16" of one prompt, "equal" with nothing shared."""
+    """Random ids: "hh" pairs that share their prompt, "best-of-16" of one prompt, "equal" with nothing shared;
+    "steps" of one question, each step's last token one that stands nowhere else (LAST)."""
     rng, count = np.random.default_rng(0), shape["texts"]
 
     def draw(n: int) -> np.ndarray:
@@ -85,6 +86,10 @@ def texts(shape: Shape) -> Texts:
     if shape["workload"] == "best-of-16":
         prompts = [draw(shape["prompt"]) for _ in range(count // 16)]
         return [np.concatenate([p, draw(shape["response"])]) for p in prompts for _ in range(16)]
+    if shape["workload"] == "steps":
+        question, step = draw(shape["question"]), np.append(np.ones(shape["step"] - 1, bool), False)
+        tagged = np.tile(step, shape["steps"])
+        return [np.concatenate([question, np.where(tagged, draw(len(tagged)), LAST)]) for _ in range(count)]
     return [draw(shape["tokens"]) for _ in range(count)]
 
 

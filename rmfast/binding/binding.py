@@ -30,6 +30,7 @@ from rmfast.binding.modules import (
     wrappers,
 )
 from rmfast.binding.norms import eps_of, gain_of, known_kind
+from rmfast.binding.products import is_product, row_product
 from rmfast.binding.rope import fresh_rope, kept_rope, length_groups, rope_modules
 from rmfast.binding.session import (
     Clamp,
@@ -40,7 +41,7 @@ from rmfast.binding.session import (
     uncompiled_calls,
     with_clamps,
 )
-from rmfast.ops import reward_head
+from rmfast.ops import reward_head, rms_norm
 
 _NO_NORM = "Expected a final norm that nothing is put on, for directions to be removed before it"
 
@@ -320,10 +321,19 @@ class Binding:
     def linear(self, hidden: Tensor, rows: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         """(M, C) of the flat rows (M,) of hidden (B, T, d): weight (C, d) and bias (C,) or None, norm and removals
         included; one op where the norm is known."""
-        if self._fuses_norm:
-            return self._fused(hidden, rows, weight, bias)
-        on = hidden.device
-        return reward_head(self.normed(hidden, rows)[0], weight.to(on), None if bias is None else bias.to(on))
+        if not self._fuses_norm:
+            return row_product(self.normed(hidden, rows)[0], weight, bias)
+        removes = self.before is not None or self.after is not None
+        if not (removes or torch.is_grad_enabled()) and is_product(weight, hidden.device, hidden.dtype):
+            norm = self.norm_arguments(hidden.device)
+            kind = norm["norm"]
+            if kind != "layer":  # of which there is no op that gives rows
+                x = hidden.reshape(-1, hidden.size(-1))[rows].float()
+                if kind is None:
+                    return row_product(x, weight, bias)
+                y = rms_norm(x, norm["norm_weight"], eps=norm["eps"], gemma=kind == "gemma_rms")
+                return row_product(y, weight, bias)  # type: ignore[arg-type]  # one tensor without a residual
+        return self._fused(hidden, rows, weight, bias)
 
     def _fused(self, hidden: Tensor, rows: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         if self.before is not None and not self.leaves_norm_out:

@@ -11,6 +11,7 @@ import numpy as np
 
 from rmfast.cli.options import ModelOptions, Options, chosen_backend, encoding_of, load_model
 from rmfast.cli.rows import BadRow
+from rmfast.cli.run import Run
 from rmfast.evaluation.data import cells_of, rows_of
 from rmfast.evaluation.evaluate import evaluated
 from rmfast.evaluation.layout import Layout
@@ -26,8 +27,8 @@ SCORES = "scores"  # the column
 class BenchmarkRows:
     """What a run scores of a benchmark's rows: the texts of each item, whose scores become one column."""
 
-    def __init__(self, layout: Layout) -> None:
-        self.layout = layout
+    def __init__(self, layout: Layout, subset_column: str | None) -> None:
+        self.layout, self.subset_column = layout, subset_column
 
     def new_columns(self) -> list[str]:
         return [SCORES]
@@ -36,14 +37,30 @@ class BenchmarkRows:
         if taken := [name for name in (SCORES, "error") if name in row.data]:
             raise BadRow(f"has a column {taken[0]!r} of its own: rename it")
         try:
-            return list(self.layout.item(cells_of(row)).inputs)
+            return list(self.layout.item(cells_of(row, self.subset_column)).inputs)
         except ValueError as error:
             raise BadRow(str(error)) from None
 
     def cells(self, model: Any, row: Row, results: list[tuple[Any, Any]]) -> dict[str, Any]:
-        self.layout.expect(model)
-        encoded, rewards = zip(*results)
-        return {SCORES: self.layout.scores_of(model, encoded, rewards)}
+        return {SCORES: self.layout.scores_of([result for _, result in results])}
+
+
+class BenchmarkRun(Run):
+    """A run over a benchmark's rows, by the method of their layout."""
+
+    def __init__(
+        self, options: Options, layout: Layout, subset_column: str | None, step_tag: str | None,
+        interventions: list[Path],
+    ) -> None:  # fmt: skip
+        super().__init__(
+            "evaluate", options, SCORES, interventions=interventions,
+            layout=lambda *_: BenchmarkRows(layout, subset_column), layout_name=layout.name, step_tag=step_tag,
+        )  # fmt: skip
+        self.of = layout
+
+    def arguments(self, model: Any) -> dict[str, Any]:
+        self.of.expect(model)
+        return self.of.arguments(model)
 
 
 def as_lines(files: Sequence[Path], path: Path) -> Path:
@@ -57,15 +74,17 @@ def as_lines(files: Sequence[Path], path: Path) -> Path:
     return path
 
 
-def first_layout(path: Path, name: str | None, step_tag: str | None, threshold: float | None) -> Layout:
+def first_layout(
+    path: Path, name: str | None, step_tag: str | None, threshold: float | None, subset_column: str | None
+) -> Layout:
     """The layout called `name`, or that of the first readable row; of steps, with their tag and threshold."""
     row = next((row for row in read_rows(path) if not row.error), None)
     if row is None:
         raise ValueError(f"Expected {path.name} to hold at least one row, got none")
-    return layout_of(row.data, name, step_tag, threshold)
+    return layout_of(cells_of(row, subset_column), name, step_tag, threshold)
 
 
-def figures_of(layout: Layout, options: Options, **bootstrap: Any) -> Evaluation:
+def figures_of(layout: Layout, options: Options, subset_column: str | None, **bootstrap: Any) -> Evaluation:
     """The figures of the rows that a run has written; those with an error are left out."""
     typed = kind_of(options.input) != "csv"
     items, scores, places, left_out = [], [], [], 0
@@ -73,7 +92,7 @@ def figures_of(layout: Layout, options: Options, **bootstrap: Any) -> Evaluation
         if row.data.get(SCORES) is None:
             left_out += 1
             continue
-        items.append(layout.item(cells_of(dataclasses.replace(row, typed=typed))))
+        items.append(layout.item(cells_of(dataclasses.replace(row, typed=typed), subset_column)))
         scores.append(row.data[SCORES])
         places.append(place)
     return evaluated(layout, items, scores, places=places, left_out=left_out, **bootstrap)

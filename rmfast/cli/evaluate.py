@@ -9,7 +9,6 @@ import typer
 
 from rmfast.cli.options import ModelOptions, Options, files_of_options, other_than, with_options
 from rmfast.cli.results import claimed, save_plot, write_csv
-from rmfast.cli.run import Run
 
 _FILES = (
     "results.json",
@@ -36,6 +35,9 @@ def evaluate(
     layout: Annotated[
         Literal["pairs", "rewardbench", "rewardbench2", "rm-bench", "processbench"] | None,
         typer.Option(help="What the rows hold; default: by their columns."),
+    ] = None,
+    subset_column: Annotated[
+        str | None, typer.Option(help="The column by which figures are told apart; default: subset.")
     ] = None,
     step_tag: Annotated[
         str | None, typer.Option(help="Of processbench: the token behind each step, like <extra_0>.")
@@ -70,7 +72,7 @@ def evaluate(
     """Score a benchmark and print its figures with n and intervals, resumably (see docs/evaluate.md)."""
     if not 0 < confidence < 1:
         raise ValueError(f"Expected --confidence to be in (0, 1), got {confidence}")
-    from rmfast.cli.benchmark import SCORES, BenchmarkRows, as_lines, figures_of, first_layout, parity_of
+    from rmfast.cli.benchmark import BenchmarkRun, as_lines, figures_of, first_layout, parity_of
     from rmfast.evaluation.data import files_of, is_table
 
     files = files_of(data)
@@ -79,19 +81,15 @@ def evaluate(
     shared = {"on_error": on_error, "window": window, "engine": engine, "overwrite": overwrite}
     with claimed(output, _FILES, reads):
         input_ = files[0] if is_table(files) else as_lines(files, output / "data.jsonl")
-        of = first_layout(input_, layout, step_tag, threshold)
+        of = first_layout(input_, layout, step_tag, threshold, subset_column)
         if parity is not None and of.method != "score":
             raise ValueError(f"Expected no --parity with the layout {of.name}, whose texts have several scores")
 
         def scored(model: ModelOptions, interventions: list[Path], name: str) -> Any:
             own = {field.name: getattr(model, field.name) for field in dataclasses.fields(ModelOptions)}
             given = Options(**own, input=input_, output=output / name, **shared)  # type: ignore[arg-type]
-            run = Run(
-                "evaluate", given, SCORES, interventions=interventions, layout=lambda *_: BenchmarkRows(of),
-                layout_name=of.name, step_tag=step_tag,
-            )  # fmt: skip
-            run.go(of.method)
-            return figures_of(of, given, **bootstrap)
+            BenchmarkRun(given, of, subset_column, step_tag, interventions).go(of.method)
+            return figures_of(of, given, subset_column, **bootstrap)
 
         result = scored(options, intervention or [], "rows.jsonl")
         board = result.leaderboard(options.model), result.leaderboard_scores(options.model)

@@ -71,6 +71,10 @@ class Run:
         """The inputs as token ids; errors in the place of those that can't be scored."""
         return model.encode(inputs, errors="return", **self.encoding)
 
+    def arguments(self, model: Any) -> dict[str, Any]:
+        """What the model's method is given that goes by the model."""
+        return {}
+
     def go(self, method: str, **settings: Any) -> None:
         """Score all rows that are not done, by a method of the model's, which is given `settings`."""
         o = self.options
@@ -100,7 +104,12 @@ class Run:
 
         o = self.options
         function = functools.partial(
-            getattr(model, method), batch_tokens=o.batch_tokens, max_length=o.max_length, engine=o.engine, **settings
+            getattr(model, method),
+            batch_tokens=o.batch_tokens,
+            max_length=o.max_length,
+            engine=o.engine,
+            **settings,
+            **self.arguments(model),
         )
         first, start = self.output.next_row, time.perf_counter()
         backend = chosen_backend(o)

@@ -130,8 +130,18 @@ def outputs(scorer: Any, encoded: list[Encoded], read: list[np.ndarray], running
         values = scorer.run(encoded, read, *running, scorer.binding.row_values) or [_no_values(scorer.binding)]
         found = program.outputs(torch.cat(values))
     scores = found.pop("scores", found["rewards"])
-    names = getattr(program, "names", ()) or tuple(map(str, range(found["rewards"].size(1))))
+    count = found["rewards"].size(1)
+    names = _labels(scorer.binding, count) if program is None else program.names
+    names = names or tuple(map(str, range(count)))
     return {"scores": scores[:, 0] if labels == 1 else scores, **found, "names": list(names)}
+
+
+def _labels(binding: Binding, count: int) -> tuple[str, ...]:
+    """The configuration's names of a model's own labels, where it has given them some."""
+    known = getattr(binding.config, "id2label", None) or {}
+    names = tuple(str(known.get(i)) for i in range(count))
+    given = len(known) == count and not all(name in (f"LABEL_{i}", "None") for i, name in enumerate(names))
+    return names if given else ()
 
 
 def _no_values(binding: Binding) -> Tensor:

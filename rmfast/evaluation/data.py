@@ -11,8 +11,10 @@ from rmfast import arguments
 from rmfast.texts.chat import messages_in
 from rmfast.texts.tables import SUFFIXES, Row, read_rows
 
-# Data sets on the hub, and the files of each that are evaluated. Assumed, since their names may change: where none is
-# there, the error says what is missing, and a downloaded file can be given in place of the name.
+# Data sets on the hub, and the files of each that are evaluated: the splits "filtered" ("raw" has more) and "test" of
+# the two RewardBenches, RM-Bench's one file, and ProcessBench's four (gsm8k, math, olympiadbench, omnimath), as the
+# benchmarks' own code loads them. Names of files may change: where none is there the error says what is missing, and a
+# downloaded file can be given in place of the name. The columns are those of each `Layout`'s docstring.
 PUBLISHED: dict[str, tuple[str, str]] = {
     "rewardbench": ("allenai/reward-bench", "data/filtered*.parquet"),
     "rewardbench2": ("allenai/reward-bench-2", "data/test*.parquet"),
@@ -37,10 +39,12 @@ def files_of(given: str | Path) -> list[Path]:
     repository, pattern = PUBLISHED[str(given)]
     try:
         folder = Path(snapshot_download(repository, repo_type="dataset", allow_patterns=pattern))
-    except Exception as error:
+    except Exception as error:  # of a network, the hub or the disk
+        reason = " ".join(str(error).split())
         raise ValueError(
-            f"Expected the data set {repository} to be on the hub or in its cache (a file can be given in place of "
-            f"{str(given)!r}): {error}"
+            f"The data set {repository} ({pattern}) is not in the hub's cache and could not be downloaded. Without a "
+            f"network, give a file that was downloaded elsewhere in place of {str(given)!r}. "
+            f"{type(error).__name__}: {reason}"
         ) from error
     if not (found := sorted(folder.glob(pattern))):
         raise ValueError(f"Expected files {pattern} in the data set {repository}, found none: give a file")
@@ -89,11 +93,20 @@ def given_rows(given: str | Path | Iterable[Mapping[str, Any]]) -> Iterator[Row]
         yield Row(number + 1, dict(data))
 
 
-def cells_of(row: Row) -> dict[str, Any]:
-    """A row's cells, where in CSV a conversation is written out. Raises ValueError for what can't be read."""
+def cells_of(row: Row, subset_column: str | None = None) -> dict[str, Any]:
+    """A row's cells, where in CSV a conversation is written out, with those of a column as the subset.
+
+    Raises ValueError for what can't be read.
+    """
     if row.error:
         raise ValueError(row.error)
+    cells = row.data
+    if subset_column is not None:
+        subset = cells.get(subset_column)
+        if isinstance(subset, bool | float | list | dict) or subset is None:
+            raise ValueError(f"column {subset_column!r} holds no text or whole number for a subset but {subset!r}")
+        cells = cells | {"subset": str(subset)}
     if row.typed:
-        return row.data
-    texts = {name: row.data.get(name) for name in ("prompt", "chosen", "rejected")}
-    return row.data | {name: messages_in(cell) or cell for name, cell in texts.items() if isinstance(cell, str)}
+        return cells
+    texts = {name: cells.get(name) for name in ("prompt", "chosen", "rejected")}
+    return cells | {name: messages_in(cell) or cell for name, cell in texts.items() if isinstance(cell, str)}

@@ -25,6 +25,7 @@ def evaluate(
     data: str | Path | Iterable[Mapping[str, Any]],
     *,
     layout: str | None = None,
+    subset_column: str | None = None,
     step_tag: str | None = None,
     threshold: float | None = None,
     resamples: int = 1000,
@@ -40,10 +41,12 @@ def evaluate(
             (`rmfast.evaluation.PUBLISHED`), or rows as mappings.
         layout: "pairs", "rewardbench", "rewardbench2", "rm-bench" or "processbench"; default by the columns of the
             first row (docs/evaluate.md).
+        subset_column: the column by which figures are told apart; default the layout's own ("subset").
         step_tag, threshold: of processbench, the token behind each step, and the value under which a step is wrong
             (`rmfast.evaluation.steps.ProcessBench`).
         resamples, confidence, seed: of the bootstrap.
-        scoring: arguments of `RewardModel.score`: batch_tokens, max_length, truncation, format, engine, progress, ...
+        scoring: arguments of `RewardModel.score`, or of steps `step_scores`: batch_tokens, max_length, truncation,
+            format, engine, progress, ...
 
     Returns:
         An `Evaluation`.
@@ -54,15 +57,15 @@ def evaluate(
         InputError: a text can't be scored; `.index` is its place among all rows' texts.
     """
     expect_scorer(rm)
-    of, items = read_items(given_rows(data), layout, step_tag, threshold)
+    of, items = read_items(given_rows(data), layout, step_tag, threshold, subset_column)
     of.expect(rm)
     encoding = {name: scoring.pop(name) for name in Encoding.__annotations__ if name in scoring}
     encoded = rm.encode([text for item in items for text in item.inputs], **encoding)
-    results = getattr(rm, of.method)(encoded, max_length=encoding.get("max_length"), **scoring)
+    results = getattr(rm, of.method)(encoded, max_length=encoding.get("max_length"), **of.arguments(rm), **scoring)
     scores, start = [], 0
     for item in items:
         end = start + len(item.inputs)
-        scores.append(of.scores_of(rm, encoded[start:end], results[start:end]))
+        scores.append(of.scores_of(results[start:end]))
         start = end
     return evaluated(of, items, scores, resamples=resamples, confidence=confidence, seed=seed)
 
@@ -75,17 +78,18 @@ def expect_scorer(rm: Any) -> None:
 
 
 def read_items(
-    rows: Iterable[Row], name: str | None = None, step_tag: str | None = None, threshold: float | None = None
-) -> tuple[Layout, list[Item]]:
+    rows: Iterable[Row], name: str | None = None, step_tag: str | None = None, threshold: float | None = None,
+    subset_column: str | None = None,
+) -> tuple[Layout, list[Item]]:  # fmt: skip
     """The layout (called `name`, or that of the first row) and the items of rows.
 
-    step_tag, threshold: as for `evaluate`.
+    step_tag, threshold, subset_column: as for `evaluate`.
     """
     layout: Layout | None = None
     items = []
     for row in rows:
         try:
-            cells = cells_of(row)
+            cells = cells_of(row, subset_column)
             layout = layout or layout_of(cells, name, step_tag, threshold)
             items.append(layout.item(cells))
         except ValueError as error:

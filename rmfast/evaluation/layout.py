@@ -12,7 +12,6 @@ import numpy as np
 
 if TYPE_CHECKING:
     from rmfast.engine.scorer import Scorer
-    from rmfast.texts.inputs import Encoded
 
 Value = Callable[[np.ndarray], np.ndarray]  # of weights (B, n) of the items: (B,)
 ALL = "all"  # the subset of figures over several
@@ -77,7 +76,11 @@ class Layout(ABC):
         """How many scores an item has."""
         return len(item.inputs)
 
-    def scores_of(self, rm: Scorer, encoded: Sequence[Encoded], results: Sequence[Any]) -> list[float]:
+    def arguments(self, rm: Scorer) -> dict[str, Any]:
+        """What the model's method is given beside the texts."""
+        return {}
+
+    def scores_of(self, results: Sequence[Any]) -> list[float]:
         """The scores of an item, from what the model's method gives for each of its texts."""
         return [float(result) for result in results]
 

@@ -15,6 +15,8 @@ from rmfast.evaluation.layout import expect_one_reward
 from rmfast.evaluation.result import lined
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from rmfast.engine.scorer import Scorer
     from rmfast.texts.inputs import Encoded
 
@@ -69,8 +71,9 @@ def parity(rm: Scorer, inputs: Sequence[Any], *, scores: Any = None, batch_token
     """How far scores of the same texts move between ways to score them.
 
     Alone, one call for each; in small batches, in the reverse order; by the padded engine; and by the model's own
-    forward in transformers, each text alone without padding and in right-padded batches of eight, which is how most
-    tools score. The last shows what another tool's scores may differ by for its batch size.
+    forward in transformers (of a head that transformers lacks, its body's, and the head by torch's products), each text
+    alone without padding and in right-padded batches of eight, which is how most tools score. The last shows what
+    another tool's scores may differ by for its batch size.
 
     Args:
         rm: a model of one reward.
@@ -116,26 +119,63 @@ def parity(rm: Scorer, inputs: Sequence[Any], *, scores: Any = None, batch_token
 
 
 def plain(rm: Scorer, encoded: Sequence[Encoded], size: int) -> list[float]:
-    """The rewards by the model's own forward, of right-padded batches of `size` texts in their order."""
+    """The rewards by transformers' own forward, of right-padded batches of `size` texts in their order.
+
+    A head that is data or a function is put on the last hidden states of the body's own forward, by torch's products.
+    """
     import torch
 
-    from rmfast.binding.modules import call_arguments, logits_of
+    from rmfast.binding.modules import call_arguments, hidden_state_of, logits_of
     from rmfast.binding.rope import fresh_rope
-    from rmfast.binding.session import lock_of
+    from rmfast.binding.session import eval_mode, lock_of
 
     binding, found = rm.binding, []
-    with torch.no_grad(), lock_of(binding.root):
+    run = binding.root if binding.program is None else binding.body
+    with torch.no_grad(), lock_of(binding.root), eval_mode(binding.root):
         for start in range(0, len(encoded), size):
             batch = encoded[start : start + size]
             fresh_rope(binding.rope)
             ids, mask, *types = [torch.from_numpy(array).to(binding.device) for array in _padded(rm, batch)]
-            given = call_arguments(binding.root, ids, mask, types[0] if types else None)
-            logits: Any = logits_of(binding.root(**given))
+            out = run(**call_arguments(run, ids, mask, types[0] if types else None))
+            if binding.program is not None:
+                states = hidden_state_of(out)
+                found += [_of_program(rm, states[i, : len(item)], item, start + i) for i, item in enumerate(batch)]
+                continue
+            logits: Any = logits_of(out)
             if logits.dim() == 3:
                 at = [rm.position(item.ids, start + i) for i, item in enumerate(batch)]
                 logits = logits[list(range(len(batch))), at]
             found += logits.reshape(len(batch)).double().tolist()
     return found
+
+
+def _of_program(rm: Scorer, states: Tensor, item: Encoded, index: int) -> float:
+    """The reward of a text's normed states (T, d) by a head that is no module of the model."""
+    import torch
+
+    from rmfast.engine.programs import gate_position
+
+    program = rm.binding.program
+    if program.pools:
+        return float(program.of_text(states))
+
+    def apply_to(rows: Tensor) -> Callable[[Tensor, Any], Tensor]:
+        def apply(weight: Tensor, bias: Any) -> Tensor:
+            dtype = torch.promote_types(torch.promote_types(rows.dtype, weight.dtype), torch.float32)
+            return torch.nn.functional.linear(
+                rows.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
+            )
+
+        return apply
+
+    row = states[rm.position(item.ids, index)][None]
+    values = program.values(apply_to(row), lambda: row)
+    if not program.gated:
+        return float(program.rewards(values))
+    gate = program.gate_values(apply_to(states[gate_position(rm.binding, item, index)][None]))
+    # A text's values are the attributes and behind them the gate's, of which each of the two rows has its own.
+    both = torch.cat([values, gate], 1)
+    return float(program.rewards(both, both))
 
 
 def _padded(rm: Scorer, batch: Sequence[Encoded]) -> Iterator[np.ndarray]:
@@ -155,9 +195,11 @@ def _not_plain(rm: Scorer) -> str | None:
     """Why the model's own forward does not give its rewards."""
     if rm.interventions is not None:
         return "it knows no interventions"
-    if rm.binding.program is not None:
-        return "it lacks this head"
-    return None if rm.pooling == "auto" else f"it does not read at pooling={rm.pooling!r}"
+    return (
+        None
+        if rm.pooling == "auto" or rm.binding.program is not None
+        else f"it does not read at pooling={rm.pooling!r}"
+    )
 
 
 def _not_padded(rm: Scorer) -> str | None:

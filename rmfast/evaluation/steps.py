@@ -21,12 +21,10 @@ from rmfast.evaluation.layout import (
     texts_in,
     whole_in,
 )
-from rmfast.heads.tokens import TokenRows
-from rmfast.heads.two_way import TwoWay
+from rmfast.heads.function import FunctionHead
 
 if TYPE_CHECKING:
     from rmfast.engine.scorer import Scorer
-    from rmfast.texts.inputs import Encoded
 
 _HALF = 0.5
 
@@ -40,19 +38,19 @@ class ProcessBench(Layout):
     subset the accuracy on the rows with a wrong step, that on those without, and their harmonic mean, F1; of all the
     mean of the F1.
 
-    The text is the problem, and as the response to it the steps, each with the tag behind it. A step's value is the
-    probability that it is right: a two-way head's own, of two classes that of the second, of the difference of two
-    tokens' logits its sigmoid. Of other heads it is the reward as it is, and a threshold has to be said.
+    The text is the problem, and as the response to it the steps, each with the tag behind it. A step's value is what
+    `RewardModel.step_scores` makes of the reward there, as the head says: the probability that the step is right. A
+    head that is a function gives values of its own, and needs a threshold.
 
     Attributes:
         tag: the text behind each step, one token, at which it is valued.
-        threshold: the value under which a step is wrong; default 0.5 for probabilities.
+        threshold: the value under which a step is wrong; default 0.5.
     """
 
     tag: str = ""
     threshold: float | None = None
     name = "processbench"
-    method = "token_values"
+    method = "step_scores"
 
     def fits(self, row: Mapping[str, Any]) -> bool:
         return all(column in row for column in ("problem", "steps", "label"))
@@ -70,22 +68,18 @@ class ProcessBench(Layout):
         return Item(subset, problem, ((problem, text),), len(steps), row.get("id"), label)
 
     def expect(self, rm: Scorer) -> None:
-        if rm.num_labels > 2:
-            raise ValueError(f"Expected a model of one value for a step or two classes, got {rm.num_labels}")
         self._tag_id(rm)
-        if self.threshold is None and not _is_probability(rm):
-            raise ValueError(
-                "Expected a threshold for this model, whose values are no probabilities (0 where their sigmoid is one)"
-            )
+        if self.threshold is None and isinstance(rm.binding.program, FunctionHead):
+            raise ValueError("Expected a threshold for this model, whose head is a function of its own")
+
+    def arguments(self, rm: Scorer) -> dict[str, Any]:
+        return {"step_tag_id": self._tag_id(rm)}
 
     def count(self, item: Item) -> int:
         return item.correct
 
-    def scores_of(self, rm: Scorer, encoded: Sequence[Encoded], results: Sequence[Any]) -> list[float]:
-        values = np.asarray(results[0], np.float64)[encoded[0].ids == self._tag_id(rm)]
-        if values.ndim == 2:
-            return _sigmoid(values[:, 1] - values[:, 0]).tolist()
-        return (_sigmoid(values) if isinstance(rm.binding.program, TokenRows) else values).tolist()
+    def scores_of(self, results: Sequence[Any]) -> list[float]:
+        return np.asarray(results[0], np.float64).tolist()
 
     def _tag_id(self, rm: Scorer) -> int:
         if rm.tokenizer is None:
@@ -136,12 +130,3 @@ def _harmonic(first: Value, second: Value) -> Value:
             return np.where(a + b == 0, 0.0, 2 * a * b / (a + b))
 
     return value
-
-
-def _is_probability(rm: Scorer) -> bool:
-    program = rm.binding.program
-    return rm.num_labels == 2 or isinstance(program, TwoWay) or (isinstance(program, TokenRows) and program.difference)
-
-
-def _sigmoid(x: np.ndarray) -> np.ndarray:
-    return 0.5 * (1 + np.tanh(x / 2))

@@ -33,9 +33,9 @@ class RMBench(Layout):
     """Columns id, prompt, chosen and rejected (three texts each: concise, detailed, detailed with markdown), domain.
 
     Of the 3 × 3 comparisons of a row, hard are those in which the rejected response has the fancier style, normal those
-    of one style, easy the rest; a tie is wrong. A domain is the mean over its rows, safety that of its two subdomains'
-    rows together (an assumption: the paper shows one column); "mean" is that of hard, normal and easy, the figures of
-    all the plain means of the domains.
+    of one style, easy the rest; a tie is wrong. Where a row has a subset, that stands for its domain. A domain is the
+    mean over its rows, safety that of its two subdomains' rows together (an assumption: the paper shows one column);
+    "mean" is that of hard, normal and easy, the figures of all the plain means of the domains.
     """
 
     name = "rm-bench"
@@ -44,7 +44,7 @@ class RMBench(Layout):
         return "domain" in row and is_texts(row.get("chosen")) and is_texts(row.get("rejected"))
 
     def item(self, row: Mapping[str, Any]) -> Item:
-        prompt, domain = text_in(row, "prompt"), text_in(row, "domain")
+        prompt, domain = text_in(row, "prompt"), text_in(row, "subset", "domain")
         sides = [texts_in(row, name) for name in ("chosen", "rejected")]
         if (sizes := [len(side) for side in sides]) != [3, 3]:
             raise ValueError(f"has {sizes[0]} chosen and {sizes[1]} rejected responses: expected three of each")

@@ -2,7 +2,7 @@
 
 torch's element-wise loops run whole vectors through vector code and what is left over through scalar code, whose exp
 differs in the last bit; BLAS adds up in an order that goes by the number of rows. Here every number goes through vector
-code, and every sum through `reward_head`, whose order goes by the length of a row alone.
+code, and every sum through `reward_head` or `linear`, whose order goes by the length of a row alone.
 """
 
 from __future__ import annotations
@@ -13,7 +13,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from rmfast.ops import reward_head
+from rmfast.binding.products import row_product as linear
+
+__all__ = ["each", "linear", "softmax", "total"]
 
 _VECTORS = 64  # numbers: a whole number of unrolled vectors of every instruction set, in fp32 and fp64
 _TOGETHER = 256  # of these at once: torch divides what is larger among its threads, at any place
@@ -25,12 +27,6 @@ def each(function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
         return function(x)
     flat = functional.pad(x.reshape(-1), (0, -x.numel() % _VECTORS)).reshape(-1, _VECTORS)
     return torch.cat([function(part) for part in flat.split(_TOGETHER)]).reshape(-1)[: x.numel()].reshape(x.shape)
-
-
-def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """(..., n) and (m, n) -> (..., m), in fp32 (fp64 for fp64 rows)."""
-    on = x.device
-    return reward_head(x.contiguous(), weight.to(on), None if bias is None else bias.to(on))
 
 
 def total(x: Tensor) -> Tensor:

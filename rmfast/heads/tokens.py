@@ -64,7 +64,9 @@ class TokenHead:
         scale = getattr(config, "logit_scale", None) or 1 / (getattr(config, "logits_scaling", None) or 1.0)
         ids = self.ids(tokenizer, weight.size(0))
         cap = getattr(config, "final_logit_softcapping", None)
-        return TokenRows(module=module, ids=ids, difference=self.difference, cap=cap, scale=scale)
+        names = tuple(map(str, self.tokens))
+        names = (" - ".join(names),) if self.difference else names
+        return TokenRows(module=module, ids=ids, difference=self.difference, cap=cap, scale=scale, names=names)
 
     def ids(self, tokenizer: Any, vocabulary: int) -> list[int]:
         """The tokens' ids; ValueError for one that is not among the tokenizer's, or the vocabulary's rows."""

@@ -10,7 +10,7 @@ from rmfast.patching.suffix_patcher import SuffixPatcher
 
 
 def patcher_of(scorer: Scorer) -> Any:
-    """The suffix engine where it knows the model's layers and one row is read, else the model's own forward with hooks.
+    """The suffix engine where it knows the model's layers, else the model's own forward with hooks.
 
     Raises:
         ValueError: the model is under corrections by length; its body has no list of its layers; its head pools.
@@ -20,6 +20,6 @@ def patcher_of(scorer: Scorer) -> Any:
     if scorer.pools and scorer.binding.reads_rows:
         raise ValueError("Expected a head that reads one token of a text, got one that pools all of its tokens")
     engine = scorer.packed_engine()
-    if isinstance(engine, str) or engine.why or scorer.binding.clamps_last or scorer.gated:
+    if isinstance(engine, str) or engine.why or scorer.binding.clamps_last:
         return LayersPatcher(scorer.binding)
     return SuffixPatcher(engine)

@@ -160,6 +160,10 @@ class Request:
         if self.rm.gated:
             two = (base, base if other is None else other)
             gate, other_gate = (gate_position(self.binding, text, index) for text in two)
+            if gate > read:
+                raise ValueError(
+                    f"Expected the reward of text {index} to be read behind its prompt's end, token {gate}"
+                )
             gates = gate, other_gate
         if other is None:
             return Pair(base, None, read, 0, np.arange(len(base)), 0, gates)

@@ -8,7 +8,8 @@ v, on which later rows of the layer depend, all rows from the first changed one.
 
 Edits are sorted by the layer that they enter and cut into chunks under a token budget. A chunk runs layer by layer, all
 of its suffixes that have entered in one flat batch, a leading slice of which has been in it for longest. In the last
-layer only the read rows have queries, output and MLP; the final norm and head read them.
+layer only the read rows have queries, output and MLP; the final norm and head read them. A gated head reads a row more,
+the prompt's end: of suffixes that have it, the last layer runs the rows from there on, of others it is the base run's.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ from rmfast.engine.invariance import padded, padding
 from rmfast.engine.layers import Layer
 from rmfast.engine.memory import out_of_memory
 from rmfast.engine.packed import Engine
+from rmfast.heads.given import last_occurrence
 from rmfast.ops import patch_rows
 from rmfast.patching.sites import KINDS, Edits, Values
 from rmfast.texts.inputs import Encoded
@@ -42,6 +44,8 @@ class SuffixRecord:
     Attributes:
         stream: (T, d) by the layer that it enters, L after the last one.
         parts: (T, units, width) by kind and layer.
+        gate: the position that a gated head's gate reads, else None.
+        gate_values: (1, V), what the head keeps of that row.
         cos, sin: (T, R) by layer.
         rotated: q, k (after norms and rotation) and v, (T, H, D), by layer.
     """
@@ -49,6 +53,8 @@ class SuffixRecord:
     ids: np.ndarray
     read: int
     reward: Tensor
+    gate: int | None = None
+    gate_values: Tensor | None = None
     stream: dict[int, Tensor] = field(default_factory=dict)
     parts: dict[str, dict[int, Tensor]] = field(default_factory=dict)
     cos: dict[int, Tensor] = field(default_factory=dict)
@@ -94,6 +100,10 @@ class SuffixPatcher:
     ) -> SuffixRecord:
         ids = text.ids[: read + 1]
         record = SuffixRecord(ids, read, torch.empty(0), parts={kind: {} for kind in kinds})
+        if self.binding.program is not None and self.binding.program.gated:
+            record.gate = (
+                last_occurrence(ids, self.binding.program.pattern) or 0
+            )  # of a baseline's text, which has none
         binding, device = self.binding, self.binding.device
         longest = len(text) if any(binding.length_group(len(text))) else 0
         run = Run(*_suffixes(np.array([0, len(ids)]), np.zeros(1, np.int32), device), pool=_no_pool)
@@ -120,7 +130,13 @@ class SuffixPatcher:
         hidden = self.engine.body(tokens, positions, run, forwards, longest)
         if self.layers in streams:
             record.stream[self.layers] = hidden
-        record.reward = binding.rewards(hidden[None], torch.tensor([read], device=hidden.device))[0].cpu()
+        at = torch.tensor([read], device=hidden.device)
+        if record.gate is None:
+            record.reward = binding.rewards(hidden[None], at)[0].cpu()
+        else:
+            record.gate_values = binding.row_values(hidden[None], at.new_tensor([record.gate]))
+            own = binding.row_values(hidden[None], at, at[:0])
+            record.reward = binding.program.rewards(own, record.gate_values)[0].cpu()
         return record
 
     def _record_layer(
@@ -191,8 +207,8 @@ class SuffixPatcher:
         """Rows that each edit runs at once, at most, and the layer that it enters."""
         first = edits.groups.argmax(1)[edits.group]
         entry = edits.layer + (edits.kind != _CODE["resid_pre"])
-        one_row = (entry == self.layers) & ~np.isin(edits.kind, _KV)
-        rows = np.where(one_row, 1, len(base.ids) - first)
+        read_alone = (entry == self.layers) & ~np.isin(edits.kind, _KV)
+        rows = len(base.ids) - np.where(read_alone, _read_from(base, first), first)
         return rows, entry
 
 
@@ -203,6 +219,7 @@ class _Chunk:
         self.patcher, self.base, self.edits, self.entry, self.values = patcher, base, edits, entry, values
         self.tokens, self.device = len(base.ids), patcher.binding.device
         self.first = edits.groups.argmax(1)[edits.group]
+        self.read_from = _read_from(base, self.first)
         self.tile = patcher.engine.tile
 
     def run(self) -> Tensor:
@@ -224,7 +241,7 @@ class _Chunk:
                 heads = layer.heads(y, base.cos[m][at], base.sin[m][at], reads)
                 parts.append((*heads, x if reads is None else x[reads]))
             if len(entering):
-                rows = _Rows(self.tokens).and_edits(self.first[entering], self.tile)
+                rows = _Rows(self.tokens).and_edits(self.first[entering], self.read_from[entering], self.tile)
                 parts.append(self._enter(m, entering, rows, layer))
                 live = live.and_rows(rows)
             q, k, v, x = parts[0] if len(parts) == 1 else (torch.cat(pair) for pair in zip(*parts))
@@ -235,12 +252,37 @@ class _Chunk:
             x, delta = layer.after_heads(run, q, k, v, x)
         out = x if delta is None else x + delta
         out = out[_move(np.flatnonzero(live.of_edits), self.device)]
-        if len(out) < len(self.edits):  # those of the last layer, whose read row alone counts
-            some = np.arange(len(out), len(self.edits))
-            made, _, value_rows = self._replacements(layers, some, np.full(len(some), self.tokens - 1))
-            out = torch.cat([out, made[_move(value_rows, self.device)]])
-        rows_read = _move(padded(np.arange(out.size(0)), self.tile), self.device)
-        return self.patcher.binding.rewards(out[None], rows_read)[: out.size(0)]
+        last = np.flatnonzero(self.entry == layers)
+        if len(last):  # of which the read rows alone count
+            out = torch.cat([out, self._read_rows(last)])
+        return self._rewards(out)
+
+    def _read_rows(self, some: np.ndarray) -> Tensor:
+        """What edits `some` of the last layer make of the rows that are read."""
+        start, layers = self.read_from[some], self.patcher.layers
+        positions = _positions(start, self.tokens)
+        made, value_rows = self._replacements(layers, np.repeat(some, self.tokens - start), positions)
+        rows = made[_move(value_rows.clip(0), self.device)]
+        kept = np.flatnonzero(value_rows < 0)
+        if len(kept):
+            rows[_move(kept, self.device)] = self.base.stream[layers][_move(positions[kept], self.device)]
+        return rows
+
+    def _rewards(self, out: Tensor) -> Tensor:
+        """Rewards (n, K) of the read rows of all edits, one after the other's."""
+        binding, base = self.patcher.binding, self.base
+        ends = (self.tokens - self.read_from).cumsum()
+        if base.gate is None:
+            rows = _move(padded(ends - 1, self.tile), self.device)
+            return binding.rewards(out[None], rows)[: len(ends)]
+        assert base.gate_values is not None
+        gated = np.flatnonzero(self.first <= base.gate)  # whose first row that is read is the gate's
+        firsts = ends[gated] - self.tokens + self.read_from[gated]
+        rows = _move(padded(np.append(ends - 1, firsts), self.tile), self.device)
+        marked = torch.arange(len(ends), len(ends) + len(gated), device=self.device)
+        values = binding.row_values(out[None], rows, marked)
+        gates = base.gate_values.repeat(len(ends), 1).index_copy_(0, _move(gated, self.device), values[marked])
+        return binding.program.rewards(values[: len(ends)], gates)
 
     def _pool(self, m: int) -> Callable[[nn.Module, Tensor, Tensor], tuple[Tensor, Tensor]]:
         _, k, v = self.base.rotated[m]
@@ -252,7 +294,8 @@ class _Chunk:
         """Queries, keys, values and the stream with which edits `some` enter layer m; in the last one queries and the
         stream at their read rows. Rows that no value stands in for have the base run's queries, keys and values."""
         base = self.base
-        made, _, value_rows = self._replacements(m, some, self.first[some])
+        first = self.first[some]
+        made, value_rows = self._replacements(m, np.repeat(some, self.tokens - first), _positions(first, self.tokens))
         value_rows = np.append(value_rows, np.full(len(rows.at) - len(value_rows), -1))  # padding
         at, value_at = _move(rows.at, self.device), _move(value_rows, self.device)
         x, y = patch_rows(base.stream[m], made, at, value_at, **layer.norms[0].arguments)
@@ -267,12 +310,10 @@ class _Chunk:
         )
         return (q, k, v, x) if reads is None else (q[reads], k, v, x[reads])
 
-    def _replacements(self, m: int, some: np.ndarray, first: np.ndarray) -> tuple[Tensor, np.ndarray, np.ndarray]:
-        """For the rows from `first` on of edits `some`, which enter layer m: values (V, d), their positions, and which
-        of the values each row is replaced by, -1 for none."""
+    def _replacements(self, m: int, edit: np.ndarray, positions: np.ndarray) -> tuple[Tensor, np.ndarray]:
+        """For rows of edits that enter layer m, each edit's last ones: values (V, d), and which of them each row is
+        replaced by, -1 for none."""
         edits = self.edits
-        positions = _positions(first, self.tokens)
-        edit = np.repeat(some, self.tokens - first)
         kind = edits.kind[edit]
         # After an edit of k or v all rows of the layer are new.
         replaced = edits.groups[edits.group[edit], positions] | np.isin(kind, _KV)
@@ -288,7 +329,7 @@ class _Chunk:
                 pieces.append(self._tail(KINDS[code], m - 1, edit[chosen], positions[chosen]))
                 value_rows[chosen] = np.arange(offset, offset + chosen.sum())
             offset += pieces[-1].size(0)
-        return torch.cat(pieces) if len(pieces) > 1 else pieces[0], positions, value_rows
+        return torch.cat(pieces) if len(pieces) > 1 else pieces[0], value_rows
 
     def _tail(self, kind: str, layer_index: int, edit: np.ndarray, position: np.ndarray) -> Tensor:
         """What edits of one kind inside of a layer make of its output: a row for each (edit, position)."""
@@ -378,19 +419,19 @@ class _Rows:
     reads: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int64))
     of_edits: np.ndarray = field(default_factory=lambda: np.zeros(0, bool))
 
-    def and_edits(self, first: np.ndarray, tile: int) -> _Rows:
-        """With edits whose suffixes start at `first`, and padding; the one row read of an edit is its last."""
-        rows, n = self.tokens - first, len(first)
-        more, more_reads = padding(int(rows.sum()), n, tile)
-        ends = np.append(rows.cumsum() - 1, rows.sum() + more - more_reads + np.arange(more_reads))
+    def and_edits(self, first: np.ndarray, read_from: np.ndarray, tile: int) -> _Rows:
+        """With edits whose suffixes start at `first` and are read from `read_from` on, and padding."""
+        rows, counts = self.tokens - first, self.tokens - read_from
+        more, more_reads = padding(int(rows.sum()), int(counts.sum()), tile)
+        reads = np.repeat(rows.cumsum(), counts) + _positions(read_from, self.tokens) - self.tokens
         made = _Rows(
             self.tokens,
             np.append(rows, more),
             np.append(first, 0),
-            np.append(np.ones(n, np.int64), more_reads),
+            np.append(counts, more_reads),
             np.append(_positions(first, self.tokens), np.zeros(more, np.int64)),
-            ends,
-            np.arange(n + more_reads) < n,
+            np.append(reads, rows.sum() + more - more_reads + np.arange(more_reads)),
+            np.arange(len(reads) + more_reads) < len(reads),
         )
         return self.and_rows(made)
 
@@ -402,6 +443,12 @@ class _Rows:
         return _Rows(
             self.tokens, joined("rows"), joined("prefix"), joined("read"), joined("at"), reads, joined("of_edits")
         )
+
+
+def _read_from(base: SuffixRecord, first: np.ndarray) -> np.ndarray:
+    """(E,) the first row that is read of edits whose first changed position is `first`: the gate's, else the last."""
+    last = len(base.ids) - 1
+    return np.full(len(first), last) if base.gate is None else np.where(first <= base.gate, base.gate, last)
 
 
 def _no_pool(key: nn.Module, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:

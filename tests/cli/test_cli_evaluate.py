@@ -221,3 +221,19 @@ def test_steps_of_solutions(tmp_path):
     lower = run(*given, "--step-tag", "<t>", "--threshold", 0.1)
     again = evaluation.evaluate(rmfast.load(tmp_path / "model"), rows, step_tag="<t>", threshold=0.1)
     assert str(again) in lower.stdout and "is complete" in lower.stderr
+
+
+def test_another_column_tells_figures_apart(tmp_path):
+    models.decoder().save_pretrained(tmp_path / "model")
+    models.tokenizer(chat=True).save_pretrained(tmp_path / "model")
+    rows = [{**row, "kind": f"kind {i % 2}"} for i, row in enumerate(written.pairs(8))]
+    (tmp_path / "data.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    given = ["evaluate", "--model", tmp_path / "model", "--data", tmp_path / "data.jsonl", "--output", tmp_path / "out"]
+    done = run(*given, "--subset-column", "kind")
+    assert done.exit_code == 0, done.output
+    rm = rmfast.load(tmp_path / "model")
+    assert str(evaluation.evaluate(rm, rows, subset_column="kind")) in done.stdout
+    again = run(*given)  # another table of the same scores
+    assert str(evaluation.evaluate(rm, rows)) in again.stdout and "is complete" in again.stderr
+    missing = run(*given, "--overwrite", "--subset-column", "none")
+    assert "column 'none' holds no text or whole number" in missing.stderr and missing.exit_code == 1

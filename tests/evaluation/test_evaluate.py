@@ -128,6 +128,27 @@ def test_a_benchmark_by_name_is_taken_from_the_cache(rm, tmp_path, monkeypatch):
         evaluation.evaluate(rm, "rewardbench")
 
 
+def test_without_a_network_the_name_of_a_benchmark_says_what_to_do(rm, tmp_path, monkeypatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    for name, (repository, pattern) in evaluation.PUBLISHED.items():
+        with pytest.raises(ValueError, match="give a file that was downloaded elsewhere") as caught:
+            evaluation.evaluate(rm, name)
+        assert repository in str(caught.value) and pattern in str(caught.value) and "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("make", [written.pairs, written.rm_bench])
+def test_another_column_tells_figures_apart(rm, make):
+    rows = [{**row, "kind": f"kind {i % 2}", "level": i % 3} for i, row in enumerate(make())]
+    got = evaluation.evaluate(rm, rows, subset_column="kind")
+    assert {row.subset for row in got.rows} == {"kind 0", "kind 1", "all"}
+    assert np.concatenate(got.scores).tolist() == np.concatenate(evaluation.evaluate(rm, rows).scores).tolist()
+    assert {row.subset for row in evaluation.evaluate(rm, rows, subset_column="level").rows} == {"0", "1", "2", "all"}
+    with pytest.raises(ValueError, match="line 1: column 'none' holds no text or whole number for a subset but None"):
+        evaluation.evaluate(rm, rows, subset_column="none")
+
+
 def test_the_table_and_the_plot_show_every_figure(rm):
     pytest.importorskip("matplotlib")
     import matplotlib

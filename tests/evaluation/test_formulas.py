@@ -218,7 +218,7 @@ def test_other_columns_are_refused():
         (written.rewardbench2, {"chosen": ["a", "b"], "num_correct": 2, "total_completions": 5}, "has 2 right"),
         (written.rewardbench2, {"rejected": ["a", " ", "b"]}, "has an empty text at 1"),
         (written.rm_bench, {"chosen": ["a", "b"]}, "has 2 chosen and 3 rejected responses"),
-        (written.rm_bench, {"domain": None}, "column 'domain' is missing or empty"),
+        (written.rm_bench, {"domain": None}, "column 'subset' or 'domain' is missing or empty"),
         (written.rewardbench, {"subset": "mine"}, "is none of RewardBench's; layout pairs takes any"),
         (written.pairs, {"rejected": ""}, "has no rejected"),
     ],

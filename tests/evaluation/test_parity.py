@@ -8,7 +8,7 @@ import torch
 import written
 
 import rmfast
-from rmfast import evaluation
+from rmfast import evaluation, heads
 from rmfast.evaluation.parity import plain
 
 PAIRS = [(row["prompt"], row[side]) for row in written.pairs(8) for side in ("chosen", "rejected")]
@@ -83,12 +83,41 @@ def test_ways_that_cannot_be_tried_say_why():
     found = evaluation.parity(padless, PAIRS)
     assert found["transformers, batches of 8"].why == "the model has no pad_token_id"
     assert "(the model has no pad_token_id)" in str(found)
-    program = rmfast.RewardModel(
-        models.decoder(task="CausalLM"), models.tokenizer(chat=True), head=rmfast.TokenHead("+", "-")
-    )
-    assert evaluation.parity(program, PAIRS)["transformers, alone"].why == "it lacks this head"
     invariant = rmfast.RewardModel(models.decoder(), models.tokenizer(chat=True), invariant=True)
     assert evaluation.parity(invariant, PAIRS)["padded engine"].why == "it promises no equal bits"
+
+
+def gated():
+    draw = torch.Generator().manual_seed(0)
+    weights = [torch.randn(shape, generator=draw) / 7 for shape in ((24, 48), (6, 24))]
+    return heads.Gated(
+        weight=torch.randn(6, 48, generator=draw) / 7, transform=torch.eye(6), temperature=0.3,
+        gate=heads.Layers(weights=weights, biases=[None, None]),
+    )  # fmt: skip
+
+
+HEADS = {
+    "tokens": ("CausalLM", lambda: rmfast.TokenHead("+", "-")),
+    "token rows with a cap": ("gemma2", lambda: rmfast.TokenHead("+", "-")),
+    "gated": ("SequenceClassification", gated),
+    "linear": ("SequenceClassification", lambda: heads.Linear(weight=torch.ones(1, 48), bias=torch.ones(1))),
+    "function": ("SequenceClassification", lambda: lambda rows: torch.sigmoid(rows.mean(1))),
+    "function of a text": (
+        "SequenceClassification", lambda: heads.FunctionHead(of=lambda rows: rows.mean(), reads="text"),
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", HEADS)
+def test_heads_that_are_data_or_functions_have_plain_forms(name):
+    task, head = HEADS[name]
+    kw = (
+        {"family": "gemma2", "task": "CausalLM", "final_logit_softcapping": 3.0} if task == "gemma2" else {"task": task}
+    )
+    rm = rmfast.RewardModel(models.decoder(**kw), models.tokenizer(chat=True), head=head())
+    found = evaluation.parity(rm, PAIRS)
+    assert [found[way].why for way in ("transformers, alone", "transformers, batches of 8")] == ["", ""]
+    assert found.largest < 2e-5 < found.spread, str(found)
 
 
 def test_texts_over_the_models_limit_are_scored_where_that_was_asked_for():

@@ -79,24 +79,51 @@ def test_a_two_way_head_gives_its_own_probability():
     agree(got, [each.softmax(-1)[:, 1] for each in logits(model, rows)])
 
 
-def test_one_value_is_taken_as_it_is_and_needs_a_threshold():
+def test_one_value_gives_its_sigmoid():
+    """Skywork-o1-PRM's, and TRL's of one label."""
     rows = written.process_bench()
     model = decoder(task="TokenClassification")
     rm = rmfast.RewardModel(model, written.step_tokenizer())
-    with pytest.raises(ValueError, match="Expected a threshold for this model"):
-        evaluation.evaluate(rm, rows, step_tag="<t>")
-    got = evaluation.evaluate(rm, rows, step_tag="<t>", threshold=0.0)
+    got = evaluation.evaluate(rm, rows, step_tag="<t>")
     wanted = [each[:, 0] for each in logits(model, rows)]
-    agree(got, wanted)
+    agree(got, [each.sigmoid() for each in wanted])
     found = got.leaderboard_scores("")["prediction"]
     assert found == [int((each < 0).nonzero()[0]) if (each < 0).any() else -1 for each in wanted]
+
+
+def test_scores_are_those_of_step_scores_to_the_bit():
+    rows = written.process_bench()
+    rm = rmfast.RewardModel(decoder(labels=2, task="TokenClassification"), written.step_tokenizer())
+    texts = [(row["problem"], "".join(step + "<t>" for step in row["steps"])) for row in rows]
+    wanted = rm.step_scores(texts, step_tag_id=TAG)
+    got = evaluation.evaluate(rm, rows, step_tag="<t>")
+    assert [each.tolist() for each in got.scores] == [each.double().tolist() for each in wanted]
+
+
+def test_more_tokens_are_compared_as_asked():
+    rows = written.process_bench(4)
+    model = decoder(task="CausalLM")
+    ids = ids_of("+-!")
+    rm = rmfast.RewardModel(model, written.step_tokenizer(), head=rmfast.TokenHead(*ids))
+    with pytest.raises(ValueError, match="Expected activation to be one of"):
+        evaluation.evaluate(rm, rows, step_tag="<t>")
+    got = evaluation.evaluate(rm, rows, step_tag="<t>", returned_token_ids=ids[:2])
+    agree(got, [each[:, ids[:2]].softmax(-1)[:, 0] for each in logits(model, rows)])
+
+
+def test_a_function_needs_a_threshold():
+    rows = written.process_bench(4)
+    rm = rmfast.RewardModel(decoder(), written.step_tokenizer(), head=lambda rows: rows.sum(1))
+    with pytest.raises(ValueError, match="Expected a threshold for this model"):
+        evaluation.evaluate(rm, rows, step_tag="<t>")
+    assert len(evaluation.evaluate(rm, rows, step_tag="<t>", threshold=0.0).scores) == 4
 
 
 def test_a_model_that_values_no_steps_is_refused():
     rows = written.process_bench()
     with pytest.raises(ValueError, match="to be one token of this model, got '<u>', which is 3"):
         evaluation.evaluate(rmfast.RewardModel(decoder(), written.step_tokenizer()), rows, step_tag="<u>")
-    with pytest.raises(ValueError, match="two classes, got 3"):
+    with pytest.raises(ValueError, match="a head of 3 rewards"):
         evaluation.evaluate(rmfast.RewardModel(decoder(labels=3), written.step_tokenizer()), rows, step_tag="<t>")
     with pytest.raises(ValueError, match="with a tokenizer"):
         evaluation.evaluate(rmfast.RewardModel(decoder()), rows, step_tag="<t>")

@@ -174,6 +174,8 @@ def test_output_all_takes_what_score_takes_and_refuses_what_is_not_of_it(tmp_pat
     plain = rmfast.RewardModel(M.decoder("llama", 3))
     found = plain.score([[1, 2], [3]], output="all")
     assert torch.equal(found["scores"], plain.score([[1, 2], [3]])) and found["names"] == ["0", "1", "2"]
+    plain.model.config.id2label = {0: "helpful", 1: "correct", 2: "brief"}
+    assert plain.score([[1, 2]], output="all")["names"] == ["helpful", "correct", "brief"]
 
 
 @pytest.mark.parametrize("norms", [False, True])

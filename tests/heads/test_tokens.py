@@ -143,3 +143,11 @@ def test_a_token_head_needs_a_language_model():
         rmfast.RewardModel(language_model(), head=TokenHead("+"))
     with pytest.raises(ValueError, match="two tokens"):
         TokenHead(1, difference=True)
+
+
+@pytest.mark.parametrize("tokens, names", [((5,), ["5"]), (("+", "-"), ["+ - -"]), ((5, "+", 9), ["5", "+", "9"])])
+def test_outputs_are_named_by_their_tokens(tokens, names):
+    rm = rmfast.RewardModel(M.decoder(task="CausalLM"), M.tokenizer(), head=rmfast.TokenHead(*tokens))
+    found = rm.score([[1, 2, 3], [4]], output="all")
+    assert found["names"] == names and found["rewards"].shape == (2, len(names)) == (2, rm.num_labels)
+    assert torch.equal(found["scores"], rm.score([[1, 2, 3], [4]]))

@@ -14,6 +14,8 @@ import torch
 import rmfast
 from rmfast import DirectionRemoval, NeuronClamp, heads
 from rmfast.last_token import LastTokenRuns
+from rmfast.patching.layers_patcher import LayersPatcher
+from rmfast.patching.sites import KINDS
 
 A = 6  # attributes
 
@@ -251,7 +253,7 @@ CLEAN, CORRUPTED = ("what is it?", "it is a dog"), ("what is it!", "it is a cat"
 def test_patching_runs_the_whole_program(name):
     rm = model(name, num_hidden_layers=3)
     sweep = rm.patch_sweep(CLEAN, CORRUPTED, sites=("resid_post", "mlp_out"))
-    assert sweep.engine == ("layers" if rm.gated else "suffix")
+    assert sweep.engine == "suffix"
     clean, corrupted = rm.encode([CLEAN, CORRUPTED])
     run(rm, clean.ids)
     changed = np.flatnonzero(clean.ids != corrupted.ids)
@@ -272,6 +274,32 @@ def test_patching_runs_the_whole_program(name):
                 want = truth(rm, CORRUPTED, put, module.format(layer))
                 got = sweep.rewards[("resid_post", "mlp_out").index(kind), layer, position]
                 C.assert_near(got, squeezed(rm, want))
+
+
+@pytest.mark.parametrize("mode", ["denoising", "noising", "zero"])
+@pytest.mark.parametrize("name, family", [("gated", "llama"), ("quantile", "gemma2")])
+def test_the_suffix_engine_edits_texts_of_two_read_rows_as_hooks_do(name, family, mode, monkeypatch):
+    rm = model(name, family, num_hidden_layers=3)
+    texts = (CLEAN,) if mode == "zero" else (CLEAN, CORRUPTED)
+    asked = {"sites": KINDS, "neurons": [0, 7], "mode": mode}
+    found = rm.patch_sweep(*texts, **asked)
+    assert found.engine == "suffix"
+    again = rm.patch_sweep(*texts, **asked, batch_tokens=60)
+    assert torch.equal(again.rewards.nan_to_num(0), found.rewards.nan_to_num(0))
+    groups = {"positions": [[0, 4], range(6, 20), [-1], [3, -1]]}
+    grouped = rm.patch_sweep(*texts, **asked, **groups)
+    monkeypatch.setattr("rmfast.patching.request.patcher_of", lambda scorer: LayersPatcher(scorer.binding))
+    for got, more in ((found, {}), (grouped, groups)):
+        want = rm.patch_sweep(*texts, **asked, **more)
+        assert want.engine == "layers"
+        torch.testing.assert_close(got.rewards, want.rewards, rtol=0, atol=1e-5, equal_nan=True)
+        C.assert_near(got.clean_reward, want.clean_reward.double())
+
+
+def test_a_reward_that_is_read_before_its_prompts_end_is_no_sweeps():
+    rm = rmfast.RewardModel(C.body(), M.tokenizer("decoder", chat=True), pooling=M.USER, head=gated())
+    with pytest.raises(ValueError, match="text 0 to be read behind its prompt's end"):
+        rm.patch_sweep(CLEAN, CORRUPTED)
 
 
 def test_attribution_patching_takes_the_gradient_of_the_whole_program():
@@ -413,3 +441,22 @@ def test_reports_of_biases_take_a_gated_head():
     rm = model("gated")
     pairs = [("q" * (i % 3 + 1), "a" * i, "b " * i) for i in range(1, 14)]
     assert rmfast.debias.report(rm, pairs) is not None
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_text_has_the_same_bits_in_any_batch_under_a_gate_as_wide_as_published_ones(dtype):
+    weights = [C.random(96, C.D), C.random(96, 96, seed=1), C.random(A, 96, seed=2)]
+    gate = heads.Layers(weights=weights, biases=[C.random(96, seed=3), C.random(96, seed=4), None])
+    head = heads.Gated(weight=C.random(A, C.D), transform=torch.eye(A), gate=gate, temperature=0.5)
+    rm = rmfast.RewardModel(C.body().to(dtype), M.tokenizer("decoder", chat=True), head=head)
+    together = rm.score(C.PAIRS)
+    assert torch.equal(together, torch.cat([rm.score([pair]) for pair in C.PAIRS]))
+    assert torch.equal(together, rm.score(C.PAIRS, batch_tokens=16))
+    if dtype == torch.float32:
+        (item,) = rm.encode([C.PAIRS[0]])
+        x = run(rm, item.ids).last_hidden_state[0]
+        row = x[gate_of(item.ids)]
+        for i, (weight, bias) in enumerate(zip(gate.weights, gate.biases)):
+            row = weight.double() @ (row if i == 0 else torch.relu(row)) + (0 if bias is None else bias.double())
+        want = ((row / 0.5).softmax(0) * (head.weight.double() @ x[-1])).sum()
+        C.assert_near(together[0], want)
