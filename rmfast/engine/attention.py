@@ -47,11 +47,21 @@ class Run:
     options: dict[nn.Module, dict[str, Any]] = field(default_factory=dict)  # what each module gave its attention
     delta: Tensor | None = None  # what the layer before has yet to add to the stream
 
-    def attend(self, key: nn.Module, q: Tensor, k: Tensor, v: Tensor, **options: Any) -> Tensor:
-        """Attention of one layer, of all rows or of `read_rows` alone: q (m, Hq, D) -> (m, Hq, D)."""
-        size = q.size(-1)
-        if size % 8:  # the op reads 16 bytes at a time; zeros change no dot
-            q, k, v = (nn.functional.pad(t, (0, -size % 8)) for t in (q, k, v))
+    def attend(
+        self, key: nn.Module, q: Tensor, k: Tensor, v: Tensor, sinks: str | None = None, **options: Any
+    ) -> Tensor:
+        """Attention of one layer, of all rows or of `read_rows` alone: q (m, Hq, D), v (n, Hkv, Dv) -> (m, Hq, Dv).
+
+        sinks: the name of the parameter of `key` that holds them, looked up at each run as all weights are.
+        """
+        size = v.size(-1)
+        widest = max(q.size(-1), size)
+        widest += -widest % 8  # the op reads 16 bytes at a time; zeros change no dot
+        if options.get("scale") is None:
+            options["scale"] = q.size(-1) ** -0.5
+        if sinks is not None:
+            options["sinks"] = getattr(key, sinks)
+        q, k, v = (t if t.size(-1) == widest else nn.functional.pad(t, (0, widest - t.size(-1))) for t in (q, k, v))
         return self.over_pool(key, q, k, v, options)[..., :size]
 
     def over_pool(self, key: nn.Module, q: Tensor, k: Tensor, v: Tensor, options: dict[str, Any]) -> Tensor:
@@ -146,12 +156,24 @@ def attention(
         raise RuntimeError('attn_implementation "rmfast" only works inside rmfast\'s engine: padding would be ignored')
     if attention_mask is not None or not getattr(module, "is_causal", True):
         raise Unsupported(f"{type(module).__name__} asks for a mask of its own")
-    for name in ("s_aux", "position_bias", "alibi"):
+    for name in ("position_bias", "alibi"):
         if kwargs.get(name) is not None:
             raise Unsupported(f"{type(module).__name__} gives its attention {name}")
     q, k, v = (t[0].transpose(0, 1) for t in (query, key, value))
-    run.options[module] = {"scale": scaling, "softcap": softcap, "window": sliding_window}
+    run.options[module] = {
+        "scale": scaling, "softcap": softcap, "window": sliding_window, "sinks": _parameter(module, kwargs.get("s_aux"))
+    }  # fmt: skip
     return run.attend(module, q, k, v, **run.options[module])[None], None
+
+
+def _parameter(module: nn.Module, value: Tensor | None) -> str | None:
+    """Which of the module's own parameters a value is."""
+    if value is None:
+        return None
+    for name, parameter in module.named_parameters(recurse=False):
+        if parameter is value:
+            return name
+    raise Unsupported(f"{type(module).__name__} gives its attention sinks (s_aux) that are no parameter of its own")
 
 
 AttentionInterface.register(_NAME, attention)

@@ -36,6 +36,8 @@ from rmfast.engine.attention import (
     current_run,
     given_to,
 )
+from rmfast.engine.experts import experts_of, in_tiles, unknown_experts
+from rmfast.engine.functions import Alike
 from rmfast.engine.invariance import padding, tile_of
 from rmfast.engine.layers import Layer, structure
 from rmfast.engine.memory import free_memory, out_of_memory, reuse_freed_memory
@@ -117,6 +119,16 @@ class Engine:
             self._tiles[key] = tile_of(self.binding.body)
         return self._tiles[key]
 
+    @contextmanager
+    def alike(self) -> Iterator[None]:
+        """Gives a row the same bits in parts that run as the modules that they are; around whatever runs layers."""
+        modules = not self.layers or any(layer.activation is None for _, layer in self.layers)
+        if not modules or not self.invariant or isinstance(self._tile(), str):
+            yield
+            return
+        with in_tiles(experts_of(self.binding.body), self.tile), Alike():
+            yield
+
     def moves(self) -> str | None:
         """Why a text's bits may depend on the texts beside it, or None where they do not.
 
@@ -136,6 +148,8 @@ class Engine:
     def _moved_bits(self) -> str | None:
         if isinstance(reason := self._tile(), str):
             return reason
+        if (unknown := unknown_experts(self.binding.body)) is not None:
+            return f"how {unknown} multiplies by its experts depends on the batch"
         texts = self._probe_texts()
         for read in ("all", "last"):
             together = self._ran(texts, read)
@@ -339,6 +353,7 @@ class Engine:
         fresh_rope(binding.rope)
         with ExitStack() as stack:
             stack.enter_context(attention_of(binding.body))
+            stack.enter_context(self.alike())
             if longest:
                 stack.enter_context(_longest_text(binding.body, longest))
             if binding.leaves_norm_out:
