@@ -128,7 +128,14 @@ def decoder(
     prefix, extra = _DECODERS[family]
     config = getattr(transformers, f"{prefix}Config")(**{**_SHAPE, "num_labels": labels, **extra, **kw})
     torch.manual_seed(seed)
-    return randomised(getattr(transformers, f"{prefix}For{task}")(config), seed)
+    kind = getattr(transformers, f"{prefix}For{task}", None)
+    if kind is None:  # as transformers makes them for other families
+        bases = (
+            getattr(transformers.modeling_layers, f"GenericFor{task}"),
+            getattr(transformers, f"{prefix}PreTrainedModel"),
+        )
+        kind = type(f"{prefix}For{task}", bases, {})
+    return randomised(kind(config), seed)
 
 
 def encoder(

@@ -17,13 +17,14 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
-from transformers import AttentionInterface
+from transformers import AttentionInterface, AttentionMaskInterface
 
 from rmfast.binding.session import of_this_thread, rows_read
 from rmfast.engine.planner import Chunk
 from rmfast.ops import suffix_attention
 
 _NAME = "rmfast"
+_OWN_MASK = "rmfast-own-mask"  # for attention that a model writes out itself, and that wants a mask of it
 
 
 class Unsupported(Exception):
@@ -79,9 +80,11 @@ class Recorded(Run):
 
     heads: dict[nn.Module, tuple[Tensor, Tensor, Tensor]] = field(default_factory=dict)
 
-    def attend(self, key: nn.Module, q: Tensor, k: Tensor, v: Tensor, **options: Any) -> Tensor:
+    def attend(
+        self, key: nn.Module, q: Tensor, k: Tensor, v: Tensor, sinks: str | None = None, **options: Any
+    ) -> Tensor:
         self.heads[key] = q, k, v
-        return super().attend(key, q, k, v, **options)
+        return super().attend(key, q, k, v, sinks, **options)
 
 
 @contextmanager
@@ -177,6 +180,8 @@ def _parameter(module: nn.Module, value: Tensor | None) -> str | None:
 
 
 AttentionInterface.register(_NAME, attention)
+AttentionInterface.register(_OWN_MASK, attention)
+AttentionMaskInterface.register(_OWN_MASK, lambda *args, **kwargs: torch.empty(0))
 
 
 def attention_configs(body: nn.Module) -> list[Any]:
@@ -193,9 +198,14 @@ _runs: dict[int, tuple[int, type]] = {}  # by a configuration's id: runs that ar
 _runs_guard = threading.Lock()
 
 
+_own_mask: ContextVar[bool] = ContextVar("rmfast_own_mask", default=False)
+
+
 @contextmanager
-def attention_of(body: nn.Module) -> Iterator[None]:
+def attention_of(body: nn.Module, own_mask: bool = False) -> Iterator[None]:
     """Makes the body's attention ours, for the thread that has a run; put back at the end.
+
+    own_mask: gives it an empty mask and not none: its attention is replaced itself, and what is around it is not.
 
     The configuration gets a subclass of its own class, so that another thread's forward still sees its own choice. It
     keeps it until the last run is over: two models may have one configuration, and run at once.
@@ -206,9 +216,11 @@ def attention_of(body: nn.Module) -> Iterator[None]:
             runs, kind = _runs.get(id(config), (0, type(config)))
             _runs[id(config)] = runs + 1, kind
             object.__setattr__(config, "__class__", _with_our_attention(kind))
+    token = _own_mask.set(own_mask)
     try:
         yield
     finally:
+        _own_mask.reset(token)
         with _runs_guard:
             for config in configs:
                 runs, kind = _runs.pop(id(config))
@@ -221,6 +233,8 @@ def attention_of(body: nn.Module) -> Iterator[None]:
 @cache
 def _with_our_attention(kind: Any) -> type:
     def implementation(self: Any) -> Any:
-        return self._attn_implementation_internal if current_run.get() is None else _NAME
+        if current_run.get() is None:
+            return self._attn_implementation_internal
+        return _OWN_MASK if _own_mask.get() else _NAME
 
     return type(kind.__name__, (kind,), {"_attn_implementation": property(implementation)})

@@ -1,8 +1,8 @@
 """Activations of modules, with bits that do not depend on where in a tensor a number stands.
 
-torch computes silu, sigmoid and gelu of the last few numbers of a tensor (of each thread's share) by other code than those
-before, one at a time and not a vector at a time, and that code rounds otherwise. exp, tanh and erf it computes alike
-everywhere, as it does sums, products and quotients: of those they are made here.
+torch computes silu, sigmoid and gelu of the last few numbers of a tensor (of each thread's share) by other code than
+those before, one at a time and not a vector at a time, and that code rounds otherwise. exp, tanh and erf it computes
+alike everywhere, as it does sums, products and quotients: of those they are made here.
 """
 
 from __future__ import annotations

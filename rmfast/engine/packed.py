@@ -26,6 +26,7 @@ from rmfast.binding.find import probe_ids
 from rmfast.binding.modules import has_hooks, hidden_state_of
 from rmfast.binding.rope import fresh_rope
 from rmfast.binding.session import passing_through, reading, replaced_forward
+from rmfast.engine import alibi
 from rmfast.engine.attention import (
     ChainedPool,
     Recorded,
@@ -80,6 +81,7 @@ class Engine:
         self._tiles: dict[tuple, int | str] = {}  # by the number of threads, and whether products are ours
         self._moves: dict[tuple, str | None] = {}
         with binding.session(clamped=False):
+            self.written = alibi.find(binding)
             precise = binding.stream_dtype in (torch.float32, torch.float64)
             # fp32 differs by 1e-6, a wrong formula by a percent or more. bf16 itself is off by up to 2%.
             error = self._probe(1e-4 if precise else 0.1)
@@ -168,6 +170,7 @@ class Engine:
         made.binding = binding
         if copies is not None:
             made._options = {copies[module]: options for module, options in self._options.items()}
+            made.written = {copies[module]: how for module, how in self.written.items()}
             made.layers = [(copies[module], layer.moved(copies)) for module, layer in self.layers]
         return made
 
@@ -352,7 +355,8 @@ class Engine:
             reuse_freed_memory()
         fresh_rope(binding.rope)
         with ExitStack() as stack:
-            stack.enter_context(attention_of(binding.body))
+            stack.enter_context(attention_of(binding.body, own_mask=bool(self.written)))
+            stack.enter_context(alibi.running(self.written))
             stack.enter_context(self.alike())
             if longest:
                 stack.enter_context(_longest_text(binding.body, longest))
