@@ -85,6 +85,8 @@ def find(binding: Binding) -> dict[nn.Module, Written]:
     Raises:
         Unsupported: it is given biases, but is written, or biased, in another way.
     """
+    if not any(len(_linears(module)) == 2 for module in binding.body.modules()):
+        return {}
     tokens = probe_ids(binding.root, binding.vocab_size, None, ())[0][None].to(binding.device)
     low = binding.stream_dtype in (torch.bfloat16, torch.float16) and not holds()
     with Fp32() if low else ExitStack():  # in 16 bits one formula is as good as another
