@@ -23,7 +23,7 @@ from rmfast.binding.modules import is_plain, is_readable
 from rmfast.binding.session import replaced_forward
 from rmfast.ops import linear
 
-_FLAGS = ("has_gate", "has_bias", "is_transposed", "has_post_expert_norm")
+_FLAGS = ("has_gate", "has_bias", "is_transposed")
 
 
 def experts_of(body: nn.Module) -> list[nn.Module]:
@@ -32,10 +32,12 @@ def experts_of(body: nn.Module) -> list[nn.Module]:
 
 
 def unknown_experts(body: nn.Module) -> str | None:
-    """The class of a module with stacked weights, (experts, rows, columns), that is none of these; None: no such."""
+    """The class of a module with stacked weights, (experts, rows, columns), that is none of these, or with a list of
+    experts; None: no such."""
     for module in body.modules():
         stacked = any(p.dim() == 3 for p in module.parameters(recurse=False))
-        if stacked and not isinstance(module, nn.Conv1d) and not is_experts(module):
+        listed = isinstance(getattr(module, "experts", None), nn.ModuleList)
+        if listed or (stacked and not isinstance(module, nn.Conv1d) and not is_experts(module)):
             return type(module).__name__
     return None
 
@@ -77,7 +79,8 @@ def mixed(module: Any, tile: int, hidden_states: Tensor, top_k_index: Tensor, to
     out = hidden_states.new_empty(n * k, hidden_states.size(-1))
     for expert, rows in enumerate(order.split(counts)):
         if len(rows):
-            x = nn.functional.pad(hidden_states[rows // k], (0, 0, 0, -len(rows) % tile))
+            x = hidden_states[rows // k]
+            x = nn.functional.pad(x, (0, 0, 0, -len(x) % tile)) if len(x) % tile else x
             out[rows] = _one(module, expert, x)[: len(rows)]
     shares, wide = out.view(n, k, out.size(-1)), torch.promote_types(out.dtype, torch.float32)
     total = shares[:, 0].to(wide) * top_k_weights[:, :1]
@@ -92,7 +95,7 @@ def _one(module: Any, expert: int, x: Tensor) -> Tensor:
     else:
         y = module.act_fn(_product(module, "up_proj", expert, x))
     y = _product(module, "down_proj", expert, y)
-    return module.post_expert_norm(y) if module.has_post_expert_norm else y
+    return module.post_expert_norm(y) if getattr(module, "has_post_expert_norm", False) else y
 
 
 def _product(module: Any, name: str, expert: int, x: Tensor) -> Tensor:

@@ -193,6 +193,16 @@ def test_experts_written_in_another_way_promise_no_bits(monkeypatch):
     M.assert_rewards(rm.score(TEXTS), M.own(rm.binding.root, TEXTS), scale(rm.binding.root))
 
 
+def test_a_list_of_experts_promises_no_bits():
+    class Mixed(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.experts = nn.ModuleList([nn.Linear(4, 4), nn.Linear(4, 4)])
+
+    assert experts.unknown_experts(nn.Sequential(Mixed())) == "Mixed"
+    assert experts.unknown_experts(M.decoder("llama")) is None
+
+
 def test_far_biases_that_are_no_line_are_refused_and_scored_right_in_padded_batches():
     """Falcon rounds them to bfloat16, from position 257 on."""
     model = made("falcon-alibi", max_position_embeddings=600)
