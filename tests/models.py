@@ -31,6 +31,12 @@ _SHAPE = {
     "eos_token_id": EOS,
     "pad_token_id": PAD,
 }
+_ROPE = {"rope_type": "default", "rope_theta": 10000.0}
+_LATENT = {
+    "q_lora_rank": 24, "kv_lora_rank": 16, "qk_nope_head_dim": 16, "qk_rope_head_dim": 8, "v_head_dim": 12,
+    "num_key_value_heads": 4, "n_routed_experts": 4, "n_shared_experts": 1, "num_experts_per_tok": 2,
+    "moe_intermediate_size": 24,
+}  # fmt: skip
 _DECODERS: dict[str, tuple[str, dict[str, Any]]] = {
     "llama": ("Llama", {}),
     "mistral": ("Mistral", {"sliding_window": 16}),
@@ -60,10 +66,42 @@ _DECODERS: dict[str, tuple[str, dict[str, Any]]] = {
         },
     ),
     "gpt2": ("GPT2", {}),
+    "mixtral": ("Mixtral", {"num_local_experts": 4}),
+    "qwen2-moe": (
+        "Qwen2Moe",
+        {
+            "moe_intermediate_size": 24,
+            "shared_expert_intermediate_size": 40,
+            "num_experts": 4,
+            "num_experts_per_tok": 2,
+        },
+    ),
+    "qwen3-moe": (
+        "Qwen3Moe",
+        {"head_dim": 16, "moe_intermediate_size": 24, "num_experts": 4, "num_experts_per_tok": 2},
+    ),
+    "olmoe": ("Olmoe", {"num_experts": 4, "num_experts_per_tok": 2}),
+    "gpt-oss": (
+        "GptOss",
+        {
+            "head_dim": 16,
+            "num_local_experts": 4,
+            "num_experts_per_tok": 2,
+            "sliding_window": 16,
+            "rope_parameters": _ROPE,
+        },
+    ),
+    "deepseek-v2": ("DeepseekV2", {**_LATENT, "first_k_dense_replace": 1, "n_group": 1, "topk_group": 1}),
+    "deepseek-v3": ("DeepseekV3", {**_LATENT, "first_k_dense_replace": 1, "n_group": 2, "topk_group": 1}),
+    "bloom": ("Bloom", {}),
+    "mpt": ("Mpt", {"max_seq_len": 128}),
+    "falcon-alibi": ("Falcon", {"alibi": True, "multi_query": False, "parallel_attn": False, "bias": True}),
 }
+MIXTURES = ["mixtral", "qwen2-moe", "qwen3-moe", "olmoe", "gpt-oss", "deepseek-v2", "deepseek-v3"]
+ALIBI = ["bloom", "mpt", "falcon-alibi"]
 # Long and short mixed, on both sides of every length at which a model's rules change (16: sliding windows, 24: rotary).
 LENGTHS = [5, 60, 3, 17, 24, 1, 25, 2, 23, 41, 16, 90]
-DECODERS = [name for name in _DECODERS if name != "gpt2"]
+DECODERS = [name for name in _DECODERS if name not in ("gpt2", *MIXTURES, *ALIBI)]
 
 
 def randomised(model: nn.Module, seed: int = 0) -> Any:
@@ -90,7 +128,14 @@ def decoder(
     prefix, extra = _DECODERS[family]
     config = getattr(transformers, f"{prefix}Config")(**{**_SHAPE, "num_labels": labels, **extra, **kw})
     torch.manual_seed(seed)
-    return randomised(getattr(transformers, f"{prefix}For{task}")(config), seed)
+    kind = getattr(transformers, f"{prefix}For{task}", None)
+    if kind is None:  # as transformers makes them for other families
+        bases = (
+            getattr(transformers.modeling_layers, f"GenericFor{task}"),
+            getattr(transformers, f"{prefix}PreTrainedModel"),
+        )
+        kind = type(f"{prefix}For{task}", bases, {})
+    return randomised(kind(config), seed)
 
 
 def encoder(

@@ -124,7 +124,8 @@ std::tuple<Tensor, Tensor> attention(const Tensor& q, const Tensor& k, const Ten
                                      const std::optional<Tensor>& cu_queries, const std::optional<Tensor>& prefix_k,
                                      const std::optional<Tensor>& prefix_v, const std::optional<Tensor>& prefix_start,
                                      const std::optional<Tensor>& prefix_len, double scale, bool causal, double softcap,
-                                     int64_t window) {
+                                     int64_t window, const std::optional<Tensor>& sinks,
+                                     const std::optional<Tensor>& alibi) {
   const int64_t suffixes = cu_seqlens.size(0) - 1;
   const std::vector<int64_t> first = integers(cu_seqlens, suffixes + 1),
                              first_q = cu_queries ? integers(cu_queries, suffixes + 1) : first,
@@ -150,6 +151,8 @@ std::tuple<Tensor, Tensor> attention(const Tensor& q, const Tensor& k, const Ten
   a.softcap = softcap;
   a.causal = causal;
   a.window = window;
+  a.sinks = sinks ? sinks->const_data_ptr() : nullptr;
+  a.alibi = alibi ? alibi->const_data_ptr() : nullptr;
   a.first = first.data();
   a.first_q = first_q.data();
   a.prefix_start = start.data();

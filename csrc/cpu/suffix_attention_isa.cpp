@@ -52,9 +52,9 @@ inline void tile(const A* a, int64_t stride, int64_t depth, const A* b, A* c, co
     for (int v = 0; v < N; ++v) store(c + m * kLanes<A> + v * W<A>, acc[m][v]);
 }
 
-// A lane: where its query lies, and the keys it sees as positions relative to its suffix's first own row.
+// A lane: where its query lies, and its own key and those it sees as positions relative to its suffix's first own row.
 struct Lane {
-  int64_t row, head, prefix_len, low, high;
+  int64_t row, head, prefix_len, own, low, high;
   int32_t at;  // index into the order of suffixes, from the unit's first one on
 };
 
@@ -81,16 +81,17 @@ struct Step {
   int64_t keys;
 };
 
-// Which of the step's keys a lane sees, or a panel reads: those of a prefix's end, and those behind it.
+// Which of the step's keys a lane sees, or a panel reads: those of a prefix's end, and those behind it. Counted as these
+// are, a lane's query is key own[part], be it in the step or not.
 struct Seen {
-  int64_t low[2], high[2];
+  int64_t low[2], high[2], own[2];
   bool sees(int part) const { return low[part] < high[part]; }
   bool any() const { return sees(0) || sees(1); }
 };
 
 template <class A>
 struct Scratch {
-  A *scores, *low[2], *high[2], *alpha, *ones, *panels;
+  A *scores, *low[2], *high[2], *own[2], *slopes, *alpha, *ones, *panels;
   Step<A> step;
   Lane* lanes;
   char* end;
@@ -107,7 +108,9 @@ struct Scratch {
     for (int part = 0; part < 2; ++part) {
       low[part] = floats(kLanes<A>);
       high[part] = floats(kLanes<A>);
+      own[part] = floats(kLanes<A>);
     }
+    slopes = floats(kLanes<A>);
     alpha = floats(kLanes<A>);
     ones = floats(kLanes<A>);
     step.k = floats((kHeld + kTile) * a.head_dim);
@@ -171,7 +174,7 @@ void add_keys(Step<A>& step, const HeadRows& k, const HeadRows& v, int64_t head,
 }
 
 // Logits to probabilities: updates max and sum, leaves the factor of what came before in alpha. v0: the panel's first vector.
-template <class A, int N, bool Masked, bool Capped>
+template <class A, int N, bool Masked, bool Capped, bool Biased>
 inline void softmax(Scratch<A>& s, const Panel<A>& panel, int64_t v0, const Seen& read, A cap) {
 #pragma GCC unroll 3
   for (int v = 0; v < N; ++v) {
@@ -180,15 +183,21 @@ inline void softmax(Scratch<A>& s, const Panel<A>& panel, int64_t v0, const Seen
     V<A> max = old;
     for (int part = 0; part < 2; ++part) {
       const V<A> low = load(s.low[part] + (v0 + v) * W<A>), high = load(s.high[part] + (v0 + v) * W<A>);
+      V<A> slope, own;
+      if (Biased) {
+        slope = load(s.slopes + (v0 + v) * W<A>);
+        own = load(s.own[part] + (v0 + v) * W<A>);
+      }
       for (int64_t k = read.low[part]; k < read.high[part]; ++k) {
         V<A> x = load(scores + k * kLanes<A>);
         if (Capped) x = tanh(x) * cap;
+        if (Biased) x += slope * (splat(A(k)) - own);
         if (Masked) {
           const V<A> key = splat(A(k));
           x = low <= key ? x : splat(-kInf<A>);
           x = key < high ? x : splat(-kInf<A>);
         }
-        if (Masked || Capped) store(scores + k * kLanes<A>, x);
+        if (Masked || Capped || Biased) store(scores + k * kLanes<A>, x);
         max = larger<A>(x, max);
       }
     }
@@ -207,18 +216,25 @@ inline void softmax(Scratch<A>& s, const Panel<A>& panel, int64_t v0, const Seen
   }
 }
 
+template <class A, int N, bool Biased>
+void softmax(Scratch<A>& s, const Panel<A>& panel, int64_t v0, const Seen& read, bool masked, A cap) {
+  if (cap != 0)
+    masked ? softmax<A, N, true, true, Biased>(s, panel, v0, read, cap)
+           : softmax<A, N, false, true, Biased>(s, panel, v0, read, cap);
+  else
+    masked ? softmax<A, N, true, false, Biased>(s, panel, v0, read, cap)
+           : softmax<A, N, false, false, Biased>(s, panel, v0, read, cap);
+}
+
 template <class A, int N>
-void attend(Scratch<A>& s, const Panel<A>& panel, int64_t v0, const Seen& read, bool masked, int64_t d, A cap) {
+void attend(Scratch<A>& s, const Panel<A>& panel, int64_t v0, const Seen& read, bool masked, bool biased, int64_t d, A cap) {
   const Step<A>& step = s.step;
   // The last tile of a part may pass its end: what it leaves there the other part writes anew, or nobody reads.
   for (int part = 0; part < 2; ++part)
     for (int64_t k = read.low[part]; k < read.high[part]; k += kTile)
       tile<A, kTile, N, false>(step.k + k * d, d, d, panel.q, s.scores + k * kLanes<A>, nullptr);
 
-  if (cap != 0)
-    masked ? softmax<A, N, true, true>(s, panel, v0, read, cap) : softmax<A, N, false, true>(s, panel, v0, read, cap);
-  else
-    masked ? softmax<A, N, true, false>(s, panel, v0, read, cap) : softmax<A, N, false, false>(s, panel, v0, read, cap);
+  biased ? softmax<A, N, true>(s, panel, v0, read, masked, cap) : softmax<A, N, false>(s, panel, v0, read, masked, cap);
 
   const A* scale = s.alpha;
   for (int part = 0; part < 2; ++part) {
@@ -282,6 +298,7 @@ struct Run {
       x.row = a.first_q[suffix(at)] + i;
       x.head = unit.kv_head * group + h;
       x.prefix_len = prefix;
+      x.own = own;
       x.at = int32_t(at);
       x.low = a.window ? own - a.window + a.causal : -prefix;
       if (x.low < -prefix) x.low = -prefix;
@@ -293,6 +310,11 @@ struct Run {
       }
     }
   }
+
+  // Of a lane's head, in base-2 logits. The bias of a key counts from the query, where it is 0, and not from the text's
+  // first key: softmax is the same, near keys' logits stay small, and a sink moves along with them by `shift`.
+  A slope(const Lane& x) const { return a.alibi ? A(static_cast<const A*>(a.alibi)[x.head] * kLog2e) : A(0); }
+  double shift(const Lane& x) const { return double(slope(x)) * double(x.own + x.prefix_len); }
 
   // Scores are taken in base 2, or for a softcap in units of the cap.
   void start() {
@@ -321,6 +343,10 @@ struct Run {
       for (int64_t l = 0; l < kLanes<A>; ++l) {
         x.max[l] = -kInf<A>;
         x.sum[l] = 0;
+        if (!a.sinks) continue;
+        const Lane& lane = s.lanes[p * kLanes<A> + (l < n ? l : n - 1)];
+        x.max[l] = A(static_cast<const A*>(a.sinks)[lane.head] * kLog2e - shift(lane));
+        x.sum[l] = 1;
       }
     }
   }
@@ -330,7 +356,7 @@ struct Run {
   void attend_panel(int64_t p, SeenBy seen_by) {
     const int64_t n = lanes_of(p);
     const Lane* lanes = s.lanes + p * kLanes<A>;
-    Seen read = {{kHeld, kHeld}, {0, 0}}, each[kLanes<A>];
+    Seen read = {{kHeld, kHeld}, {0, 0}, {0, 0}}, each[kLanes<A>];
     int64_t first = n, last = 0;
     for (int64_t l = 0; l < n; ++l) {
       Seen& seen = each[l] = seen_by(lanes[l]);
@@ -353,15 +379,18 @@ struct Run {
       for (int64_t l = v0 * W<A>; l < v1 * W<A>; ++l) {
         s.low[part][l] = l < n ? A(each[l].low[part]) : A(0);
         s.high[part][l] = l < n ? A(each[l].high[part]) : A(0);
+        if (a.alibi) s.own[part][l] = l < n ? A(each[l].own[part]) : A(0);
         if (l < end && read.sees(part))
           masked |= each[l].low[part] > read.low[part] || each[l].high[part] < read.high[part];
       }
+    if (a.alibi)
+      for (int64_t l = v0 * W<A>; l < v1 * W<A>; ++l) s.slopes[l] = l < n ? slope(lanes[l]) : A(0);
     const Panel<A> x = panel(p);
     const Panel<A> some = {x.q + v0 * W<A>, x.o + v0 * W<A>, x.max + v0 * W<A>, x.sum + v0 * W<A>, int(v1 - v0)};
     switch (some.vectors) {
-      case 1: return attend<A, 1>(s, some, v0, read, masked, d, cap);
-      case 2: return attend<A, 2>(s, some, v0, read, masked, d, cap);
-      default: return attend<A, 3>(s, some, v0, read, masked, d, cap);
+      case 1: return attend<A, 1>(s, some, v0, read, masked, a.alibi, d, cap);
+      case 2: return attend<A, 2>(s, some, v0, read, masked, a.alibi, d, cap);
+      default: return attend<A, 3>(s, some, v0, read, masked, a.alibi, d, cap);
     }
   }
 
@@ -387,7 +416,7 @@ struct Run {
       for (int64_t p = 0; p < panels; ++p)
         attend_panel(p, [&](const Lane& x) {
           const int64_t low = x.low + x.prefix_len - b;
-          return Seen{{low < 0 ? 0 : low, 0}, {step_of(x.at) > b ? kKeys : 0, 0}};
+          return Seen{{low < 0 ? 0 : low, 0}, {step_of(x.at) > b ? kKeys : 0, 0}, {x.own + x.prefix_len - b, 0}};
         });
     }
   }
@@ -434,11 +463,12 @@ struct Run {
         }
         for (int64_t p = p0; p < p1; ++p)
           attend_panel(p, [&](const Lane& x) {
-            if (x.at < at || x.at >= next) return Seen{{0, 0}, {0, 0}};
+            if (x.at < at || x.at >= next) return Seen{{0, 0}, {0, 0}, {0, 0}};
             const int64_t before = in_step(x.at), most = kKeys - before, from = x.low + before;
             const int64_t offset = shared + pieces[x.at - at].offset;
             return Seen{{from < 0 ? 0 : from, offset + (x.low > 0 ? x.low : 0)},
-                        {shared ? before : 0, offset + (x.high < most ? x.high : most)}};
+                        {shared ? before : 0, offset + (x.high < most ? x.high : most)},
+                        {x.own + before, offset + x.own}};
           });
       }
       if (together) continue;
@@ -449,8 +479,10 @@ struct Run {
         add_keys<A, T>(s.step, a.k, a.v, unit.kv_head, a.first[suffix(at)] + row, left < kKeys ? left : kKeys, d);
         for (int64_t p = p0; p < p1; ++p)
           attend_panel(p, [&](const Lane& x) {
-            if (x.at != at) return Seen{{0, 0}, {0, 0}};
-            return Seen{{0, x.low > row ? x.low - row : 0}, {0, x.high - row < kKeys ? x.high - row : kKeys}};
+            if (x.at != at) return Seen{{0, 0}, {0, 0}, {0, 0}};
+            return Seen{{0, x.low > row ? x.low - row : 0},
+                        {0, x.high - row < kKeys ? x.high - row : kKeys},
+                        {0, x.own - row}};
           });
       }
     }
@@ -468,7 +500,7 @@ struct Run {
           const Lane& lane = lanes[v * W<A> + l];
           at[l] = lane.row * a.heads + lane.head;
           const double sum = __builtin_log2(double(x.sum[v * W<A> + l]));
-          static_cast<A*>(a.lse)[at[l]] = A((x.max[v * W<A> + l] + sum) / kLog2e);
+          static_cast<A*>(a.lse)[at[l]] = A((x.max[v * W<A> + l] + sum + shift(lane)) / kLog2e);
         }
         for (int64_t i = 0; i < d; i += W<A>) {
           const int64_t some = d - i < W<A> ? d - i : W<A>;

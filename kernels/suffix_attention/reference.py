@@ -1,7 +1,8 @@
 """Suffix attention in eager PyTorch.
 
 Every backend of the op takes the arguments of `forward` below, already checked by `rmfast.ops`: tensors as the public
-op describes them, `softcap` 0 and `window` 0 for none. Rows come back contiguous.
+op describes them, `softcap` 0 and `window` 0 for none, `sinks` and `alibi` contiguous in the accumulator's dtype. Rows
+come back contiguous.
 """
 
 from __future__ import annotations
@@ -40,6 +41,8 @@ def forward(
     causal: bool,
     softcap: float,
     window: int,
+    sinks: Tensor | None = None,
+    alibi: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """`out` and `lse`: suffixes of equal length and prefix length are one batch of dense, masked attention.
 
@@ -77,9 +80,19 @@ def forward(
             logits = torch.einsum("blhgd,bkhd->bhglk", rows_q * scale, keys)
             if softcap:
                 logits = torch.tanh(logits / softcap) * softcap
+            # Biases count from the query, where they are 0: softmax is the same, and near keys' logits stay small.
+            bias = logits.new_zeros(heads, queries, 1)
+            if alibi is not None:
+                position = torch.arange(prefix + rows, device=device, dtype=acc)
+                own = position[prefix + rows - queries :, None]
+                logits = logits + (alibi[:, None, None] * (position - own)).view(kv_heads, group, queries, -1)
+                bias = alibi[:, None, None] * own
+            bias = bias.view(kv_heads, group, -1, 1)
             logits = logits.masked_fill(hidden, -torch.inf)
             total = logits.logsumexp(-1, keepdim=True)
+            if sinks is not None:
+                total = torch.logaddexp(total, sinks.view(kv_heads, group, 1, 1) - bias)
             got = torch.einsum("bhglk,bkhd->blhgd", (logits - total).exp(), values)
             out[asking] = got.reshape(len(some), queries, heads, d).to(q.dtype)
-            lse[asking] = total.squeeze(-1).permute(0, 3, 1, 2).reshape(len(some), queries, heads)
+            lse[asking] = (total + bias).squeeze(-1).permute(0, 3, 1, 2).reshape(len(some), queries, heads)
     return out, lse

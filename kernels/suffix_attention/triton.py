@@ -75,14 +75,14 @@ def _rows(o_n, split, from_pool, stride_pool, from_own, stride_own, VEC: tl.cons
 @triton.jit
 def _attend(
     p_q, m_m, b_q, b_o, b_max, b_sum, p_k, p_v, from_pk, stride_pk, from_k, stride_k, from_pv, stride_pv, from_v,
-    stride_v, split, o_own, o_d, i_first, i_last, window, scale: tl.constexpr, softcap: tl.constexpr, D: tl.constexpr,
-    BN: tl.constexpr, DQ: tl.constexpr, VEC: tl.constexpr, CAUSAL: tl.constexpr, CAPPED: tl.constexpr,
-    WINDOWED: tl.constexpr, POOL: tl.constexpr,
+    stride_v, split, o_own, o_d, b_slope, i_first, i_last, window, scale: tl.constexpr, softcap: tl.constexpr,
+    D: tl.constexpr, BN: tl.constexpr, DQ: tl.constexpr, VEC: tl.constexpr, CAUSAL: tl.constexpr, CAPPED: tl.constexpr,
+    WINDOWED: tl.constexpr, POOL: tl.constexpr, BIASED: tl.constexpr,
 ):  # fmt: skip
     """Online softmax over the keys at positions [i_first, i_last), of which those before `split` lie in the pool.
 
-    b_q [BM, BD] at p_q [BM], b_o [BM, BD], b_max and b_sum [BM], o_own [BM] the rows' positions. `scale` and
-    `softcap` give logits in base 2.
+    b_q [BM, BD] at p_q [BM], b_o [BM, BD], b_max and b_sum [BM], o_own [BM] the rows' positions. `scale`, `softcap`
+    and b_slope [BM] give logits in base 2.
     """
     for i_n in range(i_first, i_last, BN):
         o_n = i_n + tl.arange(0, BN)
@@ -106,6 +106,9 @@ def _attend(
         b_v = tl.load(p_v + o_row[:, None] + o_d[None, :], mask=m_n[:, None] & m_d, other=0.0)
         if CAPPED:
             b_s = softcap * _tanh(b_s)
+        if BIASED:
+            # Counted from the query, where it is 0: softmax is the same, and near keys' logits stay small.
+            b_s += b_slope[:, None] * (o_n[None, :] - o_own[:, None]).to(b_s.dtype)
         m_s = m_n[None, :]
         if CAUSAL:
             m_s = m_s & (o_n[None, :] <= o_own[:, None])
@@ -134,7 +137,7 @@ _STRIDES = [f"stride_{tensor}{dim}" for tensor in ("q", "k", "v", "pk", "pv") fo
 
 @triton.jit(do_not_specialize=["S", "window", "gap_k", "gap_v", *_STRIDES])
 def _forward(
-    p_q, p_k, p_v, p_ends, p_asks, p_start, p_len, p_out, p_lse,
+    p_q, p_k, p_v, p_ends, p_asks, p_start, p_len, p_sinks, p_alibi, p_out, p_lse,
     stride_qn, stride_qh, stride_kn, stride_kh, stride_vn, stride_vh, stride_pkn, stride_pkh, stride_pvn, stride_pvh,
     gap_k, gap_v, S, window, scale: tl.constexpr, softcap: tl.constexpr,
     G: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, DQ: tl.constexpr,
@@ -184,6 +187,13 @@ def _forward(
 
     # Positions of the text: the queries' first one, behind their last one, and of the keys that they see.
     o_own = prefix + o_i
+    b_slope = tl.zeros([BM], acc)
+    if p_alibi is not None:
+        b_slope = tl.load(p_alibi + o_head) * LOG2E
+    b_shift = b_slope * o_own.to(acc)
+    if p_sinks is not None:
+        b_max = tl.load(p_sinks + o_head) * LOG2E - b_shift
+        b_sum = tl.full([BM], 1.0, acc)
     i_low = prefix + rows - queries + i_m // G
     i_high = tl.minimum(prefix + rows - queries + (i_m + BM - 1) // G + 1, prefix + rows)
     first_key, last_key = prefix * 0, prefix + rows
@@ -202,14 +212,14 @@ def _forward(
         (first - prefix) * stride_kn + i_h * stride_kh, stride_kn,
         _stride(gap_v, VEC) + start * stride_pvn + i_h * stride_pvh, stride_pvn,
         (first - prefix) * stride_vn + i_h * stride_vh, stride_vn,
-        prefix, o_own, o_d, first_key, last_key, window, scale, softcap, D, BN, DQ, VEC,
-        CAUSAL, CAPPED, WINDOWED, p_len is not None,
+        prefix, o_own, o_d, b_slope, first_key, last_key, window, scale, softcap, D, BN, DQ, VEC,
+        CAUSAL, CAPPED, WINDOWED, p_len is not None, p_alibi is not None,
     )  # fmt: skip
 
     b_sum = tl.where(m_m, b_sum, 1.0)
     o_out = o_row * heads + o_head
     tl.store(p_out + o_out[:, None] * D + o_d[None, :], b_o / b_sum[:, None], mask=m_q)
-    tl.store(p_lse + o_out, (b_max + tl.log2(b_sum)) / LOG2E, mask=m_m)
+    tl.store(p_lse + o_out, (b_max + tl.log2(b_sum) + b_shift) / LOG2E, mask=m_m)
 
 
 def _config(dtype: torch.dtype, d: int) -> dict[str, int]:
@@ -240,6 +250,8 @@ def forward(
     causal: bool,
     softcap: float,
     window: int,
+    sinks: Tensor | None = None,
+    alibi: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     rows, heads, d = q.shape
     kv_heads, suffixes = k.size(1), cu_seqlens.numel() - 1
@@ -256,7 +268,7 @@ def forward(
     with on_device(q):
         _forward[grid](
             q, k, v, cu_seqlens, cu_seqlens if cu_queries is None else cu_queries, prefix_start,
-            prefix_len, out, lse, *strides, *gaps, suffixes, window,
+            prefix_len, sinks, alibi, out, lse, *strides, *gaps, suffixes, window,
             # For logits in base 2; with a softcap, its tanh takes them in units of the cap.
             scale=scale / softcap if softcap else scale * LOG2E.value, softcap=softcap * LOG2E.value,
             G=group, D=d, VEC=vec, CAUSAL=causal, CAPPED=softcap != 0, WINDOWED=window != 0, **config,

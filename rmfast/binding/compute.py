@@ -102,7 +102,8 @@ class Fp32(TorchFunctionMode):
     """Runs linear layers by `linear`, and all that takes 16-bit weights beside fp32 activations in fp32.
 
     A mode, and no forward on modules: it holds for this thread alone, in any module and whatever calls it, and leaves
-    nothing behind. What asks for 16 bits by name (`x.to(weight.dtype)`) gets fp32.
+    nothing behind. A cast to 16 bits (`x.to(weight.dtype)`) gives fp32, but for `x.bfloat16()` and `x.half()`, which no
+    dtype of the weights is behind: Falcon rounds its ALiBi biases so in fp32 too.
     """
 
     def __torch_function__(self, func: Any, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None) -> Any:
@@ -179,10 +180,6 @@ def _kept(func: Any, args: tuple, kwargs: dict[str, Any]) -> Any:
     return func(x, *map(target, rest), **{name: target(value) for name, value in kwargs.items()})
 
 
-def _to_fp32(func: Any, args: tuple, kwargs: dict[str, Any]) -> Any:
-    return args[0].float()
-
-
 # torch's product of a mixture's experts, where this torch has it.
 _GROUPED = (getattr(torch, "_grouped_mm", None), getattr(nn.functional, "grouped_mm", None))
 
@@ -192,8 +189,6 @@ _HANDLERS: dict[Any, Callable[[Any, tuple, dict[str, Any]], Any]] = {
     nn.functional.embedding: _embedding,
     Tensor.to: _kept,
     Tensor.type_as: _kept,
-    Tensor.bfloat16: _to_fp32,
-    Tensor.half: _to_fp32,
     **dict.fromkeys(
         (
             nn.functional.layer_norm, nn.functional.rms_norm, nn.functional.group_norm, nn.functional.batch_norm,

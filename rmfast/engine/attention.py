@@ -17,13 +17,14 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
-from transformers import AttentionInterface
+from transformers import AttentionInterface, AttentionMaskInterface
 
 from rmfast.binding.session import of_this_thread, rows_read
 from rmfast.engine.planner import Chunk
 from rmfast.ops import suffix_attention
 
 _NAME = "rmfast"
+_OWN_MASK = "rmfast-own-mask"  # for attention that a model writes out itself, and that wants a mask of it
 
 
 class Unsupported(Exception):
@@ -47,11 +48,21 @@ class Run:
     options: dict[nn.Module, dict[str, Any]] = field(default_factory=dict)  # what each module gave its attention
     delta: Tensor | None = None  # what the layer before has yet to add to the stream
 
-    def attend(self, key: nn.Module, q: Tensor, k: Tensor, v: Tensor, **options: Any) -> Tensor:
-        """Attention of one layer, of all rows or of `read_rows` alone: q (m, Hq, D) -> (m, Hq, D)."""
-        size = q.size(-1)
-        if size % 8:  # the op reads 16 bytes at a time; zeros change no dot
-            q, k, v = (nn.functional.pad(t, (0, -size % 8)) for t in (q, k, v))
+    def attend(
+        self, key: nn.Module, q: Tensor, k: Tensor, v: Tensor, sinks: str | None = None, **options: Any
+    ) -> Tensor:
+        """Attention of one layer, of all rows or of `read_rows` alone: q (m, Hq, D), v (n, Hkv, Dv) -> (m, Hq, Dv).
+
+        sinks: the name of the parameter of `key` that holds them, looked up at each run as all weights are.
+        """
+        size = v.size(-1)
+        widest = max(q.size(-1), size)
+        widest += -widest % 8  # the op reads 16 bytes at a time; zeros change no dot
+        if options.get("scale") is None:
+            options["scale"] = q.size(-1) ** -0.5
+        if sinks is not None:
+            options["sinks"] = getattr(key, sinks)
+        q, k, v = (t if t.size(-1) == widest else nn.functional.pad(t, (0, widest - t.size(-1))) for t in (q, k, v))
         return self.over_pool(key, q, k, v, options)[..., :size]
 
     def over_pool(self, key: nn.Module, q: Tensor, k: Tensor, v: Tensor, options: dict[str, Any]) -> Tensor:
@@ -69,9 +80,11 @@ class Recorded(Run):
 
     heads: dict[nn.Module, tuple[Tensor, Tensor, Tensor]] = field(default_factory=dict)
 
-    def attend(self, key: nn.Module, q: Tensor, k: Tensor, v: Tensor, **options: Any) -> Tensor:
+    def attend(
+        self, key: nn.Module, q: Tensor, k: Tensor, v: Tensor, sinks: str | None = None, **options: Any
+    ) -> Tensor:
         self.heads[key] = q, k, v
-        return super().attend(key, q, k, v, **options)
+        return super().attend(key, q, k, v, sinks, **options)
 
 
 @contextmanager
@@ -146,15 +159,29 @@ def attention(
         raise RuntimeError('attn_implementation "rmfast" only works inside rmfast\'s engine: padding would be ignored')
     if attention_mask is not None or not getattr(module, "is_causal", True):
         raise Unsupported(f"{type(module).__name__} asks for a mask of its own")
-    for name in ("s_aux", "position_bias", "alibi"):
+    for name in ("position_bias", "alibi"):
         if kwargs.get(name) is not None:
             raise Unsupported(f"{type(module).__name__} gives its attention {name}")
     q, k, v = (t[0].transpose(0, 1) for t in (query, key, value))
-    run.options[module] = {"scale": scaling, "softcap": softcap, "window": sliding_window}
+    run.options[module] = {
+        "scale": scaling, "softcap": softcap, "window": sliding_window, "sinks": _parameter(module, kwargs.get("s_aux"))
+    }  # fmt: skip
     return run.attend(module, q, k, v, **run.options[module])[None], None
 
 
+def _parameter(module: nn.Module, value: Tensor | None) -> str | None:
+    """Which of the module's own parameters a value is."""
+    if value is None:
+        return None
+    for name, parameter in module.named_parameters(recurse=False):
+        if parameter is value:
+            return name
+    raise Unsupported(f"{type(module).__name__} gives its attention sinks (s_aux) that are no parameter of its own")
+
+
 AttentionInterface.register(_NAME, attention)
+AttentionInterface.register(_OWN_MASK, attention)
+AttentionMaskInterface.register(_OWN_MASK, lambda *args, **kwargs: torch.empty(0))
 
 
 def attention_configs(body: nn.Module) -> list[Any]:
@@ -171,9 +198,14 @@ _runs: dict[int, tuple[int, type]] = {}  # by a configuration's id: runs that ar
 _runs_guard = threading.Lock()
 
 
+_own_mask: ContextVar[bool] = ContextVar("rmfast_own_mask", default=False)
+
+
 @contextmanager
-def attention_of(body: nn.Module) -> Iterator[None]:
+def attention_of(body: nn.Module, own_mask: bool = False) -> Iterator[None]:
     """Makes the body's attention ours, for the thread that has a run; put back at the end.
+
+    own_mask: gives it an empty mask and not none: its attention is replaced itself, and what is around it is not.
 
     The configuration gets a subclass of its own class, so that another thread's forward still sees its own choice. It
     keeps it until the last run is over: two models may have one configuration, and run at once.
@@ -184,9 +216,11 @@ def attention_of(body: nn.Module) -> Iterator[None]:
             runs, kind = _runs.get(id(config), (0, type(config)))
             _runs[id(config)] = runs + 1, kind
             object.__setattr__(config, "__class__", _with_our_attention(kind))
+    token = _own_mask.set(own_mask)
     try:
         yield
     finally:
+        _own_mask.reset(token)
         with _runs_guard:
             for config in configs:
                 runs, kind = _runs.pop(id(config))
@@ -199,6 +233,8 @@ def attention_of(body: nn.Module) -> Iterator[None]:
 @cache
 def _with_our_attention(kind: Any) -> type:
     def implementation(self: Any) -> Any:
-        return self._attn_implementation_internal if current_run.get() is None else _NAME
+        if current_run.get() is None:
+            return self._attn_implementation_internal
+        return _OWN_MASK if _own_mask.get() else _NAME
 
     return type(kind.__name__, (kind,), {"_attn_implementation": property(implementation)})

@@ -60,7 +60,8 @@ class Layer:
     head_norms: list[Norm]  # of queries' heads and of keys', of one kind and eps; or none
     activation: str | None  # None: the MLP runs as the module that it is
     last: bool
-    options: dict[str, Any] = field(default_factory=dict)  # scale, softcap and window, as the module itself gives them
+    angles: int = 0  # of the rotary tables' frequencies, where the body says them: gpt-oss's hold each one once
+    options: dict[str, Any] = field(default_factory=dict)  # scale, softcap, window, sinks, as the module gives them
 
     @property
     def sandwich(self) -> bool:
@@ -157,6 +158,8 @@ class Layer:
 
     def turn(self, q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
         """Queries and keys after their norms and rotation; either may have no heads."""
+        if cos.size(-1) == self.angles:
+            cos, sin = torch.cat([cos, cos], -1), torch.cat([sin, sin], -1)
         if not self.head_norms:
             return rotary(q, k, cos, sin)
         q_norm, k_norm = (norm.arguments for norm in self.head_norms)
@@ -241,6 +244,8 @@ def structure(body: nn.Module) -> list[tuple[nn.Module, Layer]] | str:
     if not isinstance(layers, nn.ModuleList) or not len(layers):
         return "the body has no list of layers named layers"
     found = []
+    frequencies = getattr(getattr(body, "rotary_emb", None), "inv_freq", None)
+    angles = frequencies.numel() if isinstance(frequencies, Tensor) else 0
     for index, layer in enumerate(layers):
         where = f"layer {index} ({type(layer).__name__})"
         parts = {name for name, _ in layer.named_children()}
@@ -266,5 +271,5 @@ def structure(body: nn.Module) -> list[tuple[nn.Module, Layer]] | str:
         if pair and (len(head_norms) < 2 or not _alike(head_norms)):
             return f"{where}: its q_norm and k_norm are not RMS norms over a head, of one kind and eps"
         last = index == len(layers) - 1
-        found.append((layer, Layer(attn, mlp, norms, head_norms, _activation(mlp), last)))
+        found.append((layer, Layer(attn, mlp, norms, head_norms, _activation(mlp), last, angles)))
     return found

@@ -26,6 +26,7 @@ from rmfast.binding.find import probe_ids
 from rmfast.binding.modules import has_hooks, hidden_state_of
 from rmfast.binding.rope import fresh_rope
 from rmfast.binding.session import passing_through, reading, replaced_forward
+from rmfast.engine import alibi
 from rmfast.engine.attention import (
     ChainedPool,
     Recorded,
@@ -36,6 +37,8 @@ from rmfast.engine.attention import (
     current_run,
     given_to,
 )
+from rmfast.engine.experts import experts_of, in_tiles, unknown_experts
+from rmfast.engine.functions import Alike
 from rmfast.engine.invariance import padding, tile_of
 from rmfast.engine.layers import Layer, structure
 from rmfast.engine.memory import free_memory, out_of_memory, reuse_freed_memory
@@ -78,6 +81,7 @@ class Engine:
         self._tiles: dict[tuple, int | str] = {}  # by the number of threads, and whether products are ours
         self._moves: dict[tuple, str | None] = {}
         with binding.session(clamped=False):
+            self.written = alibi.find(binding)
             precise = binding.stream_dtype in (torch.float32, torch.float64)
             # fp32 differs by 1e-6, a wrong formula by a percent or more. bf16 itself is off by up to 2%.
             error = self._probe(1e-4 if precise else 0.1)
@@ -117,6 +121,16 @@ class Engine:
             self._tiles[key] = tile_of(self.binding.body)
         return self._tiles[key]
 
+    @contextmanager
+    def alike(self) -> Iterator[None]:
+        """Gives a row the same bits in parts that run as the modules that they are; around whatever runs layers."""
+        modules = not self.layers or any(layer.activation is None for _, layer in self.layers)
+        if not modules or not self.invariant or isinstance(self._tile(), str):
+            yield
+            return
+        with in_tiles(experts_of(self.binding.body), self.tile), Alike():
+            yield
+
     def moves(self) -> str | None:
         """Why a text's bits may depend on the texts beside it, or None where they do not.
 
@@ -136,6 +150,8 @@ class Engine:
     def _moved_bits(self) -> str | None:
         if isinstance(reason := self._tile(), str):
             return reason
+        if (unknown := unknown_experts(self.binding.body)) is not None:
+            return f"how {unknown} multiplies by its experts depends on the batch"
         texts = self._probe_texts()
         for read in ("all", "last"):
             together = self._ran(texts, read)
@@ -154,6 +170,7 @@ class Engine:
         made.binding = binding
         if copies is not None:
             made._options = {copies[module]: options for module, options in self._options.items()}
+            made.written = {copies[module]: how for module, how in self.written.items()}
             made.layers = [(copies[module], layer.moved(copies)) for module, layer in self.layers]
         return made
 
@@ -338,7 +355,9 @@ class Engine:
             reuse_freed_memory()
         fresh_rope(binding.rope)
         with ExitStack() as stack:
-            stack.enter_context(attention_of(binding.body))
+            stack.enter_context(attention_of(binding.body, own_mask=bool(self.written)))
+            stack.enter_context(alibi.running(self.written))
+            stack.enter_context(self.alike())
             if longest:
                 stack.enter_context(_longest_text(binding.body, longest))
             if binding.leaves_norm_out:

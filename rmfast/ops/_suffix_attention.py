@@ -19,8 +19,8 @@ MAX_HEAD_DIM = 256
 define(
     "suffix_attention",
     "(Tensor q, Tensor k, Tensor v, Tensor cu_seqlens, Tensor? cu_queries, Tensor? prefix_k, Tensor? prefix_v, "
-    "Tensor? prefix_start, Tensor? prefix_len, float scale, bool causal, float softcap, int window) "
-    "-> (Tensor, Tensor)",
+    "Tensor? prefix_start, Tensor? prefix_len, float scale, bool causal, float softcap, int window, "
+    "Tensor? sinks=None, Tensor? alibi=None) -> (Tensor, Tensor)",
 )
 
 
@@ -53,6 +53,8 @@ def suffix_attention(
     causal: bool = True,
     softcap: float | None = None,
     window: int | None = None,
+    sinks: Tensor | None = None,
+    alibi: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Attention of S ragged suffixes, laid end to end, each over a stretch of a shared prefix pool and its own rows.
 
@@ -78,10 +80,15 @@ def suffix_attention(
         softcap: logits s become softcap · tanh(s / softcap) before masking (Gemma 2); None for none.
         window: causal: keys at positions above own − window (the query itself counts); otherwise keys at a distance
             of at most `window` to either side, as transformers' bidirectional sliding attention. None for none.
+        sinks: (Hq,), a floating dtype: a logit for each head that joins the softmax's denominator and has no value
+            (gpt-oss), whatever the window. Neither scale nor softcap applies to it. None for none.
+        alibi: (Hq,), a floating dtype: slopes. alibi[h] · position of the key is added to logits, after scale and
+            softcap (ALiBi as in transformers: a key's position counts from its text's first token). None for none.
 
     Returns:
         out: q's shape and dtype, contiguous.
-        lse: q.shape[:2], the log-sum-exp of the row's logits in float32 (float64 for float64 q).
+        lse: q.shape[:2], the log-sum-exp of the row's logits, that of a sink included, in float32 (float64 for
+            float64 q).
 
         Sums are in float32 (float64 for float64 q). In the C++ and Triton kernels a row's bits depend only on its
         text: not on where that is cut into prefix and suffix, on what else is in the batch, where it lies in memory or
@@ -128,10 +135,12 @@ def suffix_attention(
     if window is not None and (isinstance(window, bool) or not isinstance(window, (int, torch.SymInt))):
         raise TypeError(f"Expected window to be an int, got {type(window).__name__}")
     expect(window is None or 1 <= window < 2**63, "window", "at least 1", window)
-    expect_no_grad("suffix_attention", q=q, k=k, v=v, prefix_k=prefix_k, prefix_v=prefix_v)
+    checked(sinks, "sinks", (heads,), q)
+    checked(alibi, "alibi", (heads,), q)
+    expect_no_grad("suffix_attention", q=q, k=k, v=v, prefix_k=prefix_k, prefix_v=prefix_v, sinks=sinks, alibi=alibi)
     args = (
         q, k, v, cu_seqlens, cu_queries, prefix_k, prefix_v, prefix_start, prefix_len, scale, flag("causal", causal),
-        softcap, window or 0,
+        softcap, window or 0, sinks, alibi,
     )  # fmt: skip
     return _suffix_attention(*args) if direct(args) else torch.ops.rmfast.suffix_attention(*args)
 
@@ -207,18 +216,25 @@ def _check_ends(name: str, ends: Any, rows: int, of: str) -> None:
         raise ValueError(f"Expected {name} not to fall, got {ends[at : at + 2].tolist()} at {at}")
 
 
-def _suffix_attention(q, k, v, cu_seqlens, cu_queries, prefix_k, prefix_v, prefix_start, prefix_len, *options):
+def _suffix_attention(
+    q, k, v, cu_seqlens, cu_queries, prefix_k, prefix_v, prefix_start, prefix_len, scale, causal, softcap, window,
+    sinks=None, alibi=None,
+):  # fmt: skip
     cu_seqlens, cu_queries, start, length = (
         None if index is None else index.contiguous() for index in (cu_seqlens, cu_queries, prefix_start, prefix_len)
     )
     _check_values(k.size(0), q.size(0), cu_seqlens, cu_queries, prefix_k, start, length)
     if q.numel() == 0:
         return _suffix_attention_fake(q)
+    acc = _reference.accumulator(q.dtype)
+    sinks, alibi = (None if each is None else each.to(acc).contiguous() for each in (sinks, alibi))
     run = _backends.choose("suffix_attention", q.device.type)
-    return run(q, k, v, cu_seqlens, cu_queries, prefix_k, prefix_v, start, length, *options)
+    return run(
+        q, k, v, cu_seqlens, cu_queries, prefix_k, prefix_v, start, length, scale, causal, softcap, window, sinks, alibi
+    )
 
 
-def _suffix_attention_fake(q, *args):
+def _suffix_attention_fake(q, *args, **options):
     return q.new_empty(q.shape), q.new_empty(q.shape[:2], dtype=_reference.accumulator(q.dtype))
 
 

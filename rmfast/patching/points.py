@@ -104,7 +104,7 @@ def given(args: tuple, kwargs: dict[str, Any]) -> Any:
 
 
 # Parts in which a kind is looked for, the first that the layer has: Llama, Qwen, Mistral, Phi, GPT-NeoX, GPT-2;
-# BERT, RoBERTa, ELECTRA, DeBERTa, DistilBERT, ModernBERT. "" is the layer.
+# BERT, RoBERTa, ELECTRA, DeBERTa, DistilBERT, ModernBERT; Bloom, MPT. "" is the layer.
 PLACES: dict[str, Sequence[tuple[str, Side]]] = {
     "resid_pre": [("", "in")],
     "resid_mid": [
@@ -113,17 +113,22 @@ PLACES: dict[str, Sequence[tuple[str, Side]]] = {
         ("post_attention_layernorm", "in"),
         ("ln_2", "in"),
         ("mlp_norm", "in"),
+        ("norm_2", "in"),
     ],
     "resid_post": [("", "out")],
     "attn_out": [
         ("attention.output.dense", "out"),
         ("post_self_attn_layernorm", "out"),
+        ("self_attention.dense", "out"),  # Bloom's modules add the stream themselves
+        ("attn.out_proj", "out"),
         ("self_attn", "out"),
         ("attention", "out"),
         ("attn", "out"),
     ],
     "mlp_out": [
         ("post_mlp_layernorm", "out"),
+        ("mlp.dense_4h_to_h", "out"),
+        ("ffn.down_proj", "out"),
         ("mlp", "out"),
         ("output.dense", "out"),
         ("ffn", "out"),
@@ -134,6 +139,8 @@ PLACES: dict[str, Sequence[tuple[str, Side]]] = {
         ("attention.output.dense", "in"),
         ("attention.out_lin", "in"),
         ("attention.dense", "in"),
+        ("self_attention.dense", "in"),
+        ("attn.out_proj", "in"),
         ("attn.Wo", "in"),
         ("attn.c_proj", "in"),
     ],
@@ -145,6 +152,7 @@ PLACES: dict[str, Sequence[tuple[str, Side]]] = {
         ("mlp.fc2", "in"),
         ("output.dense", "in"),
         ("ffn.lin2", "in"),
+        ("ffn.down_proj", "in"),
     ],
     "q": [("self_attn.q_proj", "out"), ("attention.self.query", "out"), ("attention.self.query_proj", "out"),
           ("attention.q_lin", "out")],
@@ -153,7 +161,7 @@ PLACES: dict[str, Sequence[tuple[str, Side]]] = {
     "v": [("self_attn.v_proj", "out"), ("attention.self.value", "out"), ("attention.self.value_proj", "out"),
           ("attention.v_lin", "out")],
 }  # fmt: skip
-_ATTENTION = ("self_attn", "attention.self", "attention", "attn")
+_ATTENTION = ("self_attn", "attention.self", "attention", "attn", "self_attention")
 
 # Projections of q, k and v in one: all of q, then of k, then of v, with fewer heads of k and v ("grouped") or as many;
 # or the three of each head side by side ("by head").
@@ -162,6 +170,7 @@ _FUSED = {
     "attn.c_attn": "equal",
     "attn.Wqkv": "equal",
     "attention.query_key_value": "by head",
+    "self_attention.query_key_value": "by head",
 }
 
 # A norm behind attention and behind the MLP (Gemma 2 and 3, OLMo 2): what they give is what is added to the stream.

@@ -190,7 +190,8 @@ class SuffixPatcher:
                 start += count
                 continue
             try:
-                rewards = _Chunk(self, base, edits[some], entry[some], values).run()
+                with self.engine.alike():
+                    rewards = _Chunk(self, base, edits[some], entry[some], values).run()
             except RuntimeError as error:
                 if count == 1 or not out_of_memory(error):
                     raise

@@ -204,13 +204,15 @@ def test_other_threads_run_the_model_as_it_is():
     assert not compute.holds() and not seen[0][0] and torch.equal(seen[0][1], want)
 
 
-def test_casts_to_16_bits_are_left_out_in_any_spelling():
+def test_casts_to_16_bits_are_left_out_but_for_those_that_all_weights_have():
+    """`.float()` of the whole model would leave `x.bfloat16()` as it is: Falcon rounds its ALiBi biases by it."""
     weight = torch.zeros(3, dtype=torch.bfloat16)
     x = torch.full((3,), 1 + 1e-4)
     with compute.Fp32():
         ways = [x.to(weight), x.to(torch.bfloat16), x.to(dtype=torch.float16), x.to("cpu", torch.bfloat16),
-                x.bfloat16(), x.half(), x.type_as(weight), x.to(weight.dtype, copy=True)]  # fmt: skip
+                x.type_as(weight), x.to(weight.dtype, copy=True)]  # fmt: skip
         assert all(way.dtype == torch.float32 and torch.equal(way, x) for way in ways)
+        assert (x.bfloat16().dtype, x.half().dtype) == (torch.bfloat16, torch.float16)
         assert x.to(torch.float64).dtype == torch.float64 and x.to("cpu").dtype == torch.float32
 
 

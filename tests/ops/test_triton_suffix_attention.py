@@ -37,7 +37,7 @@ def test_agrees_with_dense_attention(case, on_triton, poisoned):
 @pytest.mark.parametrize("options", contract.OPTIONS)
 def test_every_option_agrees_with_dense_attention(options, dtype, on_triton, poisoned):
     args = contract.CASES["prefixes"].inputs(dtype)
-    got = suffix_attention(*args, **contract.OPTIONS[options])
+    got = suffix_attention(*args, **contract.given_to(args[0], options))
     contract.check(got, contract.case_bounds("prefixes", options, dtype), dtype)
 
 
@@ -69,7 +69,7 @@ def test_non_finite_values_stay_in_their_suffix(on_triton):
     assert torch.equal(got[[0, 4]], want[[0, 4]]) and got[2].isnan().all()
 
 
-# (dtype, head size, causal, softcap, window)
+# (dtype, head size, causal, softcap, window), the last ones with sinks and slopes
 LAUNCHES = {
     "bf16 64": (torch.bfloat16, 64, True, 0.0, 0),
     "bf16 64 bidirectional window": (torch.bfloat16, 64, False, 0.0, 64),
@@ -80,6 +80,9 @@ LAUNCHES = {
     "fp32 128": (torch.float32, 128, True, 0.0, 0),
     "fp32 256 softcap window": (torch.float32, 256, True, 50.0, 4096),
     "fp64 128": (torch.float64, 128, True, 0.0, 0),
+    "bf16 64 sinks window": (torch.bfloat16, 64, True, 0.0, 128, "sinks"),
+    "bf16 128 alibi": (torch.bfloat16, 128, True, 0.0, 0, "alibi"),
+    "fp32 64 sinks alibi": (torch.float32, 64, True, 0.0, 0, "sinks", "alibi"),
 }
 
 
@@ -91,9 +94,12 @@ def test_kernels_compile_fit_and_do_not_spill(launch, capability, monkeypatch, t
 
     from rmfast.kernels.suffix_attention import triton as kernels
 
-    dtype, d, causal, softcap, window = LAUNCHES[launch]
+    dtype, d, causal, softcap, window, *heads = LAUNCHES[launch]
     q, k, v, cu_seqlens, *pool = contract.Case([3, 200], [(0, 5), (0, 64)], 8, 2, d).inputs(dtype)
-    call = lambda: kernels.forward(q, k, v, cu_seqlens, None, *pool, d**-0.5, causal, softcap, window)  # noqa: E731
+    given = {name: torch.ones(8) for name in heads}
+    call = lambda: kernels.forward(  # noqa: E731
+        q, k, v, cu_seqlens, None, *pool, d**-0.5, causal, softcap, window, **given
+    )
     got = build(*launches(monkeypatch, call), capability, tmp_path)
     print(launch, got)
     assert got.shared <= SHARED[capability], got

@@ -20,6 +20,7 @@ struct SuffixAttention {
   double scale, softcap;  // softcap 0: none
   bool causal;
   int64_t window;                            // 0: none
+  const void *sinks, *alibi;                 // (heads,) in double for f64, else float; null: none
   const int64_t* first;                      // (S + 1,) the suffixes' first rows of k and v
   const int64_t* first_q;                    // (S + 1,) and of q: the queries of a suffix are its last rows
   const int64_t *prefix_start, *prefix_len;  // (S,)
