@@ -81,6 +81,7 @@ Rows rows_of(const Tensor& hidden, const std::optional<Tensor>& picked) {
   rows.stride_t = hidden.stride(dims - 2);
   rows.picked = data<int64_t>(picked);
   rows.count = picked ? picked->size(0) : batches * rows.per_batch;
+  if (dims == 3 && rows.stride_b == rows.per_batch * rows.stride_t) rows.per_batch *= batches;  // as good as one
   return rows;
 }
 

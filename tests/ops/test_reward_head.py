@@ -211,6 +211,16 @@ def test_strided_views_are_read_in_place_and_nothing_around_them(where, dtype, u
 
 
 @everywhere
+@pytest.mark.parametrize("norm", ["rms", "layer"])
+@pytest.mark.parametrize("d", [1, 15, 31, 33, 64, 95, 129, 200])
+def test_rows_of_16_bits_give_what_their_values_give_in_fp32(where, norm, d, use_backend):
+    device = use_backend(where)
+    for K in (1, 2, 5):
+        hidden, kw = case(d=d, shape=(7,), K=K, norm=norm, dtype=torch.bfloat16, device=device)
+        torch.testing.assert_close(reward_head(hidden, **kw), reward_head(hidden.float(), **kw), rtol=1e-4, atol=1e-4)
+
+
+@everywhere
 def test_every_leading_shape_works(where, use_backend):
     device = use_backend(where)
     hidden, kw = case(shape=(2, 3, 4, 5), device=device)

@@ -37,7 +37,7 @@ struct RewardHeadBackward {
   Norm norm;
   double eps;
   const Acc *grad, *weight, *norm_weight;  // (count, K), (K, d), (d,) or null
-  Acc* workspace;                          // (K, d) gains, then (K,) their sums, filled by prepare()
+  Acc* workspace;                          // (K, d) gains as rows are read (row_dots.h), then (K,) their sums
   void* grad_rows;                         // (count, d) in hidden's dtype, or null
   Acc* partial;                            // (chunks, K, d), or null
   int64_t chunk;                           // rows of one partial sum
