@@ -167,6 +167,8 @@ class Ensemble(scoring.Scoring):
         self.weights = [0.02 * torch.randn(1, d, generator=draw, device=device) for _ in range(shape["members"])]
         body = self.model.model
         self.members = [rmfast.RewardModel(body, head=heads.Linear(weight=weight)) for weight in self.weights]
+        for rm in self.members:
+            rm.packed_engine()  # tries the engine out
         self.ensemble = rmfast.Ensemble(self.members)
 
     @functools.cached_property
@@ -270,8 +272,8 @@ BENCHMARKS = [
     *_armorm("32768-rows", 2048, 16, 10),
     *_armorm("64-pairs", 64, 2, 2),
     *_on_a_model(
-        "ensemble-of-8", Ensemble, together, {"8 passes": {"": passes}}, {"8 passes": 7}, {"texts": 4},
-        workload="hh", texts=16, members=8,
+        "ensemble-of-8", Ensemble, together, {"8 passes": {"": passes}}, {"8 passes": 7}, {"texts": 4, "tokens": 12},
+        workload="equal", texts=16, tokens=128, members=8,
     ),
     *_on_a_model(
         "steps-16x12", Steps, packed,
