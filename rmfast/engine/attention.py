@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface
 
-from rmfast.binding.session import of_this_thread, rows_read
+from rmfast.binding.session import rows_read
 from rmfast.engine.planner import Chunk
 from rmfast.ops import suffix_attention
 
@@ -72,18 +72,6 @@ class Recorded(Run):
     def attend(self, key: nn.Module, q: Tensor, k: Tensor, v: Tensor, **options: Any) -> Tensor:
         self.heads[key] = q, k, v
         return super().attend(key, q, k, v, **options)
-
-
-@contextmanager
-def given_to(modules: list[nn.Module]) -> Iterator[dict[nn.Module, dict[str, Any]]]:
-    """What attention modules are given by name, noted as they are called."""
-    given: dict[nn.Module, dict[str, Any]] = {}
-    with ExitStack() as stack:
-        for module in modules:
-            note = of_this_thread(lambda module, args, kwargs: given.__setitem__(module, kwargs))
-            handle = module.register_forward_pre_hook(note, with_kwargs=True)
-            stack.callback(handle.remove)
-        yield given
 
 
 class ChainedPool:
@@ -144,13 +132,13 @@ def attention(
     run = current_run.get()
     if run is None:
         raise RuntimeError('attn_implementation "rmfast" only works inside rmfast\'s engine: padding would be ignored')
+    run.options[module] = {"scale": scaling, "softcap": softcap, "window": sliding_window}
     if attention_mask is not None or not getattr(module, "is_causal", True):
         raise Unsupported(f"{type(module).__name__} asks for a mask of its own")
     for name in ("s_aux", "position_bias", "alibi"):
         if kwargs.get(name) is not None:
             raise Unsupported(f"{type(module).__name__} gives its attention {name}")
     q, k, v = (t[0].transpose(0, 1) for t in (query, key, value))
-    run.options[module] = {"scale": scaling, "softcap": softcap, "window": sliding_window}
     return run.attend(module, q, k, v, **run.options[module])[None], None
 
 
