@@ -10,6 +10,7 @@ import transformers
 from transformers.modeling_layers import GenericForSequenceClassification
 
 _ROPE = {"rope_type": "default", "rope_theta": 10000.0}
+_HALF = {**_ROPE, "partial_rotary_factor": 0.5}
 _FALCON = {"alibi": False, "multi_query": False, "bias": True}
 
 # Names of their own to classes of transformers and what a tiny configuration has besides `models._SHAPE`.
@@ -17,7 +18,7 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "opt": ("OPT", {"ffn_dim": 80, "word_embed_proj_dim": 48}),
     "gpt2": ("GPT2", {}),
     "gptj": ("GPTJ", {"rotary_dim": 4}),
-    "neox": ("GPTNeoX", {"rope_parameters": {**_ROPE, "partial_rotary_factor": 0.5}}),
+    "neox": ("GPTNeoX", {"rope_parameters": _HALF}),
     "neox-serial": ("GPTNeoX", {"use_parallel_residual": False}),
     "falcon-serial": ("Falcon", {**_FALCON, "parallel_attn": False}),
     "falcon-7b": ("Falcon", {**_FALCON, "multi_query": True, "parallel_attn": True, "bias": False}),
@@ -35,20 +36,23 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "cohere-qk": ("Cohere", {"use_qk_norm": True}),
     "cohere2": ("Cohere2", {"sliding_window": 16, "layer_types": ["sliding_attention", "full_attention"]}),
     "starcoder2": ("Starcoder2", {"sliding_window": 16}),
-    "stablelm": ("StableLm", {"rope_parameters": {**_ROPE, "partial_rotary_factor": 0.5}}),
-    "stablelm-parallel": ("StableLm", {"rope_parameters": {**_ROPE, "partial_rotary_factor": 0.5}, "use_parallel_residual": True, "use_qkv_bias": True}),
-    "stablelm-qk": ("StableLm", {"rope_parameters": {**_ROPE, "partial_rotary_factor": 0.5}, "qk_layernorm": True}),
-    "phi": ("Phi", {"rope_parameters": {**_ROPE, "partial_rotary_factor": 0.5}}),
+    "stablelm": ("StableLm", {"rope_parameters": _HALF}),
+    "stablelm-parallel": ("StableLm", {"rope_parameters": _HALF, "use_parallel_residual": True, "use_qkv_bias": True}),
+    "stablelm-qk": ("StableLm", {"rope_parameters": _HALF, "qk_layernorm": True}),
+    "phi": ("Phi", {"rope_parameters": _HALF}),
     "phi-qk": ("Phi", {"qk_layernorm": True}),
     "glm": ("Glm", {"head_dim": 12}),
     "glm4": ("Glm4", {"head_dim": 12}),
 }
+# Whose keys have fewer heads by `num_key_value_heads`.
+_GROUPED = ("Olmo", "Olmo2", "Olmo3", "Nemotron", "Cohere", "Cohere2", "Starcoder2", "StableLm", "Phi", "Glm", "Glm4")
 
 
 def model(family: str, labels: int = 1, seed: int = 0, layers: int = 2, **kw: Any) -> Any:
     """A decoder of the family with a reward head, fp32, eval mode."""
     prefix, extra = FAMILIES[family]
-    shape = {**M._SHAPE, "num_labels": labels, "num_hidden_layers": layers, **extra, **kw}
+    common = {name: value for name, value in M._SHAPE.items() if prefix in _GROUPED or name != "num_key_value_heads"}
+    shape = {**common, "num_labels": labels, "num_hidden_layers": layers, **extra, **kw}
     if "layer_types" in shape:
         shape["layer_types"] = [shape["layer_types"][i % 2] for i in range(layers)]
     config = getattr(transformers, f"{prefix}Config")(**shape)

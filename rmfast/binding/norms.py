@@ -31,7 +31,7 @@ _EPS = ("variance_epsilon", "eps", "epsilon", "norm_eps")
 
 
 def eps_of(norm: nn.Module) -> float:
-    """A norm's eps, by the names that transformers and torch give it; where it has none, that of `layer_norm` (OLMo)."""
+    """A norm's eps, by the names that transformers and torch give it; where it has none, `layer_norm`'s own (OLMo)."""
     for name in _EPS:
         value = getattr(norm, name, None)
         if isinstance(value, int | float):

@@ -164,8 +164,9 @@ def _norm_of_heads(module: Any, size: int) -> Any:
     each = list(getattr(module, "norms", ()))
     if each:  # of which one has a bias: `HeadsNorm` knows none
         found = [Norm.of(norm, size) for norm in each]
-        alike = all(norm is not None and norm.kind == "layer" and norm.like(found[0]) for norm in found)
-        return HeadsNorm(module) if alike and not any(getattr(norm, "bias", None) is not None for norm in each) else None
+        kinds = {None if norm is None else (norm.kind, eps_of(active(norm.module))) for norm in found}
+        plain = len(kinds) == 1 and None not in kinds and found[0].kind == "layer"  # type: ignore[union-attr]
+        return HeadsNorm(module) if plain and all(getattr(norm, "bias", None) is None for norm in each) else None
     if not isinstance(weight, Tensor) or weight.dim() != 2 or weight.size(1) != size:
         return None
     norm = HeadsNorm(module)

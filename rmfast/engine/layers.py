@@ -86,12 +86,15 @@ class Layer:
 
     def moved(self, copies: Mapping[nn.Module, nn.Module]) -> Layer:
         """The same layer made of copies of its modules."""
-        names = ("before_attn", "after_attn", "before_mlp", "after_mlp")
-        norms = {n: None if (of := getattr(self, n)) is None else Norm(copies[of.module], of.kind) for n in names}
-        inner = None if self.inner is None else self.inner.moved(copies)
+
+        def norm(of: Norm | None) -> Norm | None:
+            return None if of is None else Norm(copies[of.module], of.kind)
+
         return replace(
             self, attn=copies[self.attn], mlp=copies[self.mlp], projections=self.projections.moved(copies),
-            inner=inner, **norms,
+            inner=None if self.inner is None else self.inner.moved(copies),
+            before_attn=norm(self.before_attn), after_attn=norm(self.after_attn),
+            before_mlp=norm(self.before_mlp), after_mlp=norm(self.after_mlp),
         )  # fmt: skip
 
     def tables(self, hidden_states: Tensor, given: Mapping[str, Any]) -> tuple[Tensor, Tensor]:

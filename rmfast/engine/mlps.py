@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from rmfast.binding.modules import is_plain
 from rmfast.ops import gated_activation
 
-# The projections into the MLP and the one out of it: two (or both in one) where there is a gate, one where there is none.
+# The projections into the MLP and the one out of it: two (or both in one) where there is a gate, else one.
 _NAMES = [
     (("gate_proj", "up_proj"), "down_proj"),
     (("gate_up_proj",), "down_proj"),

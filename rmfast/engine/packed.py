@@ -85,7 +85,9 @@ class Engine:
             hidden = isinstance(error, str) and not self._options  # attention is no function that ours stands in for
             if isinstance(error, str) and not hidden:
                 raise Unsupported(error)
-            if (problem := self._unseen_window() if hidden else self._masked_window() or self._other_layers()) is not None:
+            if (
+                problem := self._unseen_window() if hidden else self._masked_window() or self._other_layers()
+            ) is not None:
                 raise Unsupported(problem)
             limit = (0.0 if isinstance(error, str) else 2 * error) + (1e-5 if precise else 0.01)
             self.why = self._fuse(limit, 1e-4 if precise else 0.03, hidden)
@@ -112,7 +114,9 @@ class Engine:
             return problem
         for _, fused in layers:
             scale = fused.projections.size**-0.5
-            fused.options = {"scale": scale, "softcap": None, "window": None} if hidden else {**self._options[fused.attn]}
+            fused.options = (
+                {"scale": scale, "softcap": None, "window": None} if hidden else {**self._options[fused.attn]}
+            )
         if (problem := by_formula(layers, seen, run, run.heads.copy(), part_limit)) is not None:
             return f"fused layers: {problem}"
         self.layers = layers

@@ -1,8 +1,8 @@
 """How the layers of a body are taken apart: by the names of their parts, then by what a run of its own shows.
 
-Names say which modules are projections and MLPs. Where norms stand, how heads are turned and whether the parts make what
-the model's own modules make is seen in one run on a few tokens; layers for which that fails run as the modules that
-they are, with the reason.
+Names say which modules are projections and MLPs. Where norms stand, how heads are turned and whether the parts make
+what the model's own modules make is seen in one run on a few tokens; layers for which that fails run as the modules
+that they are, with the reason.
 """
 
 from __future__ import annotations
