@@ -47,6 +47,9 @@ from rmfast.texts.inputs import Encoded
 # A budget that is halved each time memory runs out stops here.
 _LEAST_BATCH_TOKENS = 64
 
+# Of rows that run otherwise than the model's code has in mind.
+_FAILURES = (RuntimeError, ValueError, TypeError, AttributeError, LookupError, Unsupported)
+
 
 class Engine:
     """Packed runs of one bound model.
@@ -90,7 +93,14 @@ class Engine:
             ) is not None:
                 raise Unsupported(problem)
             limit = (0.0 if isinstance(error, str) else 2 * error) + (1e-5 if precise else 0.01)
-            self.why = self._fuse(limit, 1e-4 if precise else 0.03, hidden)
+            try:
+                self.why = self._fuse(limit, 1e-4 if precise else 0.03, hidden)
+            except (_backends.BackendError, torch.OutOfMemoryError):
+                raise  # says nothing about the model
+            except _FAILURES as failure:
+                self.why = f"fused layers: {failure}"
+            if self.why is not None:
+                self.layers = []
             if hidden and self.why is not None:
                 raise Unsupported(f"its attention is its own, and its layers are not taken apart: {self.why}")
 
@@ -127,10 +137,7 @@ class Engine:
         if not isinstance(error, str):
             far = error_of(self.body(tokens, positions, run, [fused for _, fused in layers], 0), own)
             error = far if far <= limit else f"they differ from the model's own by {far:.1e} at its last positions"
-        if isinstance(error, str):
-            self.layers = []
-            return f"fused layers: {error}"
-        return None
+        return f"fused layers: {error}" if isinstance(error, str) else None
 
     def _padded(self, tokens: Tensor, positions: Tensor) -> Tensor:
         """The model's own run of one text at given positions, as `body` gives it."""
@@ -250,7 +257,7 @@ class Engine:
             error = self._probe_error()
         except (_backends.BackendError, torch.OutOfMemoryError):
             raise  # says nothing about the model
-        except (RuntimeError, ValueError, TypeError, AttributeError, KeyError, Unsupported) as failure:
+        except _FAILURES as failure:
             return f"packed rows failed: {failure}"
         if error <= limit:
             return error

@@ -90,10 +90,11 @@ def _by_run(module: nn.Module, layer: Layer, seen: dict[nn.Module, Seen]) -> str
     if module not in seen or layer.attn not in seen:
         return "it, or its attention, is not called with its rows first"
     width = seen[module].given.size(-1)
-    others = {type(part).__name__: Norm.of(part, width) for part in _others(module, layer)}
-    if strange := [name for name, norm in others.items() if norm is None]:
-        return f"it has parts of its own: {', '.join(strange)}"
-    norms = [norm for part in _others(module, layer) if (norm := Norm.of(part, width)) is not None]
+    norms: list[Norm] = []
+    for part in _others(module, layer):
+        if (norm := Norm.of(part, width)) is None:
+            return f"its {type(part).__name__} is no norm of its stream that rmfast knows"
+        norms.append(norm)
     found = wiring(seen, module, layer.attn, _mlp_ends(module, layer), norms)
     if isinstance(found, str):
         return found
@@ -195,7 +196,7 @@ def _attended(
     rows = call.given_copy
     q, k, _ = layer.project(_rows(rows))
     scores = torch.einsum("nhd,mhd->hnm", q, k.repeat_interleave(q.size(1) // k.size(1), 1)) * layer.options["scale"]
-    rows = rows * max(1.0, 2 / float(scores.double().std()) ** 0.5)
+    rows = rows * max(1.0, 2 / float(scores.double().std().clamp(min=1e-9)) ** 0.5)
     handle = layer.o_proj.register_forward_pre_hook(lambda module, args: noted.append(args[0].clone()))
     try:
         if call.args:
