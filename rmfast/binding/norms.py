@@ -43,11 +43,9 @@ def eps_of(norm: nn.Module) -> float:
 
 
 def gain(norm: nn.Module, kind: str) -> Tensor | None:
-    """What a layer norm multiplies by: its weight, or 1 + weight in at least fp32 ("layer_1p", Nemotron)."""
+    """What a norm multiplies by: its weight; for "layer_1p" (Nemotron) 1 + weight, rounded to its dtype as there."""
     weight = gain_of(norm)
-    if weight is None or kind != "layer_1p":
-        return weight
-    return 1 + (weight if weight.dtype == torch.float64 else weight.float())
+    return weight + 1 if weight is not None and kind == "layer_1p" else weight
 
 
 def head_arguments(norm: nn.Module, kind: str, device: torch.device) -> dict[str, Any]:
@@ -100,7 +98,7 @@ def norm_kind(call: Call) -> str | None:
     own = 1.0 if weight is None else weight
     formulas: dict[str, Callable[[Tensor], Tensor]] = {"layer": lambda x: centred(x) * own + offset}
     if weight is not None:
-        formulas["layer_1p"] = lambda x: centred(x) * (1 + weight) + offset
+        formulas["layer_1p"] = lambda x: centred(x) * gain(norm, "layer_1p").double() + offset  # type: ignore[union-attr]
     if bias is None:
         formulas["rms"] = lambda x: rms(x) * own
         if weight is not None:
