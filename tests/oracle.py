@@ -75,7 +75,36 @@ _NEOX: dict[str, Place] = {
     "mlp_neuron": ("mlp.dense_4h_to_h", "in"),
     **dict.fromkeys("qkv", ("attention.query_key_value", "out")),
 }
+_OPT = _LLAMA | {
+    "mlp_out": ("fc2", "out"),
+    "head_out": ("self_attn.out_proj", "in"),
+    "mlp_neuron": ("fc2", "in"),
+}
+_FALCON = _NEOX | {
+    "attn_out": ("self_attention", "out"),
+    "head_out": ("self_attention.dense", "in"),
+    **dict.fromkeys("qkv", ("self_attention.query_key_value", "out")),
+}
+_GPTJ: dict[str, Place] = {
+    "attn_out": ("attn", "out"),
+    "mlp_out": ("mlp", "out"),
+    "head_out": ("attn.out_proj", "in"),
+    "mlp_neuron": ("mlp.fc_out", "in"),
+    "q": ("attn.q_proj", "out"),
+    "k": ("attn.k_proj", "out"),
+    "v": ("attn.v_proj", "out"),
+}
+_GLM4 = _LLAMA | {"attn_out": ("post_self_attn_layernorm", "out"), "mlp_out": ("post_mlp_layernorm", "out")}
 _FAMILIES: dict[str, dict[str, Place]] = {
+    "OPTDecoderLayer": _OPT,
+    "FalconDecoderLayer": _FALCON,
+    "GPTJBlock": _GPTJ,
+    "Olmo2DecoderLayer": _GEMMA,
+    "Olmo3DecoderLayer": _GEMMA,
+    "Starcoder2DecoderLayer": _LLAMA | {"mlp_neuron": ("mlp.c_proj", "in")},
+    "PhiDecoderLayer": _LLAMA | {"head_out": ("self_attn.dense", "in"), "mlp_neuron": ("mlp.fc2", "in")},
+    "Glm4DecoderLayer": _GLM4,
+    **{f"{name}DecoderLayer": _LLAMA for name in ("Olmo", "Nemotron", "Cohere", "Cohere2", "StableLm", "Glm")},
     **dict.fromkeys(("LlamaDecoderLayer", "MistralDecoderLayer", "Qwen2DecoderLayer", "Qwen3DecoderLayer"), _LLAMA),
     **dict.fromkeys(("Gemma2DecoderLayer", "Gemma3DecoderLayer"), _GEMMA),
     **dict.fromkeys(("BertLayer", "RobertaLayer", "ElectraLayer", "XLMRobertaLayer"), _BERT),
@@ -86,18 +115,22 @@ _FAMILIES: dict[str, dict[str, Place]] = {
     "GPT2Block": _GPT2,
     "GPTNeoXLayer": _NEOX,
 }
+_PARALLEL = ("CohereDecoderLayer", "Cohere2DecoderLayer", "PhiDecoderLayer", "GPTJBlock")
 
 
 def kinds(model: nn.Module) -> list[str]:
     """The kinds of `rmfast.patching.sites.KINDS` that this model's layers have, in that order."""
-    parallel = getattr(layers(model)[0], "use_parallel_residual", False)
+    block = layers(model)[0]
+    parallel = getattr(block, "use_parallel_residual", type(block).__name__ in _PARALLEL) or (
+        type(block).__name__ == "FalconDecoderLayer" and not hasattr(block, "post_attention_layernorm")
+    )
     every = ["resid_pre", "resid_mid", "resid_post", "attn_out", "mlp_out", "head_out", "mlp_neuron", "q", "k", "v"]
     return [kind for kind in every if not (parallel and kind == "resid_mid")]
 
 
 def layers(model: Any) -> nn.ModuleList:
     body = model.base_model
-    for path in ("layers", "h", "encoder.layer", "transformer.layer"):
+    for path in ("layers", "h", "decoder.layers", "encoder.layer", "transformer.layer"):
         try:
             return body.get_submodule(path)
         except AttributeError:
@@ -128,7 +161,7 @@ def oracle(
 
     def edit(x: Tensor) -> Tensor:
         x = x.clone()
-        x[0, rows, _columns(block, kind, unit, x.size(-1))] = values.to(x)
+        (x if x.dim() == 2 else x[0])[rows, _columns(block, kind, unit, x.size(-1))] = values.to(x)
         return x
 
     with ExitStack() as stack:
@@ -163,7 +196,7 @@ def activation(
     with ExitStack() as stack:
         _at(stack, *_place(block, kind), lambda x: seen.append(x.clone()))
         _reward(model, ids, 0, types)
-    x = seen[0][0]
+    x = seen[0].reshape(-1, seen[0].size(-1))
     return torch.stack([x[:, _columns(block, kind, u, x.size(-1))] for u in range(_units(block, kind, x.size(-1)))], 1)
 
 
@@ -214,7 +247,9 @@ def _sizes(block: nn.Module) -> tuple[int, int, int]:
     config: Any = attention.config
     heads = config.num_attention_heads
     grouped = type(block).__name__.endswith("DecoderLayer")  # others ignore the setting where a test's config has it
-    kv = getattr(config, "num_key_value_heads", heads) if grouped else heads
+    kv = getattr(config, "num_key_value_heads", None) or heads if grouped else heads
+    if type(block).__name__ == "FalconDecoderLayer":
+        kv = attention.num_kv_heads
     return heads, kv, getattr(config, "head_dim", None) or config.hidden_size // heads
 
 
@@ -231,8 +266,10 @@ def _columns(block: nn.Module, kind: str, unit: int, size: int) -> slice:
         return slice(0, size)
     start = unit * d
     if kind in "qkv" and _place(block, "q")[0] is _place(block, "k")[0]:
-        if type(block).__name__ == "GPTNeoXLayer":  # q, k and v of a head side by side
-            start = (3 * unit + "qkv".index(kind)) * d
+        if type(block).__name__ in ("GPTNeoXLayer", "FalconDecoderLayer"):  # a head of k and v behind its heads of q
+            each = heads // kv
+            group, i = divmod(unit, each) if kind == "q" else (unit, each + "kv".index(kind))
+            start = (group * (each + 2) + i) * d
         else:
             start += {"q": 0, "k": heads * d, "v": (heads + kv) * d}[kind]
     return slice(start, start + d)

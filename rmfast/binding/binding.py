@@ -29,7 +29,7 @@ from rmfast.binding.modules import (
     unwrap,
     wrappers,
 )
-from rmfast.binding.norms import eps_of, gain_of, known_kind
+from rmfast.binding.norms import head_arguments, known_kind
 from rmfast.binding.products import is_product, row_product
 from rmfast.binding.rope import fresh_rope, kept_rope, length_groups, rope_modules
 from rmfast.binding.session import (
@@ -68,8 +68,8 @@ class Binding:
         root: the model with wrappers (peft, torch.compile) taken off; its adapters stay inside its layers.
         body: the module that returns the hidden states.
         norm: the final norm, left out of the body's run, or None where there is none to leave out.
-        norm_kind: "rms", "gemma_rms" or "layer"; None where `norm` is none of these or its weights can't be read, and
-            the module itself is then run on the rows that are scored.
+        norm_kind: "rms", "gemma_rms", "layer" or "layer_1p" (gain 1 + γ); None where `norm` is none of these or its
+            weights can't be read, and the module itself is then run on the rows that are scored.
         head: the modules that are applied, one after the other, to the normed rows. Without them and a program the
             model pools by itself (BERT's pooler), and its own forward is run.
         program: a head as data (`rmfast.heads.Head`), in place of modules.
@@ -380,14 +380,7 @@ class Binding:
         if not self.leaves_norm_out:
             return {"norm": None}
         assert self.norm is not None and self.norm_kind is not None
-        norm = active(self.norm)
-        weight, bias = gain_of(norm), getattr(norm, "bias", None)
-        return {
-            "norm": self.norm_kind,
-            "norm_weight": None if weight is None else weight.to(device),
-            "norm_bias": bias.to(device) if self.norm_kind == "layer" and bias is not None else None,
-            "eps": eps_of(norm),
-        }
+        return head_arguments(active(self.norm), self.norm_kind, device)
 
     def pooled(self, input_ids: Tensor, attention_mask: Tensor, token_type_ids: Tensor | None = None) -> Tensor:
         """Rewards (B, K) of a model that pools by itself, from its own forward."""

@@ -152,6 +152,15 @@ def _addmm(func: Any, args: tuple, kwargs: dict[str, Any]) -> Any:
     return _widened(func, args, kwargs)
 
 
+def _matmul(func: Any, args: tuple, kwargs: dict[str, Any]) -> Any:
+    """x @ weight.T, as Falcon's linear layers multiply; not what is of more dimensions (attention's scores)."""
+    if len(args) == 2 and not kwargs and all(isinstance(value, Tensor) for value in args):
+        x, other = _wide(args[0]), args[1]
+        if x.dim() > 1 and other.dim() == 2 and x.dtype == torch.float32 and is_ours(other.T):
+            return _product(x, other.T, None, across=False)
+    return _widened(func, args, kwargs)
+
+
 def _product(x: Tensor, weight: Tensor, bias: Tensor | None, across: bool) -> Tensor:
     rows = x if x.dim() == 2 else x.reshape(-1, x.size(-1))
     rows = rows if rows.stride(-1) == 1 else rows.contiguous()
@@ -186,6 +195,7 @@ _GROUPED = (getattr(torch, "_grouped_mm", None), getattr(nn.functional, "grouped
 _HANDLERS: dict[Any, Callable[[Any, tuple, dict[str, Any]], Any]] = {
     nn.functional.linear: _linear,
     torch.addmm: _addmm,
+    **dict.fromkeys((torch.matmul, Tensor.matmul, Tensor.__matmul__), _matmul),
     nn.functional.embedding: _embedding,
     Tensor.to: _kept,
     Tensor.type_as: _kept,
@@ -193,8 +203,8 @@ _HANDLERS: dict[Any, Callable[[Any, tuple, dict[str, Any]], Any]] = {
         (
             nn.functional.layer_norm, nn.functional.rms_norm, nn.functional.group_norm, nn.functional.batch_norm,
             torch.layer_norm, torch.rms_norm, torch.group_norm, nn.functional.scaled_dot_product_attention,
-            nn.functional.bilinear, torch.conv1d, torch.conv2d, torch.mm, torch.bmm, torch.matmul, torch.baddbmm,
-            torch.addbmm, torch.mv, torch.einsum, Tensor.matmul, Tensor.__matmul__, Tensor.__rmatmul__, Tensor.mm,
+            nn.functional.bilinear, torch.conv1d, torch.conv2d, torch.mm, torch.bmm, torch.baddbmm,
+            torch.addbmm, torch.mv, torch.einsum, Tensor.__rmatmul__, Tensor.mm,
             Tensor.bmm, Tensor.addmm, Tensor.baddbmm, *filter(None, _GROUPED),
         ),
         _widened,

@@ -27,14 +27,37 @@ def gain_of(norm: nn.Module) -> Tensor | None:
     return getattr(norm, "weight", None)
 
 
+_EPS = ("variance_epsilon", "eps", "epsilon", "norm_eps")
+
+
 def eps_of(norm: nn.Module) -> float:
-    """A norm's eps, by the names that transformers and torch give it."""
-    for name in ("variance_epsilon", "eps", "epsilon", "norm_eps"):
+    """A norm's eps, by the names that transformers and torch give it; where it has none, `layer_norm`'s own (OLMo)."""
+    for name in _EPS:
         value = getattr(norm, name, None)
         if isinstance(value, int | float):
             return float(value)
+    if not any(hasattr(norm, name) for name in _EPS):
+        return 1e-5
     weight = gain_of(norm)
     return torch.finfo(torch.float32 if weight is None else weight.dtype).eps  # torch.nn.RMSNorm(eps=None)
+
+
+def gain(norm: nn.Module, kind: str) -> Tensor | None:
+    """What a norm multiplies by: its weight; for "layer_1p" (Nemotron) 1 + weight, rounded to its dtype as there."""
+    weight = gain_of(norm)
+    return weight + 1 if weight is not None and kind == "layer_1p" else weight
+
+
+def head_arguments(norm: nn.Module, kind: str, device: torch.device) -> dict[str, Any]:
+    """`reward_head`'s norm arguments for a norm of a kind, read from it now."""
+    weight, bias = gain(norm, kind), getattr(norm, "bias", None)
+    layer = kind in ("layer", "layer_1p")
+    return {
+        "norm": "layer" if layer else kind,
+        "norm_weight": None if weight is None else weight.to(device),
+        "norm_bias": bias.to(device) if layer and bias is not None else None,
+        "eps": eps_of(norm),
+    }
 
 
 def known_kind(norm: nn.Module, width: int, dtype: torch.dtype) -> str | None:
@@ -64,17 +87,20 @@ def norm_kind(call: Call) -> str | None:
     wide = [x.double() for x in tests]
     outs = [norm(x).double() for x in tests]
     weight, bias = (None if p is None else p.double() for p in (gain_of(norm), getattr(norm, "bias", None)))
-    gain = 1.0 if weight is None else weight
     offset = 0.0 if bias is None else bias
 
     def rms(x: Tensor) -> Tensor:
         return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + eps)
 
-    formulas: dict[str, Callable[[Tensor], Tensor]] = {
-        "layer": lambda x: rms(x - x.mean(-1, keepdim=True)) * gain + offset
-    }
+    def centred(x: Tensor) -> Tensor:
+        return rms(x - x.mean(-1, keepdim=True))
+
+    own = 1.0 if weight is None else weight
+    formulas: dict[str, Callable[[Tensor], Tensor]] = {"layer": lambda x: centred(x) * own + offset}
+    if weight is not None:
+        formulas["layer_1p"] = lambda x: centred(x) * gain(norm, "layer_1p").double() + offset  # type: ignore[union-attr]
     if bias is None:
-        formulas["rms"] = lambda x: rms(x) * gain
+        formulas["rms"] = lambda x: rms(x) * own
         if weight is not None:
             formulas["gemma_rms"] = lambda x: rms(x) * (1 + weight)
     for kind, formula in formulas.items():

@@ -116,7 +116,7 @@ def reward_scale(bound: Binding, values: Tensor) -> float:
     w = linear.weight.float()
     if weight is not None:
         gain = weight.to(w)
-        w = w * (1 + gain if bound.norm_kind == "gemma_rms" else gain)
+        w = w * (1 + gain if bound.norm_kind in ("gemma_rms", "layer_1p") else gain)
     return max(largest, float(w.norm(dim=-1).max()))
 
 

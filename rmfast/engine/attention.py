@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from functools import cache
@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface
 
-from rmfast.binding.session import of_this_thread, rows_read
+from rmfast.binding.session import rows_read
 from rmfast.engine.planner import Chunk
 from rmfast.ops import suffix_attention
 
@@ -87,18 +87,6 @@ class Recorded(Run):
         return super().attend(key, q, k, v, sinks, **options)
 
 
-@contextmanager
-def given_to(modules: list[nn.Module]) -> Iterator[dict[nn.Module, dict[str, Any]]]:
-    """What attention modules are given by name, noted as they are called."""
-    given: dict[nn.Module, dict[str, Any]] = {}
-    with ExitStack() as stack:
-        for module in modules:
-            note = of_this_thread(lambda module, args, kwargs: given.__setitem__(module, kwargs))
-            handle = module.register_forward_pre_hook(note, with_kwargs=True)
-            stack.callback(handle.remove)
-        yield given
-
-
 class ChainedPool:
     """The pool of a planned chunk: rows left over by the chunk before and its own; keeps what the next one needs."""
 
@@ -157,15 +145,14 @@ def attention(
     run = current_run.get()
     if run is None:
         raise RuntimeError('attn_implementation "rmfast" only works inside rmfast\'s engine: padding would be ignored')
+    run.options[module] = {"scale": scaling, "softcap": softcap, "window": sliding_window}
     if attention_mask is not None or not getattr(module, "is_causal", True):
         raise Unsupported(f"{type(module).__name__} asks for a mask of its own")
     for name in ("position_bias", "alibi"):
         if kwargs.get(name) is not None:
             raise Unsupported(f"{type(module).__name__} gives its attention {name}")
     q, k, v = (t[0].transpose(0, 1) for t in (query, key, value))
-    run.options[module] = {
-        "scale": scaling, "softcap": softcap, "window": sliding_window, "sinks": _parameter(module, kwargs.get("s_aux"))
-    }  # fmt: skip
+    run.options[module]["sinks"] = _parameter(module, kwargs.get("s_aux"))
     return run.attend(module, q, k, v, **run.options[module])[None], None
 
 

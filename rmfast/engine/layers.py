@@ -1,93 +1,123 @@
-"""Decoder layers taken apart: those with the shape of Llama, Qwen, Mistral, Gemma or Phi, by structure and formula.
+"""Decoder layers taken apart, by structure and formula: serial or parallel, with norms before or behind their blocks.
 
 Their token-wise parts are fused ops, and the last layer computes queries, output and MLP only for rows that are read.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from rmfast.binding.modules import active, is_plain, is_readable, settings_of
-from rmfast.binding.norms import Call, eps_of, norm_kind
+from rmfast.binding.modules import active, settings_of
 from rmfast.engine.attention import Run, current_run
-from rmfast.ops import gated_activation, rms_norm, rotary
-
-_LAYER_PARTS = {"self_attn", "mlp", "input_layernorm", "post_attention_layernorm", "pre_feedforward_layernorm",
-                "post_feedforward_layernorm", "resid_attn_dropout", "resid_mlp_dropout"}  # fmt: skip
-_ATTENTION_PARTS = {"q_proj", "k_proj", "v_proj", "qkv_proj", "o_proj", "q_norm", "k_norm", "rotary_emb"}
-_ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
-    "silu": nn.functional.silu,
-    "gelu": nn.functional.gelu,
-    "gelu_tanh": lambda x: nn.functional.gelu(x, approximate="tanh"),
-}
-
-
-@dataclass
-class Norm:
-    """An RMS norm and its kind, "rms" or "gemma_rms"; calling it runs the fused op.
-
-    Attributes:
-        module: the norm, or peft's wrapper around several: which of them is active is looked up at each run.
-    """
-
-    module: nn.Module
-    kind: str
-
-    def __call__(self, x: Tensor, residual: Tensor | None = None, post: Norm | None = None) -> Any:
-        """norm(x); with a residual (norm(sum), sum) for sum = x + residual, or post(x) + residual."""
-        post_weight = None if post is None else post.arguments["weight"]
-        return rms_norm(x, residual=residual, post_weight=post_weight, **self.arguments)
-
-    @property
-    def arguments(self) -> dict[str, Any]:
-        """Weight, eps and gemma, as the ops take them."""
-        norm: Any = active(self.module)
-        return {"weight": norm.weight, "eps": eps_of(norm), "gemma": self.kind == "gemma_rms"}
+from rmfast.engine.heads import Heads
+from rmfast.engine.mlps import Mlp, function_of
+from rmfast.engine.norms import Norm
 
 
 @dataclass
 class Layer:
-    """One decoder layer, by structure; calling it is its forward on (1, n, d), and its parts take (n, ...) rows."""
+    """One decoder layer, by structure; calling it is its forward on (1, n, d), and its parts take (n, ...) rows.
+
+    Attributes:
+        attn, mlp: the modules; where the MLP's parts lie in the layer itself (OPT), mlp is that.
+        projections: how attention makes its heads.
+        inner: the MLP by its parts, or None: it runs as the module that it is.
+        before_attn, after_attn, before_mlp, after_mlp: its norms; of a parallel layer with one norm it is both the
+            first and the third.
+        parallel: whether the MLP reads the stream that enters the layer.
+        last: whether it is the body's last.
+        beside: how many things its own forward gives beside the stream, in a tuple (Falcon); None: a tensor.
+        keeps_rows: whether the last one must give as many rows as it is given, those that are read first: the body
+            has a shape in mind (GPT-2).
+        width: d.
+        neuron_count: inner activations of the MLP, where it is known by its parts.
+        options: scale, softcap and window, as the module itself gives them.
+    """
 
     attn: Any
     mlp: Any
-    norms: list[Norm]  # before attention, (after it), before the MLP, (after it)
-    head_norms: list[Norm]  # of queries' heads and of keys', of one kind and eps; or none
-    activation: str | None  # None: the MLP runs as the module that it is
-    last: bool
-    angles: int = 0  # of the rotary tables' frequencies, where the body says them: gpt-oss's hold each one once
-    options: dict[str, Any] = field(default_factory=dict)  # scale, softcap, window, sinks, as the module gives them
+    projections: Heads
+    inner: Mlp | None
+    before_attn: Norm | None = None
+    after_attn: Norm | None = None
+    before_mlp: Norm | None = None
+    after_mlp: Norm | None = None
+    parallel: bool = False
+    last: bool = False
+    beside: int | None = None
+    keeps_rows: bool = False
+    width: int = 0
+    neuron_count: int = 0
+    options: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def norms(self) -> list[Norm]:
+        return [n for n in (self.before_attn, self.after_attn, self.before_mlp, self.after_mlp) if n is not None]
 
     @property
     def sandwich(self) -> bool:
-        return len(self.norms) == 4
+        """Whether a norm stands between a block and the stream."""
+        return self.after_attn is not None or self.after_mlp is not None
 
-    def __call__(self, hidden_states: Tensor, *args: Any, position_embeddings: Any = None, **kwargs: Any) -> Tensor:
+    @property
+    def activation(self) -> str | None:
+        return None if self.inner is None else self.inner.activation
+
+    @property
+    def o_proj(self) -> Any:
+        return self.projections.o_proj
+
+    def __call__(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
         run = current_run.get()
         assert run is not None
         y, x = self.enter(hidden_states[0], run.delta)
-        cos, sin = (t[0] for t in position_embeddings)
-        x, run.delta = self.rows(run, y, x, cos, sin)
-        if not self.last:
-            return x[None]
-        x, run.delta = x + run.delta, None
-        return x[None]
+        x, run.delta = self.rows(run, y, x, *self.tables(hidden_states, kwargs))
+        if self.last:
+            x, run.delta = x + run.delta, None
+        if self.keeps_rows and len(x) < hidden_states.size(1):
+            few, x = x, x.new_empty(hidden_states.size(1), x.size(1))
+            x[: len(few)] = few
+        return self.returned(x)
 
     def moved(self, copies: Mapping[nn.Module, nn.Module]) -> Layer:
         """The same layer made of copies of its modules."""
-        norms, head_norms = (
-            [Norm(copies[norm.module], norm.kind) for norm in some] for some in (self.norms, self.head_norms)
-        )
-        return replace(self, attn=copies[self.attn], mlp=copies[self.mlp], norms=norms, head_norms=head_norms)
+
+        def norm(of: Norm | None) -> Norm | None:
+            return None if of is None else Norm(copies[of.module], of.kind)
+
+        return replace(
+            self, attn=copies[self.attn], mlp=copies[self.mlp], projections=self.projections.moved(copies),
+            inner=None if self.inner is None else self.inner.moved(copies),
+            before_attn=norm(self.before_attn), after_attn=norm(self.after_attn),
+            before_mlp=norm(self.before_mlp), after_mlp=norm(self.after_mlp),
+        )  # fmt: skip
+
+    def tables(self, hidden_states: Tensor, given: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
+        """cos and sin (n, R) for rows of what the layer is given by name; of no columns where it gets none."""
+        if (tables := given.get("position_embeddings")) is not None:
+            cos, sin = tables
+            return cos[0], sin[0]
+        if (table := getattr(self.attn, "embed_positions", None)) is not None:  # GPT-J: sines, then cosines
+            sin, cos = table[given["position_ids"][0]].to(hidden_states.device).chunk(2, dim=-1)
+            return torch.cat((cos, cos), -1), torch.cat((sin, sin), -1)
+        none = hidden_states.new_empty(hidden_states.size(1), 0)
+        return none, none
+
+    def returned(self, x: Tensor) -> Any:
+        """Rows in the form in which its own forward gives them."""
+        return x[None] if self.beside is None else (x[None], *[None] * self.beside)
 
     def enter(self, x: Tensor, delta: Tensor | None) -> tuple[Tensor, Tensor]:
-        """The first norm's output and the stream, from the stream and what is yet to be added to it."""
-        return (self.norms[0](x), x) if delta is None else self.norms[0](delta, x)
+        """What attention reads and the stream, from the stream and what is yet to be added to it."""
+        if self.before_attn is None:
+            x = x if delta is None else x + delta
+            return x, x
+        return (self.before_attn(x), x) if delta is None else self.before_attn(delta, x)
 
     def rows(self, run: Run, y: Tensor, x: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
         """The stream and what the MLP has yet to add to it; in the last layer at the run's read rows."""
@@ -105,126 +135,59 @@ class Layer:
 
     def after_heads(self, run: Run, q: Tensor, k: Tensor, v: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
         """The stream at the queries' rows x, with attention added, and what the MLP has yet to add to it."""
-        attended = self.attn.o_proj(run.attend(self.attn, q, k, v, **self.options).flatten(1))
-        if self.sandwich:
-            y, x = self.norms[2](attended, x, post=self.norms[1])
-        else:
-            y, x = self.norms[1](attended, x)
+        attended = self.o_proj(run.attend(self.attn, q, k, v, **self.options).flatten(1))
+        if self.parallel or self.before_mlp is None:
+            middle = x + (attended if self.after_attn is None else self.after_attn(attended))
+            return middle, self.mlp_after(x, middle)
+        y, x = self.before_mlp(attended, x, post=self.after_attn)
         return x, self.mlp_of(y)
 
     def added_by(self, heads: Tensor) -> Tensor:
         """What attention adds to the stream, from its heads' outputs (n, Hq, D)."""
-        out = self.attn.o_proj(heads.flatten(1))
-        return self.norms[1](out) if self.sandwich else out
+        out = self.o_proj(heads.flatten(1))
+        return out if self.after_attn is None else self.after_attn(out)
 
     def adds(self, kind: str) -> tuple[nn.Module, Norm | None]:
         """The module that gives what attention (or the MLP, "mlp_out") adds to the stream, and the norm behind it."""
         if kind == "attn_out":
-            return self.attn.o_proj, self.norms[1] if self.sandwich else None
-        return self.mlp if self.activation is None else self.mlp.down_proj, self.norms[3] if self.sandwich else None
+            return self.o_proj, self.after_attn
+        return self.mlp if self.inner is None else self.inner.down_proj, self.after_mlp
 
-    def parts(
-        self, given: Mapping[str, Any], heads: tuple[Tensor, Tensor, Tensor]
-    ) -> Iterator[tuple[str, Tensor, Tensor]]:
-        """Its parts' names, their outputs and those of the modules in their place.
+    def mlp_reads(self, x: Tensor, middle: Tensor) -> Tensor:
+        """What the MLP reads, from the stream that enters the layer and that behind attention."""
+        stream = x if self.parallel else middle
+        return stream if self.before_mlp is None else self.before_mlp(stream)
 
-        Args: what its attention was given, by name, and the heads that this made of it.
-        """
-        cos, sin = (t[0] for t in given["position_embeddings"])
-        made = self.heads(given["hidden_states"][0], cos, sin)
-        yield from zip(("queries", "keys", "values"), made, heads)
-        if self.activation is not None:
-            y = given["hidden_states"][0]
-            yield "MLPs", self.mlp.down_proj(self.neurons(y)), self.mlp(y[None])[0]
-
-    @property
-    def middle_norm(self) -> Norm:
-        """The norm before the MLP."""
-        return self.norms[2 if self.sandwich else 1]
+    def mlp_after(self, x: Tensor, middle: Tensor) -> Tensor:
+        """What the MLP adds to the stream, from the same two."""
+        return self.mlp_of(self.mlp_reads(x, middle))
 
     def project(self, y: Tensor, read: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
         """Queries (at the rows `read`), keys and values (n, heads, D) of normed rows, before norms and rotation."""
-        attn, d = self.attn, self.attn.head_dim
-        if hasattr(attn, "qkv_proj"):
-            split = attn.config.num_attention_heads * d
-            qkv = attn.qkv_proj(y)
-            kv = (qkv.size(-1) - split) // 2
-            q, k, v = qkv.split([split, kv, kv], dim=-1)
-            q = q if read is None else q[read]
-        else:
-            q, k, v = attn.q_proj(y if read is None else y[read]), attn.k_proj(y), attn.v_proj(y)
-        q, k, v = (t.unflatten(-1, (-1, d)) for t in (q, k, v))
-        return q, k, v
+        return self.projections.project(y, read)
 
     def turn(self, q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
         """Queries and keys after their norms and rotation; either may have no heads."""
-        if cos.size(-1) == self.angles:
-            cos, sin = torch.cat([cos, cos], -1), torch.cat([sin, sin], -1)
-        if not self.head_norms:
-            return rotary(q, k, cos, sin)
-        q_norm, k_norm = (norm.arguments for norm in self.head_norms)
-        return rotary(
-            q, k, cos, sin, q_norm=q_norm["weight"], k_norm=k_norm["weight"], eps=q_norm["eps"], gemma=q_norm["gemma"]
-        )
+        return self.projections.turn(q, k, cos, sin)
 
     def mlp_of(self, y: Tensor) -> Tensor:
         """What the MLP adds to the stream, from its normed rows."""
-        if self.activation is None:
-            out = self.mlp(y[None])
-            delta = (out[0] if isinstance(out, tuple) else out)[0]
-            return self.norms[3](delta) if self.sandwich else delta
-        return self.mlp_from(self.neurons(y))
+        if self.inner is not None:
+            return self.mlp_from(self.neurons(y))
+        out = self.mlp(y[None])
+        delta = (out[0] if isinstance(out, tuple) else out)[0]
+        return delta if self.after_mlp is None else self.after_mlp(delta)
 
     def neurons(self, y: Tensor) -> Tensor:
         """The MLP's inner activations (n, m) of normed rows."""
-        mlp = self.mlp
-        if hasattr(mlp, "gate_up_proj"):
-            gate, up = mlp.gate_up_proj(y).chunk(2, dim=-1)
-        else:
-            gate, up = mlp.gate_proj(y), mlp.up_proj(y)
-        return gated_activation(gate, up, kind=self.activation)  # type: ignore[arg-type]
+        assert self.inner is not None
+        return self.inner.neurons(y)
 
     def mlp_from(self, neurons: Tensor) -> Tensor:
         """What the MLP adds to the stream, from its inner activations."""
-        delta = self.mlp.down_proj(neurons)
-        return self.norms[3](delta) if self.sandwich else delta
-
-
-def _norm(module: Any, size: int) -> Norm | None:
-    weight = getattr(module, "weight", None)
-    if not isinstance(weight, Tensor) or tuple(weight.shape) != (size,) or not is_plain(module):
-        return None
-    if not is_readable(module):
-        return None
-    probe = torch.linspace(-2, 3, 4 * size, dtype=torch.float32).reshape(1, 4, size).to(weight.device, weight.dtype)
-    kind = norm_kind(Call("", module, probe, None))
-    return Norm(module, kind) if kind in ("rms", "gemma_rms") else None
-
-
-def _alike(norms: list[Norm]) -> bool:
-    """Whether they are of one kind and eps, which the ops take for all."""
-    return len({(norm.kind, norm.arguments["eps"]) for norm in norms}) == 1
-
-
-def _function(mlp: Any) -> Any:
-    return getattr(mlp, "act_fn", None) or getattr(mlp, "activation_fn", None)
-
-
-def _activation(mlp: Any) -> str | None:
-    parts = {name for name, _ in mlp.named_children()}
-    act = _function(mlp)
-    if not callable(act) or not is_plain(mlp):
-        return None
-    if not ({"gate_proj", "up_proj", "down_proj"} <= parts or {"gate_up_proj", "down_proj"} <= parts):
-        return None
-    if parts - {"gate_proj", "up_proj", "gate_up_proj", "down_proj", "act_fn", "activation_fn"}:
-        return None
-    if isinstance(act, nn.Module) and any(True for _ in act.parameters()):
-        return None  # what it learns may take it away from the formula
-    near, far = torch.linspace(-4, 4, 33), torch.logspace(0.6, 6, 28)  # bounds (gelu_10) show where neurons are large
-    x = torch.cat([near, far, -far])
-    matches = [kind for kind, formula in _ACTIVATIONS.items() if torch.allclose(act(x), formula(x), atol=1e-6)]
-    return matches[0] if matches else None
+        assert self.inner is not None
+        delta = self.inner.down_proj(neurons)
+        return delta if self.after_mlp is None else self.after_mlp(delta)
 
 
 def settings(layers: list[tuple[nn.Module, Layer]]) -> list[Any]:
@@ -232,44 +195,8 @@ def settings(layers: list[tuple[nn.Module, Layer]]) -> list[Any]:
     windows, functions (`settings_of`)."""
     held: list[Any] = []
     for module, layer in layers:
-        norms = [each for norm in (*layer.norms, *layer.head_norms) for each in (norm.module, active(norm.module))]
-        for part in (module, layer.attn, layer.mlp, _function(layer.mlp), *norms):
+        norms = [each for norm in layer.norms for each in (norm.module, active(norm.module))]
+        norms += layer.projections.norm_modules
+        for part in (module, layer.attn, layer.mlp, function_of(layer.mlp), *norms):
             held += settings_of(part)
     return held
-
-
-def structure(body: nn.Module) -> list[tuple[nn.Module, Layer]] | str:
-    """Every decoder layer by structure, or the reason why they are run as the modules that they are."""
-    layers = getattr(body, "layers", None)
-    if not isinstance(layers, nn.ModuleList) or not len(layers):
-        return "the body has no list of layers named layers"
-    found = []
-    frequencies = getattr(getattr(body, "rotary_emb", None), "inv_freq", None)
-    angles = frequencies.numel() if isinstance(frequencies, Tensor) else 0
-    for index, layer in enumerate(layers):
-        where = f"layer {index} ({type(layer).__name__})"
-        parts = {name for name, _ in layer.named_children()}
-        if extra := parts - _LAYER_PARTS:
-            return f"{where} has parts of its own: {', '.join(sorted(extra))}"
-        attn, mlp = getattr(layer, "self_attn", None), getattr(layer, "mlp", None)
-        if attn is None or mlp is None:
-            return f"{where} lacks self_attn or mlp"
-        inside = {name for name, _ in attn.named_children()}
-        if inside - _ATTENTION_PARTS or not ({"q_proj", "k_proj", "v_proj"} <= inside or "qkv_proj" in inside):
-            return f"{where}: its attention has other parts than q, k, v and o projections"
-        if not (is_plain(layer) and is_plain(attn)) or not isinstance(getattr(attn, "head_dim", None), int):
-            return f"{where} carries hooks, or its attention names no head_dim"
-        names = ["input_layernorm", "post_attention_layernorm"]
-        if "pre_feedforward_layernorm" in parts:
-            names += ["pre_feedforward_layernorm", "post_feedforward_layernorm"]
-        size = getattr(layer.input_layernorm, "weight", torch.empty(0)).numel() if "input_layernorm" in parts else 0
-        norms = [norm for name in names if (norm := _norm(getattr(layer, name, None), size)) is not None]
-        if len(norms) < len(names) or not _alike(norms):
-            return f"{where}: not all of {', '.join(names)} are RMS norms of one kind and eps"
-        pair = [getattr(attn, name, None) for name in ("q_norm", "k_norm") if name in inside]
-        head_norms = [norm for each in pair if (norm := _norm(each, attn.head_dim)) is not None]
-        if pair and (len(head_norms) < 2 or not _alike(head_norms)):
-            return f"{where}: its q_norm and k_norm are not RMS norms over a head, of one kind and eps"
-        last = index == len(layers) - 1
-        found.append((layer, Layer(attn, mlp, norms, head_norms, _activation(mlp), last, angles)))
-    return found

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from itertools import pairwise
 from typing import Any
 
@@ -35,19 +35,23 @@ from rmfast.engine.attention import (
     attention_configs,
     attention_of,
     current_run,
-    given_to,
 )
 from rmfast.engine.experts import experts_of, in_tiles, unknown_experts
 from rmfast.engine.functions import Alike
 from rmfast.engine.invariance import padding, tile_of
-from rmfast.engine.layers import Layer, structure
+from rmfast.engine.layers import Layer
 from rmfast.engine.memory import free_memory, out_of_memory, reuse_freed_memory
 from rmfast.engine.padded import marked_rows
 from rmfast.engine.planner import Chunk, plan, windows
+from rmfast.engine.structure import by_formula, by_names, by_run, error_of, watched
+from rmfast.engine.wiring import seen_in
 from rmfast.texts.inputs import Encoded
 
 # A budget that is halved each time memory runs out stops here.
 _LEAST_BATCH_TOKENS = 64
+
+# Of rows that run otherwise than the model's code has in mind.
+_FAILURES = (RuntimeError, ValueError, TypeError, AttributeError, LookupError, Unsupported)
 
 
 class Engine:
@@ -85,29 +89,69 @@ class Engine:
             precise = binding.stream_dtype in (torch.float32, torch.float64)
             # fp32 differs by 1e-6, a wrong formula by a percent or more. bf16 itself is off by up to 2%.
             error = self._probe(1e-4 if precise else 0.1)
-            if isinstance(error, str):
+            hidden = isinstance(error, str) and not self._options  # attention is no function that ours stands in for
+            if isinstance(error, str) and not hidden:
                 raise Unsupported(error)
-            if (problem := self._masked_window() or self._other_layers()) is not None:
+            if (
+                problem := self._unseen_window() if hidden else self._masked_window() or self._other_layers()
+            ) is not None:
                 raise Unsupported(problem)
-            layers = structure(binding.body)
-            if isinstance(layers, str):
-                self.why = layers
-            else:
-                self._fuse(layers, 2 * error + (1e-5 if precise else 0.01), 1e-4 if precise else 0.03)
+            limit = (0.0 if isinstance(error, str) else 2 * error) + (1e-5 if precise else 0.01)
+            try:
+                self.why = self._fuse(limit, 1e-4 if precise else 0.03, hidden)
+            except (_backends.BackendError, torch.OutOfMemoryError):
+                raise  # says nothing about the model
+            except _FAILURES as failure:
+                self.why = f"fused layers: {failure}"
+            if self.why is not None:
+                self.layers = []
+            if hidden and self.why is not None:
+                raise Unsupported(f"its attention is its own, and its layers are not taken apart: {self.why}")
 
-    def _fuse(self, layers: list[tuple[nn.Module, Layer]], limit: float, part_limit: float) -> None:
-        seen = sum(fused.attn in self._options for _, fused in layers)
-        if seen < len(layers):  # num_hidden_layers may be smaller than the number of layers held
-            self.why = f"the body runs only {seen} of the {len(layers)} layers that it holds"
-            return
+    def _fuse(self, limit: float, part_limit: float, hidden: bool) -> str | None:
+        """Takes the layers apart, or says why they run as they are; `hidden` attention shows no heads."""
+        if self.written:
+            return "its attention, with ALiBi, is written out in its modules"
+        layers = by_names(self.binding)
+        if isinstance(layers, str):
+            return layers
+        known = sum(fused.attn in self._options for _, fused in layers)
+        if known < len(layers) and not hidden:  # num_hidden_layers may be smaller than the number of layers held
+            return f"the body runs only {known} of the {len(layers)} layers that it holds"
+        device, end = self.binding.device, getattr(self.binding.config, "max_position_embeddings", None) or 4096
+        tokens = probe_ids(self.binding.root, self.binding.vocab_size, None, ())[0].to(device)
+        # Some models scale by position (Ministral), which the few first positions of the probe do not show.
+        positions = torch.arange(len(tokens), device=device) + max(0, end - len(tokens))
+        cu, none = (torch.tensor(x, dtype=torch.int32, device=device) for x in ([0, len(tokens)], [0]))
+        run = Recorded(cu, none, none, lambda key, k, v: (k[:0], v[:0]))
+        with seen_in(watched(layers)) as seen:
+            own = self._padded(tokens, positions) if hidden else self.body(tokens, positions, run, [], 0)
+        if (problem := by_run(layers, seen)) is not None:
+            return problem
         for _, fused in layers:
-            fused.options = self._options[fused.attn]
+            scale = fused.projections.size**-0.5
+            fused.options = (
+                {"scale": scale, "softcap": None, "window": None} if hidden else {**self._options[fused.attn]}
+            )
+        if (problem := by_formula(layers, seen, run, run.heads.copy(), part_limit)) is not None:
+            return f"fused layers: {problem}"
         self.layers = layers
         error = self._probe(limit)
-        if not isinstance(error, str):
-            error = self._far_error(limit, part_limit) or error
         if isinstance(error, str):
-            self.layers, self.why = [], f"fused layers: {error}"
+            layers[-1][1].keeps_rows = True
+            error = self._probe(limit)
+        if not isinstance(error, str):
+            far = error_of(self.body(tokens, positions, run, [fused for _, fused in layers], 0), own)
+            error = far if far <= limit else f"they differ from the model's own by {far:.1e} at its last positions"
+        return f"fused layers: {error}" if isinstance(error, str) else None
+
+    def _padded(self, tokens: Tensor, positions: Tensor) -> Tensor:
+        """The model's own run of one text at given positions, as `body` gives it."""
+        binding = self.binding
+        with passing_through(binding.norm) if binding.leaves_norm_out else nullcontext():
+            ids = tokens[None]
+            given = {"attention_mask": torch.ones_like(ids), "position_ids": positions[None], "use_cache": False}
+            return hidden_state_of(binding.body(input_ids=ids, **given))[0]
 
     @property
     def tile(self) -> int:
@@ -124,7 +168,7 @@ class Engine:
     @contextmanager
     def alike(self) -> Iterator[None]:
         """Gives a row the same bits in parts that run as the modules that they are; around whatever runs layers."""
-        modules = not self.layers or any(layer.activation is None for _, layer in self.layers)
+        modules = not self.layers or any(layer.inner is None for _, layer in self.layers)
         if not modules or not self.invariant or isinstance(self._tile(), str):
             yield
             return
@@ -219,31 +263,12 @@ class Engine:
             return None
         return f"only {seen} of its {count} layers have attention of their own"
 
-    def _far_error(self, limit: float, part_limit: float) -> str | None:
-        """What is wrong with fused layers at the last positions that the model is made for.
-
-        Some models scale by position (Ministral), which the few first positions of the probe do not show. Parts are
-        held against the model's own one by one as well: in 16 bits, or where weights are small, the whole need not
-        show that queries are turned by another formula (GLM).
-        """
-        device, end = self.binding.device, getattr(self.binding.config, "max_position_embeddings", None) or 4096
-        tokens = probe_ids(self.binding.root, self.binding.vocab_size, None, ())[0].to(device)
-        n = len(tokens)
-        positions = torch.arange(max(0, end - n), max(0, end - n) + n, device=device)
-        cu, none = (torch.tensor(x, dtype=torch.int32, device=device) for x in ([0, n], [0]))
-        run = Recorded(cu, none, none, lambda key, k, v: (k[:0], v[:0]))
-        with given_to([fused.attn for _, fused in self.layers]) as given:
-            own = self.body(tokens, positions, run, [], 0)
-        for index, (_, fused) in enumerate(self.layers):
-            if not given.get(fused.attn, {}).keys() >= {"hidden_states", "position_embeddings"}:
-                return f"attention of layer {index} is called in another way than Llama's"
-            for what, got, want in fused.parts(given[fused.attn], run.heads[fused.attn]):
-                if not (error := _error(got, want)) <= part_limit:
-                    return f"{what} of layer {index} differ from the model's own by {error:.1e}"
-        fused_states = self.body(tokens, positions, run, [fused for _, fused in self.layers], 0)
-        if not (error := _error(fused_states, own)) <= limit:
-            return f"they differ from the model's own by {error:.1e} at its last positions"
-        return None
+    def _unseen_window(self) -> str | None:
+        """Why attention that is not ours to replace may see less than all tokens before, beyond what a probe shows."""
+        config = self.binding.config
+        names = ("sliding_window", "attention_chunk_size", "window_size", "attention_layers", "local_attention")
+        named = [name for name in names if getattr(config, name, None)]
+        return f"its attention is its own and may have windows ({named[0]})" if named else None
 
     def _probe(self, limit: float) -> float | str:
         """The error of packed hidden states against padded ones; above the limit, or failing, what is wrong."""
@@ -251,7 +276,7 @@ class Engine:
             error = self._probe_error()
         except (_backends.BackendError, torch.OutOfMemoryError):
             raise  # says nothing about the model
-        except (RuntimeError, ValueError, TypeError, AttributeError, KeyError, Unsupported) as failure:
+        except _FAILURES as failure:
             return f"packed rows failed: {failure}"
         if error <= limit:
             return error
@@ -339,8 +364,8 @@ class Engine:
         positions = move(np.append(chunk.positions, np.arange(more)))
         with reading(rows, run.read_rows):
             hidden = self.body(tokens, positions, run, [fused for _, fused in self.layers], longest)
-        if run.read_rows is not None and not self.layers:
-            hidden = hidden[run.read_rows]
+        if run.read_rows is not None:
+            hidden = hidden[: len(run.read_rows)] if self.layers else hidden[run.read_rows]
         return hidden, pool.keep
 
     def body(
@@ -369,14 +394,8 @@ class Engine:
                 out = binding.body(input_ids=tokens[None], position_ids=positions[None], use_cache=False)
             finally:
                 current_run.reset(token)
-        self._options.update(run.options)
+                self._options.update(run.options)
         return hidden_state_of(out)[0]
-
-
-def _error(got: Tensor, want: Tensor) -> float:
-    """Relative to the whole of what is wanted."""
-    difference = float((got.double() - want.double()).norm())
-    return difference / float(want.double().norm()) if difference else 0.0
 
 
 @contextmanager

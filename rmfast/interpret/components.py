@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from rmfast.binding.modules import active, has_hooks, is_readable
-from rmfast.binding.norms import Call, eps_of, gain_of, norm_kind
+from rmfast.binding.norms import Call, head_arguments, norm_kind
 from rmfast.engine.attention import of_rows_read
 from rmfast.engine.scorer import Scorer
 from rmfast.interpret.frozen_head import FrozenHead, FrozenNorm, linear_head
@@ -125,8 +125,7 @@ class Components:
                 "Expected the norm behind attention or MLP to be an RMS or layer norm with a readable weight and no "
                 f"hooks, got {type(module).__name__}; attn_out and mlp_out need none"
             )
-        gain, bias = (None if x is None else x.to(device) for x in (gain_of(module), getattr(module, "bias", None)))
-        return FrozenNorm.of(self.dtype, kind, gain, bias, eps_of(module))
+        return FrozenNorm.of(self.dtype, **head_arguments(module, kind, device))
 
     def contributions(self, stream: Tensor, scale: Tensor, rewards: Tensor) -> Tensor:
         """(m, C): rewards, the contributions of the names in their order, each (layers, units, K), and the constant."""
@@ -190,10 +189,7 @@ class Components:
                 yield points[layer][kind], partial(self._added, kind, layer, {})
             elif kind in {WHOLE.get(name, name) for name in self.names}:
                 module, norm = self.fused[layer].adds(kind)
-                head = {}
-                if norm is not None:
-                    of = norm.arguments
-                    head = {"norm": norm.kind, "norm_weight": of["weight"], "eps": of["eps"]}
+                head = {} if norm is None else norm.head_arguments(self.direction.device)
                 yield Point(module, "out"), partial(self._added, kind, layer, head)
         for (kind, layer), units in self.units.items():
             yield units.given, partial(self._given, kind, layer)

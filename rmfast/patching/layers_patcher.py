@@ -233,7 +233,7 @@ class LayersPatcher:
                 which, positions = np.nonzero(edits.groups[edits.group[rows]])
                 index = (rows[which], positions, edits.unit[rows][which])
                 point = self.points[layer][KINDS[kind]]
-                stack.enter_context(point.tapped(partial(_replaced, point, index, new[int(kind)])))
+                stack.enter_context(point.tapped(partial(_replaced, point, index, new[int(kind)], len(edits))))
             return self._forward(ids, base.types, base.read)
 
     def _forward(self, ids: Tensor, types: np.ndarray | None, read: int) -> Tensor:
@@ -321,7 +321,8 @@ class LayersPatcher:
 
 
 def _note(tensors: dict[str, Any], kind: str, x: Any) -> None:
-    tensors[kind] = x.clone() if isinstance(x, Tensor) else x
+    x = x.clone() if isinstance(x, Tensor) else x
+    tensors[kind] = x[None] if isinstance(x, Tensor) and x.dim() == 2 else x  # rows of all texts in one
 
 
 def _not_added(at: dict[str, Point], seen: dict[str, Any]) -> dict[str, str]:
@@ -364,10 +365,12 @@ def _passing(tail: tuple | list | None) -> Callable[..., Any]:
     return forward
 
 
-def _replaced(point: Point, index: tuple[np.ndarray, np.ndarray, np.ndarray], new: Tensor, x: Tensor) -> Tensor | None:
+def _replaced(
+    point: Point, index: tuple[np.ndarray, np.ndarray, np.ndarray], new: Tensor, batch: int, x: Tensor
+) -> Tensor | None:
     """x with values new (T, units, width) at index, (rows of the batch, positions, units)."""
     rows, positions, units = (torch.from_numpy(i.astype(np.int64)).to(x.device) for i in index)
     if not point.stream:
         x = x.clone()
-    point.view(x)[rows, positions, units] = new.to(x.device, x.dtype)[positions, units]
+    point.view(x, batch)[rows, positions, units] = new.to(x.device, x.dtype)[positions, units]
     return None if point.stream else x

@@ -38,9 +38,10 @@ class Point:
     columns: int | None = None  # n, where units alone don't tell
     stream: bool = False
 
-    def view(self, x: Tensor) -> Tensor:
-        """(B, T, units, width), a view of the module's tensor (B, T, n); ValueError where n is not as expected."""
-        n = x.size(-1)
+    def view(self, x: Tensor, batch: int = 1) -> Tensor:
+        """(B, T, units, width), a view of the module's tensor (B, T, n), or (B · T, n) of a batch of B texts (OPT);
+        ValueError where n is not as expected."""
+        n, x = x.size(-1), x.unflatten(0, (batch, -1)) if x.dim() == 2 else x
         width = n if self.width is None else self.width
         units = n // width if self.units is None else self.units
         columns = units * width if self.columns is None else self.columns
@@ -114,6 +115,7 @@ PLACES: dict[str, Sequence[tuple[str, Side]]] = {
         ("ln_2", "in"),
         ("mlp_norm", "in"),
         ("norm_2", "in"),
+        ("final_layer_norm", "in"),
     ],
     "resid_post": [("", "out")],
     "attn_out": [
@@ -132,10 +134,13 @@ PLACES: dict[str, Sequence[tuple[str, Side]]] = {
         ("mlp", "out"),
         ("output.dense", "out"),
         ("ffn", "out"),
+        ("fc2", "out"),
     ],
     "head_out": [
         ("self_attn.o_proj", "in"),
         ("self_attn.dense", "in"),
+        ("self_attn.out_proj", "in"),
+        ("self_attention.dense", "in"),
         ("attention.output.dense", "in"),
         ("attention.out_lin", "in"),
         ("attention.dense", "in"),
@@ -143,6 +148,7 @@ PLACES: dict[str, Sequence[tuple[str, Side]]] = {
         ("attn.out_proj", "in"),
         ("attn.Wo", "in"),
         ("attn.c_proj", "in"),
+        ("attn.out_proj", "in"),
     ],
     "mlp_neuron": [
         ("mlp.down_proj", "in"),
@@ -150,27 +156,29 @@ PLACES: dict[str, Sequence[tuple[str, Side]]] = {
         ("mlp.c_proj", "in"),
         ("mlp.Wo", "in"),
         ("mlp.fc2", "in"),
+        ("mlp.fc_out", "in"),
+        ("fc2", "in"),
         ("output.dense", "in"),
         ("ffn.lin2", "in"),
         ("ffn.down_proj", "in"),
     ],
     "q": [("self_attn.q_proj", "out"), ("attention.self.query", "out"), ("attention.self.query_proj", "out"),
-          ("attention.q_lin", "out")],
+          ("attention.q_lin", "out"), ("attn.q_proj", "out")],
     "k": [("self_attn.k_proj", "out"), ("attention.self.key", "out"), ("attention.self.key_proj", "out"),
-          ("attention.k_lin", "out")],
+          ("attention.k_lin", "out"), ("attn.k_proj", "out")],
     "v": [("self_attn.v_proj", "out"), ("attention.self.value", "out"), ("attention.self.value_proj", "out"),
-          ("attention.v_lin", "out")],
+          ("attention.v_lin", "out"), ("attn.v_proj", "out")],
 }  # fmt: skip
 _ATTENTION = ("self_attn", "attention.self", "attention", "attn", "self_attention")
 
 # Projections of q, k and v in one: all of q, then of k, then of v, with fewer heads of k and v ("grouped") or as many;
-# or the three of each head side by side ("by head").
+# or each head of k and of v behind the heads of q that read it ("by group"; NeoX: one).
 _FUSED = {
     "self_attn.qkv_proj": "grouped",
     "attn.c_attn": "equal",
     "attn.Wqkv": "equal",
-    "attention.query_key_value": "by head",
-    "self_attention.query_key_value": "by head",
+    "attention.query_key_value": "by group",
+    "self_attention.query_key_value": "by group",
 }
 
 # A norm behind attention and behind the MLP (Gemma 2 and 3, OLMo 2): what they give is what is added to the stream.
@@ -178,6 +186,12 @@ _SANDWICH: dict[str, Sequence[tuple[str, Side]]] = {
     "resid_mid": [("pre_feedforward_layernorm", "in"), ("mlp", "in")],
     "attn_out": [("post_attention_layernorm", "out")],
     "mlp_out": [("post_feedforward_layernorm", "out")],
+}
+
+# Modules of these names may add the stream inside (Bloom, but not Falcon): their last projection is what they add.
+_INSIDE: dict[str, Sequence[tuple[str, Side]]] = {
+    "attn_out": [("self_attention.dense", "out")],
+    "mlp_out": [("mlp.dense_4h_to_h", "out")],
 }
 
 
@@ -189,12 +203,12 @@ def points(layer: nn.Module) -> dict[str, Point]:
     may be scaled before it is added. `LayersPatcher.points` holds those that a run has borne out.
     """
     parts = dict(layer.named_modules())
-    sandwich = _SANDWICH if "post_feedforward_layernorm" in parts else {}
+    special = _SANDWICH if "post_feedforward_layernorm" in parts else _INSIDE if "self_attention" in parts else {}
     attention = next((parts[name] for name in _ATTENTION if name in parts), None)
     heads, kv_heads, size = (None, None, None) if attention is None else _heads(attention)
     found: dict[str, Point] = {}
     for kind, places in PLACES.items():
-        place = next((place for place in sandwich.get(kind, places) if place[0] in parts), None)
+        place = next((place for place in special.get(kind, places) if place[0] in parts), None)
         if place is None:
             continue
         module, side = parts[place[0]], place[1]
@@ -207,11 +221,18 @@ def points(layer: nn.Module) -> dict[str, Point]:
             found[kind] = Point(module, side, width=size, units=None if kind in "kv" else heads)
     fused = next((name for name in _FUSED if name in parts), None)
     if fused is not None and "q" not in found and heads is not None and kv_heads is not None and size is not None:
-        counts = (heads, kv_heads, kv_heads) if _FUSED[fused] == "grouped" else (heads, heads, heads)
+        if _FUSED[fused] == "by group":
+            kv_heads = getattr(attention, "num_kv_heads", heads)
+        counts = (heads, kv_heads, kv_heads) if _FUSED[fused] != "equal" else (heads, heads, heads)
+        each = heads // counts[1]  # heads of q to one of k
         for i, (kind, units) in enumerate(zip("qkv", counts)):
             start, step = sum(counts[:i]) * size, size
-            if _FUSED[fused] == "by head":
-                start, step = i * size, 3 * size
+            if _FUSED[fused] == "by group":
+                start, step = (0, each + i - 1)[i > 0] * size, (each + 2) * size
+                if kind == "q" and counts[1] == 1:
+                    step = size
+                elif kind == "q" and each > 1:
+                    continue  # not at equal distances
             found[kind] = Point(parts[fused], "out", size, units, start, step, sum(counts) * size)
     return found
 

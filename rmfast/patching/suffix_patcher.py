@@ -28,6 +28,7 @@ from rmfast.engine.layers import Layer
 from rmfast.engine.memory import out_of_memory
 from rmfast.engine.packed import Engine
 from rmfast.heads.given import last_occurrence
+from rmfast.kernels.patch_rows.reference import gather
 from rmfast.ops import patch_rows
 from rmfast.patching.sites import KINDS, Edits, Values
 from rmfast.texts.inputs import Encoded
@@ -77,23 +78,23 @@ class SuffixPatcher:
         self.layers = len(engine.layers)
 
     def units(self, kind: str) -> tuple[int, int]:
-        layer = self.engine.layers[0][1]
-        d = layer.norms[0].arguments["weight"].numel()
-        head = layer.attn.head_dim
+        layers = [fused for _, fused in self.engine.layers]
+        layer = layers[0]
+        heads = layer.projections
         if kind in ("head_out", "q"):
-            return layer.attn.o_proj.in_features // head, head
+            return heads.count, heads.size
         if kind in ("k", "v"):
-            if hasattr(layer.attn, "qkv_proj"):
-                return (layer.attn.qkv_proj.out_features - layer.attn.o_proj.in_features) // 2 // head, head
-            return layer.attn.k_proj.out_features // head, head
+            return heads.kv_count, heads.size
+        if kind == "resid_mid" and (index := [i for i, fused in enumerate(layers) if fused.parallel]):
+            raise ValueError(f"Expected layer {index[0]} to have resid_mid: its attention and MLP read the same stream")
         if kind != "mlp_neuron":
-            return 1, d
-        if any(fused.activation is None for _, fused in self.engine.layers):
+            return 1, layer.width
+        if any(fused.inner is None for fused in layers):
             raise ValueError(
-                "Expected sites without mlp_neuron: it needs MLPs of gate_proj, up_proj (or gate_up_proj), down_proj "
-                f"and a SiLU or GELU, got {type(layer.mlp).__name__}"
+                "Expected sites without mlp_neuron: it needs MLPs of projections in and out, and a function of a known "
+                f"formula between them (a SiLU, GELU or ReLU), got {type(layer.mlp).__name__}"
             )
-        return layer.mlp.down_proj.in_features, 1
+        return layer.neuron_count, 1
 
     def record(
         self, text: Encoded, read: int, kinds: set[str], layers: Collection[int] | None = None, base: bool = True
@@ -115,13 +116,13 @@ class SuffixPatcher:
             streams = {layer + offset for layer in asked for offset in offsets}
 
         def recording(m: int, layer: Layer) -> Callable[..., Tensor]:
-            def forward(hidden_states: Tensor, *args: Any, position_embeddings: Any = None, **kwargs: Any) -> Tensor:
-                x, cos, sin = hidden_states[0], *(t[0] for t in position_embeddings)
+            def forward(hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
+                x, (cos, sin) = hidden_states[0], layer.tables(hidden_states, kwargs)
                 if m in streams:
                     record.stream[m] = x
                     if base:
                         record.cos[m], record.sin[m] = cos, sin
-                return self._record_layer(record, m, layer, run, x, cos, sin, m in asked)[None]
+                return layer.returned(self._record_layer(record, m, layer, run, x, cos, sin, m in asked))
 
             return forward
 
@@ -160,7 +161,7 @@ class SuffixPatcher:
         keep("attn_out", added)
         middle = x + added
         keep("resid_mid", middle)
-        y = layer.middle_norm(middle)
+        y = layer.mlp_reads(x, middle)
         if kinds and "mlp_neuron" in record.parts:
             neurons = layer.neurons(y)
             keep("mlp_neuron", neurons[..., None])
@@ -299,7 +300,7 @@ class _Chunk:
         made, value_rows = self._replacements(m, np.repeat(some, self.tokens - first), _positions(first, self.tokens))
         value_rows = np.append(value_rows, np.full(len(rows.at) - len(value_rows), -1))  # padding
         at, value_at = _move(rows.at, self.device), _move(value_rows, self.device)
-        x, y = patch_rows(base.stream[m], made, at, value_at, **layer.norms[0].arguments)
+        x, y = _entered(layer, base.stream[m], made, at, value_at)
         reads = _move(rows.reads, self.device) if layer.last else None
         fresh = np.flatnonzero(value_rows >= 0)
         new = _move(padded(fresh, self.tile), self.device)
@@ -366,7 +367,7 @@ class _Chunk:
             else:
                 heads = self._edited_keys(layer, m, kind, edit, position)
             middle = x + layer.added_by(heads[whole])[: len(edit)]
-        return middle + layer.mlp_of(layer.middle_norm(middle[whole]))[: len(edit)]
+        return middle + layer.mlp_after(x[whole], middle[whole])[: len(edit)]
 
     def _edited_query(self, layer: Layer, m: int, q: Tensor, position: np.ndarray) -> Tensor:
         """Attention of single rows, each over the base run's keys up to its own."""
@@ -450,6 +451,14 @@ def _read_from(base: SuffixRecord, first: np.ndarray) -> np.ndarray:
     """(E,) the first row that is read of edits whose first changed position is `first`: the gate's, else the last."""
     last = len(base.ids) - 1
     return np.full(len(first), last) if base.gate is None else np.where(first <= base.gate, base.gate, last)
+
+
+def _entered(layer: Layer, base: Tensor, values: Tensor, at: Tensor, value_at: Tensor) -> tuple[Tensor, Tensor]:
+    """The stream at rows of a base run, some replaced by values (-1: none), and what attention reads of it."""
+    if layer.before_attn is not None and layer.before_attn.is_rms:
+        return patch_rows(base, values, at, value_at, **layer.before_attn.arguments)
+    y, x = layer.enter(gather(base, values, at, value_at), None)
+    return x, y
 
 
 def _no_pool(key: nn.Module, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:

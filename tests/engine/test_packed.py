@@ -8,6 +8,7 @@ import gzip
 import random
 import re
 
+import families
 import models as M
 import numpy as np
 import pytest
@@ -18,7 +19,7 @@ from hypothesis import strategies as st
 
 import rmfast
 from bench import spread
-from rmfast.engine import attention, layers
+from rmfast.engine import attention, mlps
 from rmfast.engine.packed import Engine
 from rmfast.engine.planner import plan
 from rmfast.reward_model import RewardModel
@@ -73,7 +74,7 @@ def test_packed_token_values_are_those_of_each_text_alone(family):
             M.assert_rewards(values, want, M.reward_scale(model))
 
 
-@pytest.mark.parametrize("family", M.DECODERS)
+@pytest.mark.parametrize("family", FAMILIES)
 def test_the_layers_of_every_family_are_fused(family):
     rm = RewardModel(decoder(family))
     packed = rm.packed_engine()
@@ -82,9 +83,9 @@ def test_the_layers_of_every_family_are_fused(family):
 
 
 def test_layers_of_another_shape_run_as_they_are():
-    packed = RewardModel(decoder("gpt2")).packed_engine()
+    packed = RewardModel(families.model("olmo-clipped")).packed_engine()
     assert isinstance(packed, Engine) and packed.mode == "modules"
-    assert packed.why == "the body has no list of layers named layers"
+    assert packed.why == "layer 0 (OlmoDecoderLayer): its attention clips queries, keys and values"
 
 
 MODEL = decoder("gemma3")  # windows, two rotary embeddings, norms of heads and after the blocks
@@ -269,7 +270,7 @@ def test_a_model_whose_layers_look_right_but_are_not_is_found_out():
         layer.mlp.__class__ = Odd
     rm, inputs = RewardModel(model), texts(2)
     packed = rm.packed_engine()
-    assert isinstance(packed, Engine) and packed.mode == "modules" and "differ by" in packed.why
+    assert isinstance(packed, Engine) and packed.mode == "modules" and "MLPs of layer 0 differ" in packed.why
     M.assert_rewards(rm.score(inputs), truths(model, inputs)[:, 0], M.reward_scale(model))
 
 
@@ -278,9 +279,9 @@ def test_the_last_layer_runs_its_mlp_for_the_read_rows_alone(invariant, wanted, 
     rm = RewardModel(decoder("llama"), invariant=invariant, compute="native")  # torch's products move on 8 rows
     rm.explain()
     rows = []
-    original = layers.gated_activation
+    original = mlps.gated_activation
     monkeypatch.setattr(
-        layers, "gated_activation", lambda gate, up, **kw: rows.append(len(gate)) or original(gate, up, **kw)
+        mlps, "gated_activation", lambda gate, up, **kw: rows.append(len(gate)) or original(gate, up, **kw)
     )
     rm.score(M.token_ids([10, 20, 30]), engine="packed")
     assert rows == wanted
@@ -411,20 +412,28 @@ class Swapped(transformers.models.llama.modeling_llama.LlamaMLP):
         return self.down_proj(self.gate_proj(x) * self.act_fn(self.up_proj(x)))
 
 
+class Backwards(transformers.models.llama.modeling_llama.LlamaAttention):
+    """With queries and keys turned the other way."""
+
+    def forward(self, hidden_states, position_embeddings, **kwargs):
+        cos, sin = position_embeddings
+        return super().forward(hidden_states, position_embeddings=(cos, -sin), **kwargs)
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize("kind, part", [("Glm", "queries"), ("Llama", "MLPs")])
-def test_a_part_of_another_formula_is_found_out_in_16_bits_and_with_small_weights(kind, part, dtype):
+@pytest.mark.parametrize("part", ["queries", "MLPs"])
+def test_a_part_of_another_formula_is_found_out_in_16_bits_and_with_small_weights(part, dtype):
     """As just initialised, where the whole of a few tokens' states does not show it."""
     shape = {"vocab_size": M.VOCAB, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2,
              "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16, "num_labels": 1, "pad_token_id": M.PAD,
              "eos_token_id": M.EOS}  # fmt: skip
     torch.manual_seed(0)
-    config = getattr(transformers, f"{kind}Config")(**shape)
-    model = getattr(transformers, f"{kind}ForSequenceClassification")(config)
-    if kind == "Llama":
-        for layer in model.model.layers:
-            mlp, layer.mlp = layer.mlp, Swapped(config)
-            layer.mlp.load_state_dict(mlp.state_dict())
+    config = transformers.LlamaConfig(**shape)
+    model = transformers.LlamaForSequenceClassification(config)
+    for index, layer in enumerate(model.model.layers):
+        name, odd = ("mlp", Swapped(config)) if part == "MLPs" else ("self_attn", Backwards(config, index))
+        odd.load_state_dict(getattr(layer, name).state_dict())
+        setattr(layer, name, odd)
     rm = RewardModel(model.to(dtype).eval())
     # In fp32 arithmetic the whole shows it too.
     differ = f"({part} of layer 0 differ from the model's own|packed and padded hidden states differ) by"

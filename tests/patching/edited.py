@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import families as families_
 import models as M
 import numpy as np
 import oracle as O
@@ -41,6 +42,7 @@ MAKERS = {
     "llama-mlp-head": lambda: M.mlp_head(M.decoder("llama")),
     "neox": lambda: other("GPTNeoX"),
     "neox-sequential": lambda: other("GPTNeoX", use_parallel_residual=False),
+    **{name: (lambda name=name: families_.model(name)) for name in ("opt", "gptj", "falcon-serial")},
     "bert": lambda: M.encoder("Bert", labels=2),
     "bert-tokens": lambda: M.encoder("Bert", labels=2, task="TokenClassification"),
     "roberta": lambda: M.encoder("Roberta", **LATE),

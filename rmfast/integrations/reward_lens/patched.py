@@ -36,7 +36,7 @@ def check_places(rm: Scorer, places: list[tuple[str, int, Any]], heads: int | No
     for kind, layer, module in places:
         if isinstance(patcher, SuffixPatcher):
             fused = patcher.engine.layers[layer][1]
-            same = module is {"attn_out": fused.attn, "mlp_out": fused.mlp, "head_out": fused.attn.o_proj}[kind]
+            same = module is {"attn_out": fused.attn, "mlp_out": fused.mlp, "head_out": fused.o_proj}[kind]
         else:
             point = patcher.points[layer].get(kind)
             same = (
