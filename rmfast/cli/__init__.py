@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 import rmfast
-from rmfast.cli import debias, evaluate, explain, merge, score, steps, strength, sweep, values
+from rmfast.cli import debias, evaluate, explain, merge, score, serve, steps, strength, sweep, values
 
 __all__ = ["app", "main"]
 
@@ -25,6 +25,7 @@ app.command()(steps.steps)
 app.command()(sweep.sweep)
 app.command()(debias.debias)
 app.command()(evaluate.evaluate)
+app.command()(serve.serve)
 app.command()(strength.strength)
 app.command()(merge.merge)
 app.command()(explain.explain)
