@@ -14,6 +14,7 @@ from rmfast.integrations.serve.metrics import Metrics
 from rmfast.integrations.serve.refusals import Late, Refused, TooLarge, Unknown
 from rmfast.integrations.serve.scheduler import Ask, Done, Scheduler
 from rmfast.integrations.serve.work import PLAIN, Encoding, Work
+from rmfast.texts.chat import template_kwargs
 
 M = TypeVar("M", bound=BaseModel)
 
@@ -72,6 +73,9 @@ class Desk:
             raise Refused("expected one text or more, got none")
         if len(inputs) > self.texts:
             raise TooLarge(f"the request has {len(inputs)} texts, over the limit of {self.texts}")
+        for i, item in enumerate(inputs):
+            if isinstance(item, dict):
+                _expect_no_template(i, item)
         answer: asyncio.Future[Any] = asyncio.wrap_future(model.scheduler.submit(Ask(work, inputs, encoding)))
         gone: asyncio.Future[Any] = asyncio.ensure_future(_disconnected(request))
         try:
@@ -85,6 +89,18 @@ class Desk:
         finally:
             gone.cancel()
             answer.cancel()
+
+
+def _expect_no_template(index: int, record: dict[str, Any]) -> None:
+    """Refused for a template of the client's own, which would be a program that runs here."""
+    try:
+        given = template_kwargs(record.get("chat_template_kwargs"))
+    except ValueError as error:
+        raise Refused(f"input {index}: {str(error)[:500]}") from None
+    if "chat_template" in given:
+        raise Refused(
+            f"input {index}: expected chat_template_kwargs without chat_template: the model brings the template"
+        )
 
 
 async def _disconnected(request: Request) -> None:

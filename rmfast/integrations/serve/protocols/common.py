@@ -18,7 +18,6 @@ from rmfast.integrations.serve.desk import Served
 from rmfast.integrations.serve.refusals import Refused
 from rmfast.integrations.serve.scheduler import Done
 from rmfast.integrations.serve.work import Encoding
-from rmfast.texts.chat import template_kwargs
 
 # A response of more tokens, which may have a number for each, would hold up the event loop for milliseconds.
 _LONG = 1 << 14
@@ -132,22 +131,9 @@ def texts_of(given: Any) -> list[Any]:
     return [given] if isinstance(given, str) or (given and isinstance(given[0], int)) else list(given)
 
 
-def kwargs_of(given: Any) -> dict[str, Any] | None:
-    """chat_template_kwargs that a client may give: no template of its own, which would be a program to run here."""
-    if given is None:
-        return None
-    try:
-        found = template_kwargs(given)
-    except ValueError as error:
-        raise Refused(str(error)[:500]) from None
-    if "chat_template" in found:
-        raise Refused("expected chat_template_kwargs without chat_template: the server's model brings the template")
-    return found
-
-
 def record(messages: Any, kwargs: Any = None, tools: Any = None) -> dict[str, Any]:
     """A conversation as `RewardModel.score` takes it."""
-    more = {"chat_template_kwargs": kwargs_of(kwargs), "tools": tools}
+    more = {"chat_template_kwargs": kwargs, "tools": tools}
     return {"messages": messages, **{name: value for name, value in more.items() if value is not None}}
 
 

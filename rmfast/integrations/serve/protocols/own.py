@@ -13,7 +13,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from rmfast.integrations.serve.desk import Desk, Served, body_of
-from rmfast.integrations.serve.protocols.common import Body, Reply, kwargs_of, reply, route
+from rmfast.integrations.serve.protocols.common import Body, Reply, reply, route
 from rmfast.integrations.serve.refusals import Refused
 from rmfast.integrations.serve.scheduler import Done
 from rmfast.integrations.serve.work import Encoding, Score, Steps, Values
@@ -39,15 +39,6 @@ class Inputs(Formatted):
     inputs: list[Any]
     normalize: Literal["own"] | None = None
     return_token_ids: bool = False
-
-    def checked(self) -> list[Any]:
-        for i, item in enumerate(self.inputs):
-            if isinstance(item, dict) and "chat_template_kwargs" in item:
-                try:
-                    kwargs_of(item["chat_template_kwargs"])
-                except Refused as error:
-                    raise Refused(f"input {i}: {error}") from None
-        return self.inputs
 
 
 class Solutions(Formatted):
@@ -120,7 +111,7 @@ def _of(model: Served, done: Done, ids: bool) -> dict[str, Any]:
 
 async def scored(desk: Desk, request: Request, model: Served, body: Inputs) -> Response:
     """The answer of /score with inputs."""
-    done = await desk.numbers(request, model, Score(body.normalize), body.checked(), body.encoding)
+    done = await desk.numbers(request, model, Score(body.normalize), body.inputs, body.encoding)
     return await reply(done, lambda: Rewards(rewards=done.results, **_of(model, done, body.return_token_ids)))
 
 
@@ -130,7 +121,7 @@ def router(desk: Desk) -> APIRouter:
     async def values(request: Request) -> Response:
         body = await body_of(request, {"inputs": Inputs})
         model = desk.model(body.model)
-        done = await desk.numbers(request, model, Values(body.normalize), body.checked(), body.encoding)
+        done = await desk.numbers(request, model, Values(body.normalize), body.inputs, body.encoding)
         return await reply(done, lambda: TokenValues(values=done.results, **_of(model, done, body.return_token_ids)))
 
     async def steps(request: Request) -> Response:

@@ -20,14 +20,23 @@ from rmfast.integrations.serve.work import Score
 
 
 class Embedding(Common):
-    """Of /classify: one of the two."""
+    """Of /classify, with text."""
 
-    text: str | list[str] | None = None
-    input_ids: list[int] | list[list[int]] | None = None
+    text: str | list[str]
 
     @property
     def given(self) -> Any:
-        return self.input_ids if self.text is None else self.text
+        return self.text
+
+
+class Ids(Common):
+    """Of /classify, with token ids."""
+
+    input_ids: list[int] | list[list[int]]
+
+    @property
+    def given(self) -> Any:
+        return self.input_ids
 
 
 class OpenAI(Common):
@@ -63,7 +72,7 @@ class Vectors(Reply):
     usage: Usage
 
 
-async def embedded(desk: Desk, request: Request, model: Served, body: Embedding) -> Response:
+async def embedded(desk: Desk, request: Request, model: Served, body: Embedding | Ids) -> Response:
     """The answer of /classify in SGLang's form."""
     texts = texts_of(body.given)
     done = await desk.numbers(request, model, Score(), texts)

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Any
+from typing import Annotated, Any
 
 from fastapi import APIRouter
+from pydantic import Field
 from starlette.requests import Request
 from starlette.responses import Response
 
@@ -21,7 +22,7 @@ class Sample(Body):
     label is not heeded.
     """
 
-    prompt: str | list[dict[str, Any]]
+    prompt: str | Annotated[list[dict[str, Any]], Field(min_length=1)]
     response: str
     label: Any = None
 

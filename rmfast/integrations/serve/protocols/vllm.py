@@ -29,7 +29,7 @@ from rmfast.integrations.serve.protocols.common import (
     texts_of,
     usage,
 )
-from rmfast.integrations.serve.protocols.sglang import Embedding, embedded
+from rmfast.integrations.serve.protocols.sglang import Embedding, Ids, embedded
 from rmfast.integrations.serve.refusals import Refused
 from rmfast.integrations.serve.scheduler import Done
 from rmfast.integrations.serve.work import Encoding, Score, Values
@@ -196,11 +196,11 @@ def router(desk: Desk) -> APIRouter:
 
     async def classify(request: Request) -> Response:
         kinds: dict[str, Any] = {
-            "input": Completion, "messages": Conversation, "text": Embedding, "input_ids": Embedding,
+            "input": Completion, "messages": Conversation, "text": Embedding, "input_ids": Ids,
         }  # fmt: skip
         body: Any = await body_of(request, kinds)
         model = desk.model(body.model)
-        if isinstance(body, Embedding):
+        if isinstance(body, Embedding | Ids):
             return await embedded(desk, request, model, body)
         done = await desk.numbers(request, model, Score(), body.inputs(), body.encoding)
         return await reply(done, lambda: classes(model, body, done))
@@ -223,7 +223,7 @@ def router(desk: Desk) -> APIRouter:
         done = await desk.numbers(request, model, Score(), pairs(*body.sides()), body.encoding)
         return await reply(done, lambda: scores(model, body, done))
 
-    route(routes, ["/classify", "/v1/classify"], classify, (Completion, Conversation, Embedding), Classes)
+    route(routes, ["/classify", "/v1/classify"], classify, (Completion, Conversation, Embedding, Ids), Classes)
     route(routes, ["/pooling", "/v1/pooling"], pooling, (PoolingCompletion, PoolingConversation), Pools)
     route(routes, ["/score", "/v1/score"], score, (own.Inputs, Texts, Documents), Scores)
     return routes
