@@ -184,8 +184,8 @@ def test_grpo_trains_on_the_servers_rewards(rm, url, tmp_path):
         return got
 
     config = trl.GRPOConfig(
-        output_dir=str(tmp_path), per_device_train_batch_size=4, num_generations=4, max_completion_length=8, max_steps=1,
-        report_to=[], use_cpu=True, bf16=False, save_strategy="no",
+        output_dir=str(tmp_path), per_device_train_batch_size=4, num_generations=4, max_completion_length=8,
+        max_steps=1, report_to=[], use_cpu=True, bf16=False, save_strategy="no",
     )  # fmt: skip
     trainer = trl.GRPOTrainer(
         policy, reward_funcs=reward, args=config, train_dataset=Dataset.from_dict({"prompt": ["is it "] * 4}),
