@@ -53,8 +53,13 @@ async def _serve(app: Any, own: socket.socket, drain: float, ready: Callable[[st
     )  # fmt: skip
     server = _Server(config)
     loop = asyncio.get_running_loop()
+
+    def end() -> None:
+        server.force_exit = server.should_exit  # at the second signal
+        server.should_exit = True
+
     for each in (signal.SIGTERM, signal.SIGINT):
-        loop.add_signal_handler(each, server.handle_exit, each, None)
+        loop.add_signal_handler(each, end)
     running = asyncio.ensure_future(server.serve(sockets=[own]))
     while not server.started and not running.done():
         await asyncio.sleep(0.01)

@@ -82,14 +82,15 @@ def ask(url: str, path: str, body: Any = None, method: str = "POST", **headers: 
         connection.close()
 
 
-def at_once(url: str, path: str, bodies: list[Any]) -> list[Answer]:
+def at_once(url: str, path: str, bodies: list[Any], **headers: str) -> list[Answer]:
     """Requests on as many connections, all of them at the same time."""
 
     async def one(body: Any) -> Answer:
         parts = urlsplit(url)
         reader, writer = await asyncio.open_connection(parts.hostname, parts.port)
         content = json.dumps(body).encode()
-        head = f"POST {path} HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nConnection: close\r\n"
+        more = {"Host": "x", "Content-Type": "application/json", "Connection": "close", **headers}
+        head = f"POST {path} HTTP/1.1\r\n" + "".join(f"{name}: {value}\r\n" for name, value in more.items())
         writer.write(f"{head}Content-Length: {len(content)}\r\n\r\n".encode() + content)
         answer = await reader.read()
         writer.close()

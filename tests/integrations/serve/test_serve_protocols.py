@@ -46,7 +46,8 @@ def test_openrlhf_says_in_its_url_what_its_body_has_no_place_for(rm, url):
     got = right(ask(url, "/get_reward?model=m0&special_tokens=false", {"query": [TEXT]}))["rewards"]
     assert got == rm.score([ids]).tolist() != rm.score([TEXT]).tolist()
     assert "got 'modle'" in ask(url, "/get_reward?modle=m0", {"query": [TEXT]}).message
-    assert "query" in ask(url, "/get_reward?format=chta", {"query": [TEXT]}).message
+    assert "query" in ask(url, "/get_reward?truncation=lft", {"query": [TEXT]}).message
+    assert "no format" in ask(url, "/get_reward?format=chat", {"query": [TEXT]}).message
     assert "once" in ask(url, "/get_reward?model=a&model=m0", {"query": [TEXT]}).message
 
 

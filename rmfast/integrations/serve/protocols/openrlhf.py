@@ -10,6 +10,7 @@ from starlette.responses import Response
 
 from rmfast.integrations.serve.desk import Desk, body_of
 from rmfast.integrations.serve.protocols.common import Body, Reply, one_label, reply, route, url_of
+from rmfast.integrations.serve.refusals import Refused
 from rmfast.integrations.serve.work import Score
 
 
@@ -32,6 +33,8 @@ def router(desk: Desk) -> APIRouter:
 
     async def get_reward(request: Request) -> Response:
         url = url_of(request)
+        if url.format is not None:
+            raise Refused("expected no format in the URL's query: a query is one text already")
         body = await body_of(request, {"query": Query})
         model = desk.model(url.model)
         one_label(model)
