@@ -48,6 +48,7 @@ def serve(
     ] = 16384,
     max_texts: Annotated[int, typer.Option(min=1, help="Most texts of a request.")] = 4096,
     max_tokens: Annotated[int, typer.Option(min=1, help="Most tokens of a request.")] = 1 << 20,
+    max_characters: Annotated[int, typer.Option(min=1, help="Most characters of a text.")] = 1 << 20,
     max_body: Annotated[int, typer.Option(min=1, help="Most bytes of a request.")] = 32 << 20,
     timeout: Annotated[
         float, typer.Option(min=0.001, help="Seconds until a request without an answer gets 504.")
@@ -62,7 +63,7 @@ def serve(
     token = _token(token_file)
     limits = Limits(
         max_wait=max_wait / 1000, batch_tokens=options.batch_tokens, body=max_body, texts=max_texts,
-        tokens=max_tokens, queue=max_queue, timeout=timeout, drain=drain,
+        tokens=max_tokens, characters=max_characters, queue=max_queue, timeout=timeout, drain=drain,
     )  # fmt: skip
     encoding = {name: value for name, value in encoding_of(options).items() if value is not None}
     with chosen_backend(options):

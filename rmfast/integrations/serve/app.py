@@ -32,6 +32,7 @@ class Limits:
         batch_tokens: rows of a batch; default what the model takes at once.
         body: most bytes of a request.
         texts, tokens: most of one request.
+        characters: most of one text; tokenizers read some million in a second.
         queue: most texts without an answer, beyond which requests get 429.
         timeout: seconds until a request without an answer gets 504.
         body_seconds: within which a request's body must have come.
@@ -43,6 +44,7 @@ class Limits:
     body: int = 32 << 20
     texts: int = 4096
     tokens: int = 1 << 20
+    characters: int = 1 << 20
     queue: int = 16384
     timeout: float = 600.0
     body_seconds: float = 60.0
@@ -73,7 +75,7 @@ def create_app(
     limits = limits or Limits()
     metrics = Metrics()
     served: dict[str, Served] = {}
-    desk = Desk(served, metrics, timeout=limits.timeout, texts=limits.texts)
+    desk = Desk(served, metrics, timeout=limits.timeout, texts=limits.texts, characters=limits.characters)
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:

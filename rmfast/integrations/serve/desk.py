@@ -41,11 +41,14 @@ class Desk:
     Args:
         models: by name, at least one.
         timeout: seconds until a request without an answer is refused.
-        texts: most texts of one request.
+        texts, characters: most texts of one request, and characters of one of them.
     """
 
-    def __init__(self, models: Mapping[str, Served], metrics: Metrics, *, timeout: float, texts: int) -> None:
-        self.models, self.metrics, self.timeout, self.texts = dict(models), metrics, timeout, texts
+    def __init__(
+        self, models: Mapping[str, Served], metrics: Metrics, *, timeout: float, texts: int, characters: int
+    ) -> None:
+        self.models, self.metrics = dict(models), metrics
+        self.timeout, self.texts, self.characters = timeout, texts, characters
 
     def model(self, name: str | None) -> Served:
         """The model of that name; of no name the only one."""
@@ -74,6 +77,8 @@ class Desk:
         if len(inputs) > self.texts:
             raise TooLarge(f"the request has {len(inputs)} texts, over the limit of {self.texts}")
         for i, item in enumerate(inputs):
+            if (count := _characters(item)) > self.characters:  # a tokenizer would be at it for seconds
+                raise TooLarge(f"input {i} has {count} characters, over the limit of {self.characters}")
             if isinstance(item, dict):
                 _expect_no_template(i, item)
         answer: asyncio.Future[Any] = asyncio.wrap_future(model.scheduler.submit(Ask(work, inputs, encoding)))
@@ -89,6 +94,17 @@ class Desk:
         finally:
             gone.cancel()
             answer.cancel()
+
+
+def _characters(item: Any) -> int:
+    """Of all texts in an input. A list that begins with a number is one of token ids."""
+    if isinstance(item, str):
+        return len(item)
+    if isinstance(item, dict):
+        return sum(map(_characters, item.values()))
+    if isinstance(item, list | tuple) and not (item and isinstance(item[0], int)):
+        return sum(map(_characters, item))
+    return 0
 
 
 def _expect_no_template(index: int, record: dict[str, Any]) -> None:

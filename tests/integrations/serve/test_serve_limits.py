@@ -25,7 +25,7 @@ def rm():
 
 @pytest.fixture(scope="module")
 def url(rm):
-    with served(rm, body=100_000, texts=8, tokens=300, body_seconds=0.5) as url:
+    with served(rm, body=100_000, texts=8, tokens=300, characters=5000, body_seconds=0.5) as url:
         yield url
 
 
@@ -35,6 +35,10 @@ def test_sizes_have_limits(url):
     assert many.status == 413 and "9 texts" in many.message
     long = ask(url, "/score", {"inputs": ["x" * 100] * 3})
     assert long.status == 413 and "303 tokens" in long.message
+    for long in "x" * 5001, ["x", "y" * 5000], [{"role": "user", "content": "x" * 5000}], {"text": "x" * 5001}:
+        answer = ask(url, "/score", {"inputs": ["x", long]})
+        assert answer.status == 413 and "input 1 has 500" in answer.message
+    assert ask(url, "/steps", {"question": "x" * 5000, "steps": ["y"], "activation": "none"}).status == 413
     over = ask(url, "/score", {"inputs": ["a", "x" * 128]})
     assert over.status == 400 and "input 1: it has 129 tokens, over max_length=128" in over.message
 

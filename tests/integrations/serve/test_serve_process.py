@@ -101,13 +101,15 @@ def test_options_become_those_of_the_application(folder, monkeypatch):
     monkeypatch.setattr(server, "serve", lambda app, **given: given["ready"]("URL") or seen.append((app, given)))
     options = ["--model", folder, "--model", f"b={folder}", "--max-wait", 2, "--max-queue", 9, "--max-texts", 8,
                "--max-tokens", 7, "--max-body", 6, "--timeout", 5, "--drain", 4, "--truncation", "left",
-               "--max-length", 9, "--host", "0.0.0.0", "--port", 0, "--batch-tokens", 64]  # fmt: skip
+               "--max-length", 9, "--host", "0.0.0.0", "--port", 0, "--batch-tokens", 64,
+               "--max-characters", 3]  # fmt: skip
     done = run("serve", *options)
     assert done.exit_code == 0, done.output
     (models_, given), (made, how) = seen
     assert list(models_) == [str(folder), "b"] and made == "made"
     limits = given["limits"]
     assert (limits.max_wait, limits.queue, limits.texts, limits.tokens) == (0.002, 9, 8, 7)
+    assert limits.characters == 3
     assert (limits.body, limits.timeout, limits.drain, limits.batch_tokens) == (6, 5, 4, 64)
     assert given["token"] == "sesam" and given["encoding"] == {"truncation": "left", "max_length": 9}
     assert (how["host"], how["port"], how["drain"]) == ("0.0.0.0", 0, 4)
