@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from bisect import bisect_left, insort
 from collections import deque
 from collections.abc import Iterator
@@ -14,7 +15,11 @@ import numpy as np
 # the words that all prompts begin with.
 _SHARED = 0.25
 # A batch is full once this many groups did not fit into what was left.
-_MISSES = 16
+_MISSES = 8
+# Texts of a batch: those that are like others add no rows.
+_MOST = 8192
+
+_count = itertools.count()
 
 
 @dataclass(eq=False)
@@ -30,11 +35,11 @@ class Piece:
     owner: Any
     place: int
     item: Any
-    key: bytes = field(init=False)
+    key: tuple[bytes, int] = field(init=False)
     waits: bool = field(default=True, init=False)
 
     def __post_init__(self) -> None:
-        self.key = self.item.ids.astype(">i4").tobytes()  # which compare as the ids do
+        self.key = self.item.ids.astype(">i4").tobytes(), next(_count)  # bytes that compare as the ids do
 
     def __lt__(self, other: Piece) -> bool:
         return self.key < other.key
@@ -80,11 +85,11 @@ class Waiting:
         if self.oldest() is None:
             return taken
         for piece in list(self._by_age):
-            if rows >= budget or misses == _MISSES:
+            if rows >= budget or misses == _MISSES or len(taken) >= _MOST:
                 break
             if not piece.waits or piece.owner.dropped:
                 continue
-            group = list(self._group(piece))
+            group = self._group(piece, budget)
             whole = sum(new for _, new in group)
             if taken and budget - rows < whole <= budget and 2 * rows >= budget:
                 misses += 1
@@ -96,36 +101,36 @@ class Waiting:
                 each.waits = False
                 taken.append(each)
                 rows += new
-        for piece in taken:
-            self._remove(piece)
+        self._by_ids = [piece for piece in self._by_ids if piece.waits]
+        self.tokens -= sum(map(len, taken))
         return taken
 
-    def _group(self, piece: Piece) -> Iterator[tuple[Piece, int]]:
-        """A piece and those that wait and share its beginning, nearest first, each with the rows that it adds."""
-        yield piece, len(piece)
+    def _group(self, piece: Piece, budget: int) -> list[tuple[Piece, int]]:
+        """A piece and those that wait and share its beginning, nearest first, each with the rows that it adds.
+
+        As many as have more than `budget` rows at most: what comes behind them is for later batches.
+        """
+        group, rows = [(piece, len(piece))], len(piece)
         at = bisect_left(self._by_ids, piece)
-        while self._by_ids[at] is not piece:
-            at += 1
         for step in (1, -1):
             before, shared, i = piece, len(piece), at + step
-            while 0 <= i < len(self._by_ids):
+            while 0 <= i < len(self._by_ids) and rows <= budget and len(group) < _MOST:
                 other = self._by_ids[i]
-                shared = min(shared, common(before.item.ids, other.item.ids))
-                if shared < _SHARED * len(other):
-                    break
                 if other.waits and not other.owner.dropped:
-                    yield other, len(other) - common(before.item.ids, other.item.ids)
-                    before = other
+                    same = common(before.item.ids, other.item.ids)
+                    shared = min(shared, same)
+                    if shared < _SHARED * len(other):
+                        break
+                    group.append((other, len(other) - same))
+                    rows, before = rows + len(other) - same, other
                 i += step
+        return group
 
     def _remove(self, piece: Piece) -> None:
         at = bisect_left(self._by_ids, piece)
-        while at < len(self._by_ids) and self._by_ids[at].key == piece.key:
-            if self._by_ids[at] is piece:
-                del self._by_ids[at]
-                self.tokens -= len(piece)
-                return
-            at += 1
+        if at < len(self._by_ids) and self._by_ids[at] is piece:
+            del self._by_ids[at]
+            self.tokens -= len(piece)
 
     def __iter__(self) -> Iterator[Piece]:
         return iter(self._by_ids)

@@ -10,6 +10,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
+from rmfast.integrations.serve import waiting
 from rmfast.integrations.serve.refusals import Busy, Closed, Refused, TooLarge, Unscored
 from rmfast.integrations.serve.scheduler import Ask, Scheduler
 from rmfast.integrations.serve.waiting import Piece, Waiting, common
@@ -192,12 +193,12 @@ def test_close_answers_what_waits_and_takes_nothing_more(model, scheduler):
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
 def test_nobody_waits_for_a_thread_that_has_died(model, scheduler):
     held(model, scheduler)
-    waiting = [submit(scheduler, [i]) for i in range(3)]
+    others = [submit(scheduler, [i]) for i in range(3)]
     model.score = None  # not callable: an error of its request
     running = SimpleNamespace(name="dies", encode=WORK.encode, run=lambda *_: (_ for _ in ()).throw(SystemExit))
     dying = scheduler.submit(Ask(_Hashed(running), [[5]]))
     model.gate.set()
-    for future in [*waiting, dying]:
+    for future in [*others, dying]:
         with pytest.raises((Closed, Unscored, Refused)):
             future.result(10)
     scheduler._thread.join(10)
@@ -238,6 +239,16 @@ def test_equal_texts_are_each_taken_once():
     pieces = [piece(3, 3) for _ in range(5)]
     made = waiting_of(*pieces)
     assert set(made.take(100)) == set(pieces) and len(made) == 0
+
+
+def test_a_batch_looks_at_no_more_texts_than_it_can_take(monkeypatch):
+    looked = []
+    monkeypatch.setattr(waiting, "common", lambda a, b: looked.append(1) or common(a, b))
+    made = waiting_of(*(piece(*[7] * 10, i, 1) for i in range(3000)))
+    assert len(made.take(100)) == 45  # 12, and 2 for each other
+    assert len(looked) < 1000
+    made = waiting_of(*(piece(1, 2, 3) for _ in range(3000)))
+    assert len(made.take(100)) == 3000
 
 
 def test_dropped_texts_are_never_taken():
