@@ -75,6 +75,7 @@ test-clients: build $(CLIENTS)/.ready  ## the server, asked by OpenRLHF's and ve
 $(CLIENTS)/.ready:
 	$(BIN)/pip install -q --no-deps --target $(@D) openrlhf==0.11.2 verl==0.9.1 aiohttp==3.14.5 aiohappyeyeballs==2.7.1 \
 		aiosignal==1.4.0 attrs==26.1.0 frozenlist==1.8.0 multidict==7.2.1 propcache==0.5.4 yarl==1.25.1
+	rm -rf $(@D)/tests
 	touch $@
 
 # The compiled one holds the libraries that `build` made, for this Python; torch's own stay torch's.

@@ -15,6 +15,8 @@ from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
+from rmfast import arguments
+from rmfast.engine.scorer import Scorer
 from rmfast.integrations.serve.desk import Desk, Served
 from rmfast.integrations.serve.gate import Gate
 from rmfast.integrations.serve.metrics import Metrics
@@ -50,6 +52,16 @@ class Limits:
     body_seconds: float = 60.0
     drain: float = 60.0
 
+    def __post_init__(self) -> None:
+        for name in ("body", "texts", "tokens", "characters", "queue"):
+            arguments.whole(name, getattr(self, name), 1)
+        if self.batch_tokens is not None:
+            arguments.whole("batch_tokens", self.batch_tokens, 1)
+        for name in ("max_wait", "drain"):
+            arguments.number(name, getattr(self, name), 0)
+        for name in ("timeout", "body_seconds"):
+            arguments.number(name, getattr(self, name), 0, above=True)
+
 
 def create_app(
     models: Mapping[str, Any], *, limits: Limits | None = None, token: str | None = None,
@@ -66,13 +78,17 @@ def create_app(
             request has none.
 
     Raises:
-        ValueError: there is no model; the token is empty.
+        ValueError, TypeError: an argument is wrong.
     """
-    if not models:
-        raise ValueError("Expected one model or more, got none")
-    if token is not None and not token.strip():
-        raise ValueError("Expected token to be text, got nothing")
-    limits = limits or Limits()
+    if not isinstance(models, Mapping) or not models:
+        raise TypeError(f"Expected models to be one or more by their names, got {arguments.shown(models)}")
+    for name, rm in models.items():
+        if not isinstance(name, str) or not name:
+            raise TypeError(f"Expected models to have names that are text, got {arguments.shown(name)}")
+        arguments.instance(f"models[{name!r}]", rm, Scorer)
+    if token is not None and (not isinstance(token, str) or not token.strip()):
+        raise TypeError("Expected token to be text, or None")
+    limits = Limits() if limits is None else arguments.instance("limits", limits, Limits)
     metrics = Metrics()
     served: dict[str, Served] = {}
     desk = Desk(served, metrics, timeout=limits.timeout, texts=limits.texts, characters=limits.characters)

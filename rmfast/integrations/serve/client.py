@@ -9,6 +9,7 @@ import urllib.request
 from collections.abc import Callable, Coroutine
 from typing import Any
 
+from rmfast import arguments
 from rmfast.integrations.completions import records
 
 Reward = Callable[..., Coroutine[Any, Any, list[float]]]
@@ -29,12 +30,19 @@ def remote_reward(
         timeout: seconds to wait for an answer.
         name: what logs call it.
 
-    Raises (by the function):
-        RuntimeError: the server has refused, with its message. No reward is ever made up.
-        OSError: the server can't be reached, or gave no answer in time.
+    The function raises a RuntimeError with the server's message where that has refused, and an OSError where it can't
+    be reached or gives no answer in time. No reward is ever made up.
+
+    Raises:
+        ValueError, TypeError: an argument is wrong.
     """
+    for what, value in (("url", url), ("name", name), ("model", model), ("token", token)):
+        if not isinstance(value, str) and not (value is None and what in ("model", "token")):
+            raise TypeError(f"Expected {what} to be text, got {arguments.shown(value)}")
     if not url.startswith(("http://", "https://")):
-        raise ValueError(f"Expected url to begin with http:// or https://, got {url!r}")
+        raise ValueError(f"Expected url to begin with http:// or https://, got {arguments.shown(url)}")
+    arguments.number("timeout", timeout, 0, above=True)
+    arguments.word("format", format, ("chat", "pair", "concat"))
 
     def post(body: dict[str, Any]) -> list[float]:
         headers = {"Content-Type": "application/json"}

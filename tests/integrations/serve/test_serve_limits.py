@@ -205,6 +205,8 @@ def test_a_token_is_asked_for_by_all_but_health(rm):
 class Held:
     """A model whose runs wait until they are let go."""
 
+    __class__ = property(lambda self: type(self._rm))
+
     def __init__(self, rm):
         import threading
 
