@@ -52,10 +52,9 @@ class Gate:
         except Gone:
             status = status or 499
         except Exception as error:
-            refusal = error
-            if not isinstance(refusal, Refusal):
-                logger.error("a request failed", exc_info=error)
-                refusal = Unscored("internal error")
+            refusal = error if isinstance(error, Refusal) else Unscored("internal error", error)
+            if refusal.__cause__ is not None:  # which the client is not told
+                logger.error("%s: %s", scope["path"], refusal, exc_info=refusal.__cause__)
             if status:  # the answer has begun
                 raise
             if isinstance(refusal, TooLarge | Slow | Denied):

@@ -299,7 +299,7 @@ def test_a_reward_that_is_not_finite_is_an_error(rm):
         assert answer.status == 500 and "not finite" in answer.message
 
 
-def test_an_error_inside_tells_nothing_of_the_inside(rm):
+def test_an_error_inside_tells_the_log_and_not_the_client(rm, caplog):
     class Broken(Held):
         def score(self, items, **options):
             if isinstance(items[0], list):
@@ -309,4 +309,5 @@ def test_an_error_inside_tells_nothing_of_the_inside(rm):
     with served(Broken(rm)) as url:
         answer = ask(url, "/score", {"inputs": ["a"]})
         assert answer.status == 500 and "secret" not in answer.message
+        assert "secret" in caplog.text
         assert ask(url, "/health", method="GET").status == 200
