@@ -14,8 +14,10 @@ from __future__ import annotations
 import asyncio
 import importlib.util
 import json
+import os
 import subprocess
 import sys
+import threading
 import time
 import weakref
 from collections.abc import Callable
@@ -63,9 +65,10 @@ def score(p: Serving) -> Callable[[Any], Tensor]:
 def server(kind: str) -> Maker:
     def make(p: Serving) -> Callable[[Any], Tensor]:
         command = [sys.executable, "-m", "bench.serve", kind, json.dumps(p.shape)]
-        process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=Path(__file__).parents[1])
+        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+        process: Any = subprocess.Popen(command, cwd=Path(__file__).parents[1], **pipes)  # type: ignore[call-overload]
         weakref.finalize(p, process.kill)
-        url = process.stdout.readline().strip()  # type: ignore[union-attr]
+        url = process.stdout.readline().strip()
         if not url:
             raise RuntimeError(f"the server {kind} has not started")
         want = p.rm.score(p.words) if kind == "ours" else None
@@ -148,7 +151,8 @@ def _plain(shape: Shape, most: int) -> Any:
 
 
 def main(kind: str, shape: Shape) -> None:
-    """Serve until killed; the first line of standard output is the URL."""
+    """Serve until standard input ends, as it does with who started this; the first line of output is the URL."""
+    threading.Thread(target=lambda: (sys.stdin.read(), os._exit(0)), daemon=True).start()
     from rmfast.integrations.serve import create_app, serve
 
     app = create_app({"m": reward_model(shape)}) if kind == "ours" else _plain(shape, 1 if kind == "each" else 8)
