@@ -15,7 +15,7 @@ READY = $(VENV)/.ready
 # What is never imported need not be compiled to bytecode.
 INSTALL = $(BIN)/pip install -q --no-compile -c constraints.txt
 
-.PHONY: demo docs help test test-interpreter test-models test-reward-lens fuzz bench lint format build libraries wheel kernel-tree gpu-check clean
+.PHONY: demo docs help test test-interpreter test-models test-reward-lens test-clients fuzz bench lint format build libraries wheel kernel-tree gpu-check clean
 
 demo: $(TORCHED)  ## real text, scored by a real model, beside plain transformers
 	@$(MAKE) --no-print-directory -j 2 $(DEMO) libraries
@@ -65,6 +65,17 @@ $(REWARD_LENS)%/.ready:
 	$(BIN)/pip install -q --no-deps --target $(@D) reward-lens==$* pydantic-settings==2.15.0 python-dotenv==1.2.4
 	$(BIN)/pip download -q --no-deps --no-binary reward-lens -d $(@D) reward-lens==$*
 	tar -xzf $(@D)/reward_lens-$*.tar.gz -C $(@D)/src --strip-components 1
+	touch $@
+
+# The request code of trainers that are made for GPUs, without what their packages need for other things.
+CLIENTS = build/clients
+test-clients: build $(CLIENTS)/.ready  ## the server, asked by OpenRLHF's and verl's own code
+	PYTHONPATH=$(CURDIR)/$(CLIENTS) $(PYTEST) tests/integrations/serve/test_serve_clients.py
+
+$(CLIENTS)/.ready:
+	$(BIN)/pip install -q --no-deps --target $(@D) openrlhf==0.11.2 verl==0.9.1 aiohttp==3.14.5 aiohappyeyeballs==2.7.1 \
+		aiosignal==1.4.0 attrs==26.1.0 frozenlist==1.8.0 multidict==7.2.1 propcache==0.5.4 yarl==1.25.1
+	rm -rf $(@D)/tests
 	touch $@
 
 # The compiled one holds the libraries that `build` made, for this Python; torch's own stay torch's.

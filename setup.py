@@ -263,6 +263,8 @@ setup(
         "rmfast.heads",
         "rmfast.integrations",
         "rmfast.integrations.reward_lens",
+        "rmfast.integrations.serve",
+        "rmfast.integrations.serve.protocols",
         "rmfast.interpret",
         "rmfast.loading",
         "rmfast.ops",

@@ -22,6 +22,7 @@ OPS = (
     "tcrm",
     "binned_mmd",
     "scoring",
+    "serve",
     "sweep",
     "interventions",
     "lens",

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 import rmfast
-from rmfast.cli import debias, evaluate, explain, merge, probe, score, steps, strength, sweep, values
+from rmfast.cli import debias, evaluate, explain, merge, probe, score, serve, steps, strength, sweep, values
 
 __all__ = ["app", "main"]
 
@@ -26,6 +26,7 @@ app.command()(sweep.sweep)
 app.command()(debias.debias)
 app.command()(evaluate.evaluate)
 app.command()(probe.probe)
+app.command()(serve.serve)
 app.command()(strength.strength)
 app.command()(merge.merge)
 app.command()(explain.explain)

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from rmfast import arguments, losses
 from rmfast.binding.find import bind
 from rmfast.engine.scorer import Scorer
+from rmfast.integrations.completions import records
 from rmfast.texts.chat import Chat
 from rmfast.texts.forms import Forms
 from rmfast.texts.inputs import InputError, encode, ids_of
@@ -342,12 +343,7 @@ def rmfast_reward(rm: Any, *, name: str = "rmfast_reward", **score: Any) -> Call
     score = {"format": "concat", **score}
 
     def reward(prompts: list[Any], completions: list[Any], **columns: Any) -> list[float]:
-        texts = []
-        for i, (p, c) in enumerate(zip(prompts, completions, strict=True)):
-            text = {"prompt": p, "response": c} if isinstance(p, str) else {"messages": [*p, *c]}
-            own = {name: columns[name][i] for name in ("tools", "chat_template_kwargs") if columns.get(name)}
-            texts.append({**text, **own})
-        return rm.score(texts, **score).tolist()
+        return rm.score(records(prompts, completions, columns), **score).tolist()
 
     reward.__name__ = name
     return reward

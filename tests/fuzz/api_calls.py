@@ -3,6 +3,7 @@
 # Over 500 lines: one table of all that users call.
 from __future__ import annotations
 
+import importlib.util
 import json
 import math
 import tempfile
@@ -21,6 +22,7 @@ from safetensors.torch import save_file
 
 import rmfast
 from rmfast import debias, evaluation, interventions, last_token, losses, ops, values
+from rmfast.integrations.serve import remote_reward
 from rmfast.interpret.comparison import mean_of_pairs
 
 Right = Callable[[Any], bool]
@@ -217,6 +219,7 @@ def calls() -> Iterator[Call]:
     yield from _benchmarks(w)
     yield from _training(w)
     yield from _kernels(w)
+    yield from _server(w)
 
 
 def call(name: str, function: Callable[..., Any], /, **arguments: tuple[Any, Right]) -> Call:
@@ -474,6 +477,33 @@ def _training(w: SimpleNamespace) -> Iterator[Call]:
     yield call("correlation_penalty", losses.correlation_penalty, x=(flat, tensor), factor=(flat, tensor))
     yield call("gae", values.gae, values=(flat, tensor), rewards=(flat, tensor), cu_seqlens=(ends, tensor),
                gamma=(0.9, number(0, 1)), lam=(0.9, number(0, 1)))  # fmt: skip
+
+
+def _server(w: SimpleNamespace) -> Iterator[Call]:
+    def url(x: Any) -> bool:
+        return isinstance(x, str) and x.startswith(("http://", "https://"))
+
+    def token(x: Any) -> bool:
+        return isinstance(x, str) and bool(x.strip())
+
+    yield call(
+        "remote_reward", remote_reward, url=("http://127.0.0.1:1", url), model=(None, optional(instance(str))),
+        token=(None, optional(instance(str))), timeout=(1.0, number(0, open=True)), name=("reward", instance(str)),
+        format=("concat", one_of("chat", "pair", "concat")),
+    )  # fmt: skip
+    if importlib.util.find_spec("fastapi") is None:
+        return
+    from rmfast.integrations.serve import Limits, create_app
+
+    ones = {name: (9, whole(1)) for name in ("body", "texts", "tokens", "characters", "queue")}
+    yield call(
+        "Limits", Limits, max_wait=(0.005, number(0)), batch_tokens=(None, optional(whole(1))), **ones,
+        timeout=(1.0, number(0, open=True)), body_seconds=(1.0, number(0, open=True)), drain=(1.0, number(0)),
+    )  # fmt: skip
+    yield call(
+        "create_app", create_app, models=({"m": w.rm}, lambda x: isinstance(x, dict) and x.get("m") is w.rm),
+        limits=(None, optional(instance(Limits))), token=(None, optional(token)),
+    )  # fmt: skip
 
 
 def _kernels(w: SimpleNamespace) -> Iterator[Call]:

@@ -1,0 +1,126 @@
+"""What every request passes: the token, the size and time of its body, and errors of one form, without a traceback."""
+
+from __future__ import annotations
+
+import asyncio
+import hmac
+import json
+import logging
+import time
+from typing import Any
+
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from rmfast.integrations.serve.desk import Gone
+from rmfast.integrations.serve.metrics import Metrics
+from rmfast.integrations.serve.refusals import Denied, Refusal, Slow, TooLarge, Unscored
+
+logger = logging.getLogger("rmfast.serve")
+
+_OPEN = ("/health",)  # without a token: who asks is a load balancer
+
+
+class Gate:
+    """Middleware, of plain ASGI.
+
+    Args:
+        token: what clients must bring as `Authorization: Bearer TOKEN`; None for no such demand.
+        body: most bytes of a request's body.
+        body_seconds: within which it must have come.
+    """
+
+    def __init__(self, app: ASGIApp, *, metrics: Metrics, token: str | None, body: int, body_seconds: float) -> None:
+        self.app, self.metrics, self.body, self.body_seconds = app, metrics, body, body_seconds
+        self.token = None if token is None else token.encode()
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            return await self.app(scope, receive, send)
+        start, status = time.monotonic(), 0
+
+        async def told(message: Message) -> None:
+            nonlocal status
+            if message["type"] == "http.response.start":
+                status = message["status"]
+            await send(message)
+
+        try:
+            if self.token is not None and scope["path"] not in _OPEN:
+                self._check(scope)
+            body = await self._read(scope, receive)
+            await self.app(scope, _again(body, receive), told)
+        except Gone:
+            status = status or 499
+        except Exception as error:
+            refusal = error if isinstance(error, Refusal) else Unscored("internal error", error)
+            if refusal.__cause__ is not None:  # which the client is not told
+                logger.error("%s: %s", scope["path"], refusal, exc_info=refusal.__cause__)
+            if status:  # the answer has begun
+                raise
+            if isinstance(refusal, TooLarge | Slow | Denied):
+                refusal.headers["Connection"] = "close"  # the rest of its body is not read
+            await answer(refusal, told)
+        finally:
+            route = getattr(scope.get("route"), "path", "other")
+            self.metrics.requests.labels(route, str(status)).inc()
+            self.metrics.latency.labels(route).observe(time.monotonic() - start)
+
+    def _check(self, scope: Scope) -> None:
+        given = [value for name, value in scope["headers"] if name == b"authorization"]
+        kind, _, token = given[0].partition(b" ") if len(given) == 1 else (b"", b"", b"")
+        if not hmac.compare_digest(token.strip(), self.token or b"") or kind.lower() != b"bearer":
+            raise Denied()
+
+    async def _read(self, scope: Scope, receive: Receive) -> bytes:
+        """The whole body, before anything else is done for the request."""
+        for name, value in scope["headers"]:
+            if name == b"content-length" and value.isdigit() and int(value[:20]) > self.body:
+                raise self._too_large()
+        try:
+            return await asyncio.wait_for(self._whole(receive), self.body_seconds)
+        except asyncio.TimeoutError:
+            raise Slow(f"the body did not come within {self.body_seconds:g} s") from None
+
+    async def _whole(self, receive: Receive) -> bytes:
+        parts, size = [], 0
+        while True:
+            message = await receive()
+            if message["type"] == "http.disconnect":
+                raise Gone
+            part = message.get("body", b"")
+            parts.append(part)
+            size += len(part)
+            if size > self.body:
+                raise self._too_large()
+            if not message.get("more_body"):
+                return b"".join(parts)
+
+    def _too_large(self) -> TooLarge:
+        return TooLarge(f"the body is over the limit of {self.body} bytes")
+
+
+def _again(body: bytes, receive: Receive) -> Receive:
+    """A `receive` that gives a body that was read, and then what the connection does."""
+    given = False
+
+    async def again() -> Message:
+        nonlocal given
+        if given:
+            return await receive()
+        given = True
+        return {"type": "http.request", "body": body, "more_body": False}
+
+    return again
+
+
+async def answer(refusal: Refusal, send: Send) -> None:
+    """Tell a client why it gets no number."""
+    content = json.dumps(problem(refusal)).encode()
+    headers = {"Content-Type": "application/json", "Content-Length": str(len(content)), **refusal.headers}
+    raw = [(name.lower().encode(), value.encode()) for name, value in headers.items()]
+    await send({"type": "http.response.start", "status": refusal.status, "headers": raw})
+    await send({"type": "http.response.body", "body": content})
+
+
+def problem(refusal: Refusal) -> dict[str, Any]:
+    return {"error": {"message": str(refusal), "type": refusal.kind, "code": refusal.status}}

@@ -1,0 +1,1 @@
+"""Other people's requests and responses, a file each, and our own."""
