@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 import rmfast
-from rmfast.cli import debias, evaluate, explain, merge, score, steps, strength, sweep, values
+from rmfast.cli import debias, evaluate, explain, join, merge, score, steps, strength, sweep, values
 
 __all__ = ["app", "main"]
 
@@ -28,6 +28,7 @@ app.command()(debias.debias)
 app.command()(evaluate.evaluate)
 app.command()(strength.strength)
 app.command()(merge.merge)
+app.command()(join.join)
 app.command()(explain.explain)
 
 

@@ -15,8 +15,10 @@ from typing import Annotated, Any, Literal, NoReturn
 import typer
 
 import rmfast
+from rmfast.cli.termination import Terminated
 from rmfast.texts.chat import template_kwargs, template_tools
 from rmfast.texts.files import STANDARD
+from rmfast.texts.remote import Location, location
 
 Columns = Literal["pairs", "response", "messages", "text"]
 
@@ -73,9 +75,18 @@ class ModelOptions:
     traceback: Annotated[bool, typer.Option("--traceback", help="Show where an error arose.")] = False
 
 
-def _there(path: Path) -> Path:
-    if path != STANDARD and not path.exists():
-        raise typer.BadParameter(f"File {str(path)!r} does not exist.")
+def file_of_option(text: str) -> Location:
+    """A file of this machine, or what a URL names. Not typer's Path, which would make s3:/ of s3://."""
+    path = location(text)
+    if isinstance(path, Path) and path.is_dir():
+        raise typer.BadParameter(f"File {text!r} is a directory.")
+    return path
+
+
+def _there(text: str) -> Location:
+    path = file_of_option(text)
+    if path != STANDARD and isinstance(path, Path) and not path.exists():
+        raise typer.BadParameter(f"File {text!r} does not exist.")
     return path
 
 
@@ -83,21 +94,27 @@ def _there(path: Path) -> Path:
 class Options(ModelOptions):
     """What `score`, `values` and `steps` share besides."""
 
+    # Locations both: typer takes no unions.
     input: Annotated[
-        Path,
+        Any,
         typer.Option(
-            help="A .jsonl, .csv or .parquet file, or a pipe; - is standard input.",
-            callback=_there,  # not exists=True, to which a file must be there that is called -
-            dir_okay=False,
+            help="A .jsonl, .csv or .parquet file or URL (s3://, gs://, hf://), or a pipe; - is standard input.",
+            parser=_there,
+            metavar="FILE",
         ),
     ]
     output: Annotated[
-        Path,
+        Any,
         typer.Option(
-            help="The .jsonl, .csv or .parquet file to write, or to go on with; - is standard output, as JSONL.",
-            dir_okay=False,
+            help="The .jsonl, .csv or .parquet file or URL to write, or to go on with; - is standard output, as JSONL.",
+            parser=file_of_option,
+            metavar="FILE",
         ),
     ]
+    shard: Annotated[
+        str | None,
+        typer.Option(help="K/N: the K-th of N parts, from 0, for `rmfast join`; default: RANK and WORLD_SIZE."),
+    ] = None
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Start anew where the output exists.")] = False
     on_error: Annotated[
         Literal["stop", "skip", "null"], typer.Option(help="At a bad row: stop, leave it out, or write it with null.")
@@ -147,6 +164,8 @@ def with_options(command: Callable[..., None]) -> Callable[..., None]:
             with warnings.catch_warnings():
                 warnings.showwarning = lambda message, *_: typer.echo(f"rmfast: {message}", err=True)  # one line
                 command(options, **given)
+        except Terminated as error:
+            fail(" ".join(["terminated", *map(str, error.args)]), code=143)
         except KeyboardInterrupt as error:
             fail(" ".join(["interrupted", *map(str, error.args)]), code=130)
         except BrokenPipeError:
