@@ -15,7 +15,8 @@ from rmfast.cli.options import (
     with_options,
 )
 from rmfast.cli.results import claimed, save_plot, write_csv
-from rmfast.cli.rows import cell_of, located, template_columns
+from rmfast.cli.rows import located
+from rmfast.texts.columns import cell_of, template_columns
 from rmfast.texts.tables import Row, read_rows
 
 _FILES = ("intervention.safetensors", "intervention.json", "report.csv", "report.png")

@@ -7,6 +7,7 @@ import contextlib
 import dataclasses
 import functools
 import inspect
+import os
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -17,10 +18,9 @@ import typer
 import rmfast
 from rmfast.cli.termination import Terminated
 from rmfast.texts.chat import template_kwargs, template_tools
+from rmfast.texts.columns import Columns
 from rmfast.texts.files import STANDARD
 from rmfast.texts.remote import Location, location
-
-Columns = Literal["pairs", "response", "messages", "text"]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -193,6 +193,8 @@ def load_model(options: ModelOptions, **more: Any) -> Any:
     given = {
         name: getattr(options, name) for name in ("dtype", "device", "revision", "num_labels", "gguf_file", "head")
     }
+    if options.device is None:
+        given["device"] = _device_of_rank()
     if options.token_head:
         if options.head is not None:
             raise ValueError("Expected --head or --token-head, got both")
@@ -205,6 +207,17 @@ def load_model(options: ModelOptions, **more: Any) -> Any:
         compute=options.compute,
         **{name: value for name, value in given.items() if value is not None} | more,
     )
+
+
+def _device_of_rank() -> str | None:
+    """The GPU of a process that is one of several on its machine; None where it is not, or there is no GPU."""
+    rank = os.environ.get("LOCAL_RANK", "")
+    if not rank.isdigit():
+        return None
+    import torch
+
+    # Modulo: a launcher may show each process one GPU alone.
+    return f"cuda:{int(rank) % torch.cuda.device_count()}" if torch.cuda.is_available() else None
 
 
 def encoding_of(options: ModelOptions) -> dict[str, Any]:

@@ -19,9 +19,10 @@ import typer
 import rmfast
 from rmfast.cli.options import Options, chosen_backend, encoding_of, files_of_options, load_model
 from rmfast.cli.progress import Progress
-from rmfast.cli.rows import BadRow, Layout, RowLayout
+from rmfast.cli.rows import Layout, RowLayout
 from rmfast.cli.shards import Shard
 from rmfast.cli.termination import Terminated, Termination
+from rmfast.texts.columns import BadRow
 from rmfast.texts.files import LOCK, STANDARD, Source
 from rmfast.texts.output import Lines, check_output, opened
 from rmfast.texts.remote import Location

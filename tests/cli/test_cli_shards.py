@@ -9,6 +9,8 @@ from typing import Any
 import pytest
 from shell import files, read, run, saved, write
 
+import rmfast
+
 ROWS = [{"id": i, "text": "" if i % 7 == 3 else f"{'word ' * (i % 5)}{i}"} for i in range(23)]
 OPTIONS = ["--window", 4, "--on-error", "skip"]
 
@@ -170,3 +172,17 @@ def test_a_shard_that_is_none_is_refused(folder, tmp_path, given):
 def test_standard_output_has_no_shards(folder, tmp_path):
     done = run("score", *files(folder, tmp_path, ROWS), "--output", "-", "--shard", "0/2")
     assert "Expected --output to be a file with --shard" in done.stderr
+
+
+@pytest.mark.parametrize("gpus, device", [(0, None), (1, "cuda:0"), (4, "cuda:3")])
+def test_a_process_takes_the_gpu_of_its_rank(folder, tmp_path, monkeypatch, gpus, device):
+    monkeypatch.setenv("LOCAL_RANK", "3")
+    monkeypatch.setattr("torch.cuda.is_available", lambda: gpus > 0)
+    monkeypatch.setattr("torch.cuda.device_count", lambda: gpus)
+
+    def load(*_: Any, **given: Any) -> Any:
+        raise ValueError(f"device {given.get('device')}")
+
+    monkeypatch.setattr(rmfast, "load", load)
+    assert f"device {device}" in run("score", *files(folder, tmp_path, ROWS[:2])).stderr
+    assert "device cpu" in run("score", *files(folder, tmp_path, ROWS[:2]), "--device", "cpu").stderr
