@@ -100,6 +100,8 @@ class Run:
                 Termination() as self.termination,
                 opened(self.path, self.run, reads=self._reads(), overwrite=o.overwrite) as self.output,
             ):
+                if self.shard is not None:
+                    typer.echo(f"rmfast: shard {self.shard.index}/{self.shard.count}: {self.path}", err=True)
                 if self.output.finished:
                     return typer.echo(f"rmfast: {self.path} is complete; --overwrite starts anew", err=True)
                 self._go(method, settings)

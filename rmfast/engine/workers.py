@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import io
+import os
 import pickle
 import queue
+import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -214,6 +216,7 @@ def _packed(scorer: Any) -> tuple[bytes, list[Tensor]]:
 
 def _work(packed: bytes, tensors: list[Tensor], device: str, threads: int, tasks: Any, results: Any) -> None:
     """A worker's life: say that the model is there, then run what comes."""
+    threading.Thread(target=_end_with_the_parent, daemon=True).start()
     try:
         torch.set_num_threads(threads)
         scorer = _Unpacker(io.BytesIO(packed), tensors, device).load()
@@ -224,6 +227,14 @@ def _work(packed: bytes, tensors: list[Tensor], device: str, threads: int, tasks
             results.put(((number, [value.numpy() for value in values]), None))
     except Exception as error:
         results.put((None, _sendable(error, device)))
+
+
+def _end_with_the_parent() -> None:
+    """However that ends: a killed one tells nobody, and leaves a worker to wait for ever."""
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        parent.join()
+        os._exit(1)
 
 
 def _sendable(error: Exception, device: str) -> Exception:

@@ -76,7 +76,10 @@ class Remote:
     def below(self) -> dict[str, int]:
         """Names and sizes of the files in this folder, at any depth."""
         system, path = self._opened()
-        found = system.find(path, detail=True)
+        try:
+            found = system.find(path, detail=True)
+        except FileNotFoundError:
+            return {}
         return {name.rpartition(f"/{self.name}/")[2]: about["size"] for name, about in found.items()}
 
     def remove(self) -> None:

@@ -105,8 +105,11 @@ class RemoteOutput:
                 lines.flush()
             if self.kind != "jsonl":
                 made = Path(table.name)
-                with naming(made):
-                    write_table(Path(lines.name), made, self.kind)
+                try:
+                    with naming(made):
+                        write_table(Path(lines.name), made, self.kind)
+                except ValueError as error:
+                    raise ValueError(str(error).replace(lines.name, f"the parts in {self._folder}")) from error
             self._expect_header()  # while the parts were read, too
             self.path.write_file(made)
             log.append({"finished": self.next_row, "size": made.stat().st_size})

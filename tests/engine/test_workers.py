@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import os
 import signal
+import subprocess
+import sys
 import threading
 import time
+from pathlib import Path
 from typing import Any
 
 import models
@@ -81,6 +84,35 @@ def test_a_process_that_is_killed_is_an_error_and_not_a_wait(rm):
         processes = list(workers._processes)
     deadline = time.monotonic() + 20
     while any(process.is_alive() for process in processes):
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
+_ABANDONED = """
+import os, sys
+import models
+import rmfast
+from rmfast.engine.workers import Workers
+if __name__ == "__main__":
+    workers = Workers(rmfast.RewardModel(models.decoder(), models.tokenizer()), ["cpu"])
+    print(workers._processes[0].pid, flush=True)
+    os.kill(os.getpid(), 9)
+"""
+
+
+def test_workers_end_with_a_parent_that_is_killed(tmp_path):
+    (tmp_path / "abandoned.py").write_text(_ABANDONED)
+    paths = os.pathsep.join([os.getcwd(), str(Path(models.__file__).parent), os.environ.get("PYTHONPATH", "")])
+    done = subprocess.run(
+        [sys.executable, tmp_path / "abandoned.py"],
+        env={**os.environ, "PYTHONPATH": paths},
+        stdout=subprocess.PIPE,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == -signal.SIGKILL
+    worker, deadline = Path(f"/proc/{int(done.stdout)}"), time.monotonic() + 30
+    while worker.exists() and "(zombie)" not in (worker / "status").read_text():
         assert time.monotonic() < deadline
         time.sleep(0.05)
 
