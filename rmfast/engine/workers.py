@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import io
-import os
 import pickle
-import queue
-import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from multiprocessing.connection import Connection, wait
 from typing import Any
 
 import numpy as np
@@ -44,19 +42,20 @@ class Workers:
         self.devices = [_there(each) for each in _listed(devices)]
         packed = _packed(scorer)
         context = multiprocessing.get_context("spawn")  # a fork would inherit CUDA and threads that are not there
-        self._tasks: Any = context.SimpleQueue()
-        self._results: Any = context.Queue()
         self._processes: list[Any] = []
-        threads = max(1, torch.get_num_threads())
+        self._ends: list[Connection] = []
         try:
             for device in self.devices:
+                here, there = context.Pipe()
                 process = context.Process(
-                    target=_work, args=(*packed, device, threads, self._tasks, self._results), daemon=True
+                    target=_work, args=(*packed, device, torch.get_num_threads(), there), daemon=True
                 )
                 process.start()
+                there.close()  # so that each sees when the other has ended
                 self._processes.append(process)
-            for _ in self.devices:
-                self._next()
+                self._ends.append(here)
+            for worker in range(len(self.devices)):
+                self._result_of(worker)
         except BaseException:
             self.close()
             raise
@@ -71,9 +70,10 @@ class Workers:
         """End the processes."""
         for process in self._processes:
             process.terminate()
-        for process in self._processes:
+        for process, end in zip(self._processes, self._ends):
             process.join()
-        self._processes = []
+            end.close()
+        self._processes, self._ends = [], []
 
     def run(
         self,
@@ -86,32 +86,63 @@ class Workers:
         """What `Scorer.run` gives: rewards (len(read[i]), K) of each input at its tokens read[i], on the CPU."""
         batch_tokens = checked_run(batch_tokens, progress)
         found: list[Any] = [None] * len(encoded)
-        parts = list(parts_of(encoded, len(self.devices), batch_tokens or 4096))
-        for number, part in enumerate(parts):
-            self._tasks.put((number, [encoded[i] for i in part], [read[i] for i in part], batch_tokens, engine))
-        with tqdm(total=len(encoded), unit="text", disable=not progress) as bar:
-            for _ in parts:
-                number, values = self._next()
-                for i, value in zip(parts[number], values, strict=True):
-                    found[i] = torch.from_numpy(value)
-                bar.update(len(values))
+        parts = parts_of(encoded, len(self.devices), batch_tokens or 4096)
+        try:
+            with tqdm(total=len(encoded), unit="text", disable=not progress) as bar:
+                at: dict[int, list[int]] = {}  # by worker, the part that it is at
+                for worker, part in zip(range(len(self._ends)), parts):
+                    self._send(worker, part, encoded, read, batch_tokens, engine)
+                    at[worker] = part
+                while at:
+                    worker = self._ready(at)
+                    values, part = self._result_of(worker), at.pop(worker)
+                    for i, value in zip(part, values, strict=True):
+                        found[i] = torch.from_numpy(value)
+                    bar.update(len(values))
+                    if (following := next(parts, None)) is not None:
+                        self._send(worker, following, encoded, read, batch_tokens, engine)
+                        at[worker] = following
+        except BaseException:
+            self.close()  # what others are at is no answer to a later question
+            raise
         return found
 
-    def _next(self) -> Any:
-        """What a worker says next. Raises what it raised, and RuntimeError where it ended without a word."""
-        while True:
-            try:
-                result, error = self._results.get(timeout=1.0)
-            except queue.Empty:
-                for device, process in zip(self.devices, self._processes):
-                    if not process.is_alive():
-                        raise RuntimeError(
-                            f"Expected the process for {device} to run, but it ended with exit code {process.exitcode}"
-                        ) from None
-                continue
-            if error is not None:
-                raise error
-            return result
+    def _send(self, worker: int, part: list[int], encoded: Any, read: Any, *options: Any) -> None:
+        with self._alive(worker):
+            self._ends[worker].send(([encoded[i] for i in part], [read[i] for i in part], *options))
+
+    def _ready(self, at: Iterable[int]) -> int:
+        """A worker, of those at work, that has a result or has ended; RuntimeError where another has ended."""
+        ends: dict[Any, int] = {self._ends[worker]: worker for worker in at}
+        gone: dict[Any, int] = {process.sentinel: worker for worker, process in enumerate(self._processes)}
+        ready = wait([*ends, *gone])
+        for each in ready:
+            if each in ends:
+                return ends[each]
+        raise self._ended(gone[ready[0]])
+
+    def _result_of(self, worker: int) -> Any:
+        """What it says next. Raises what it raised, and RuntimeError where it ended without a word."""
+        with self._alive(worker):
+            result, error = self._ends[worker].recv()
+        if error is not None:
+            raise error
+        return result
+
+    @contextmanager
+    def _alive(self, worker: int) -> Iterator[None]:
+        try:
+            yield
+        except (EOFError, OSError) as error:  # BrokenPipeError, ConnectionResetError
+            raise self._ended(worker) from error
+
+    def _ended(self, worker: int) -> RuntimeError:
+        process = self._processes[worker]
+        process.join(5)
+        code = process.exitcode
+        return RuntimeError(
+            f"Expected the process for {self.devices[worker]} to run, but it ended with exit code {code}"
+        )
 
 
 @contextmanager
@@ -214,27 +245,21 @@ def _packed(scorer: Any) -> tuple[bytes, list[Tensor]]:
     return file.getvalue(), [tensor.detach() if not tensor.is_leaf else tensor for tensor in packer.tensors]
 
 
-def _work(packed: bytes, tensors: list[Tensor], device: str, threads: int, tasks: Any, results: Any) -> None:
-    """A worker's life: say that the model is there, then run what comes."""
-    threading.Thread(target=_end_with_the_parent, daemon=True).start()
+def _work(packed: bytes, tensors: list[Tensor], device: str, threads: int, end: Connection) -> None:
+    """A worker's life: say that the model is there, then run what comes, until nobody is there to ask."""
     try:
         torch.set_num_threads(threads)
         scorer = _Unpacker(io.BytesIO(packed), tensors, device).load()
-        results.put(((None, None), None))
+        end.send((None, None))
         while True:
-            number, encoded, read, batch_tokens, engine = tasks.get()
+            try:
+                encoded, read, batch_tokens, engine = end.recv()
+            except EOFError:
+                return
             values = scorer.run(encoded, read, batch_tokens, False, engine)
-            results.put(((number, [value.numpy() for value in values]), None))
+            end.send(([value.numpy() for value in values], None))
     except Exception as error:
-        results.put((None, _sendable(error, device)))
-
-
-def _end_with_the_parent() -> None:
-    """However that ends: a killed one tells nobody, and leaves a worker to wait for ever."""
-    parent = multiprocessing.parent_process()
-    if parent is not None:
-        parent.join()
-        os._exit(1)
+        end.send((None, _sendable(error, device)))
 
 
 def _sendable(error: Exception, device: str) -> Exception:
