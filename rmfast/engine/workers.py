@@ -85,6 +85,8 @@ class Workers:
     ) -> list[Tensor]:
         """What `Scorer.run` gives: rewards (len(read[i]), K) of each input at its tokens read[i], on the CPU."""
         batch_tokens = checked_run(batch_tokens, progress)
+        if not self._ends:
+            raise RuntimeError("Expected workers that run: these have ended")
         found: list[Any] = [None] * len(encoded)
         parts = parts_of(encoded, len(self.devices), batch_tokens or 4096)
         try:
@@ -139,9 +141,8 @@ class Workers:
     def _ended(self, worker: int) -> RuntimeError:
         process = self._processes[worker]
         process.join(5)
-        code = process.exitcode
         return RuntimeError(
-            f"Expected the process for {self.devices[worker]} to run, but it ended with exit code {code}"
+            f"Expected the process for {self.devices[worker]} to run, but it ended with exit code {process.exitcode}"
         )
 
 

@@ -94,7 +94,11 @@ class _Hash:
 
 
 class _Digester(pickle.Pickler):
+    """The same bytes in every process: sets in an order, tensors as digests of what they hold."""
+
     def persistent_id(self, found: Any) -> Any:
+        if isinstance(found, set | frozenset):
+            return tuple(sorted(map(repr, found)))
         if not isinstance(found, Tensor):
             return None
         data = found.detach().cpu().contiguous().reshape(-1)

@@ -80,6 +80,8 @@ def test_a_process_that_is_killed_is_an_error_and_not_a_wait(rm):
         with pytest.raises(RuntimeError, match="for cpu to run, but it ended with exit code -9"):
             workers.run(encoded, rm.reads(encoded), 64, False, None)
         assert not any(process.is_alive() for process in processes)
+        with pytest.raises(RuntimeError, match="these have ended"):
+            workers.run(encoded[:1], rm.reads(encoded[:1]), None, False, None)
 
 
 _ABANDONED = """

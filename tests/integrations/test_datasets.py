@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import copy
+import os
+import subprocess
+import sys
 from typing import Any
 
 import models
@@ -78,6 +81,23 @@ def test_the_cache_knows_model_and_options(rm, dataset):
     assert first != digest(scorer(other))
     clamp = rmfast.NeuronClamp({"model.layers.0.mlp.down_proj": (torch.tensor([3]), torch.tensor([0.5]))})
     assert first != digest(scorer(rm.with_interventions(clamp)))
+
+
+def test_another_process_finds_the_same(rm, tmp_path):
+    rm.model.save_pretrained(tmp_path)
+    rm.tokenizer.save_pretrained(tmp_path)
+    code = (
+        "import sys, rmfast; from rmfast.integrations.datasets import scorer; from datasets.fingerprint import Hasher;"
+    )
+    code += "print(Hasher.hash(scorer(rmfast.load(sys.argv[1]))))"
+    found = {
+        subprocess.run(
+            [sys.executable, "-c", code, tmp_path], env={**os.environ, "PYTHONHASHSEED": seed}, stdout=subprocess.PIPE,
+            check=True,
+        ).stdout
+        for seed in "12"
+    }  # fmt: skip
+    assert len(found) == 1
 
 
 def test_it_stays_in_its_process(rm, dataset):
