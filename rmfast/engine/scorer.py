@@ -407,6 +407,12 @@ class Scorer:
         """Without the engine, which is made anew on the machine and device that this is unpickled on."""
         return {**self.__dict__, "_engine": None}
 
+    def __copy__(self) -> Self:
+        """With the engine, which belongs to the model."""
+        made = object.__new__(type(self))
+        made.__dict__.update(self.__dict__)
+        return made
+
     def __deepcopy__(self, memo: dict[int, Any]) -> Self:
         """A scorer of a copy of the model, made while no other thread scores with it, which would leave its traces."""
         with lock_of(self.binding.root):

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import os
+import pickle
 import signal
 import subprocess
 import sys
@@ -65,6 +67,14 @@ def test_what_can_not_go_along_is_refused(rm):
     local = rmfast.RewardModel(models.decoder(), models.tokenizer(), head=FunctionHead(lambda h: h[:, 0]))
     with pytest.raises(ValueError, match="can be sent to other processes"):
         local.score(["a"], device=TWO)
+
+
+def test_a_copy_here_has_the_engine_and_a_pickle_makes_its_own(rm):
+    rm.score(["a"])
+    assert copy.copy(rm)._engine is rm._engine is not None
+    there = pickle.loads(pickle.dumps(rm))
+    assert there._engine is None
+    assert torch.equal(there.score(PAIRS[:4]), rm.score(PAIRS[:4]))
 
 
 def test_an_error_of_a_process_is_raised_here(rm):
