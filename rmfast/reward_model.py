@@ -70,6 +70,7 @@ class RewardModel(Scorer):
         interventions: Sequence[Intervention | None] | None = None,
         intervention_index: Sequence[int] | None = None,
         output: Literal["rewards", "all"] = "rewards",
+        device: Any = None,
         **options: Unpack[ScoreOptions],
     ) -> Any:
         """One reward (or K) for each input: the head's raw output.
@@ -90,6 +91,8 @@ class RewardModel(Scorer):
             output: "all" for a dict of all that the head makes: "scores", which are what is returned else; "rewards"
                 (N, A), the attributes or labels, with their "names"; and by the kind of head "gates" (N, G),
                 "quantiles" (N, Q), "spreads", "bins", "logits" (docs/heads.md). Not with interventions or normalize.
+            device: several devices, like ["cuda:0", "cuda:1"], on each of which a process of its own runs a part of the
+                inputs with a copy of the model, for this call alone (docs/scale.md). Default: where the model is.
             options: max_length, truncation, format, chat_template_kwargs, tools, batch_tokens, progress, engine
                 (`rmfast.engine.options`).
 
@@ -101,11 +104,12 @@ class RewardModel(Scorer):
             InputError: (a ValueError) an input is empty, of an unknown kind, over max_length, outside of the
                 vocabulary, or lacks the pooling token. `.index` is its position.
             ValueError, TypeError: an argument is wrong.
+            RuntimeError: a process on one of `device` ended or failed.
         """
         word("output", output, ("rewards", "all"))
         if output == "all":
-            if any(each is not None for each in (normalize, interventions, intervention_index)):
-                raise ValueError('Expected no normalize, interventions or intervention_index with output="all"')
+            if any(each is not None for each in (normalize, interventions, intervention_index, device)):
+                raise ValueError('Expected no normalize, interventions, intervention_index or device with output="all"')
             return super().outputs(inputs, positions=positions, **options)
         variants = None
         if interventions is None and intervention_index is not None:
@@ -114,11 +118,13 @@ class RewardModel(Scorer):
             from rmfast.debias.apply import variants_of
 
             variants = partial(variants_of, self, interventions, intervention_index)
-        return super().score(inputs, positions=positions, normalize=normalize, variants=variants, **options)
+        return super().score(
+            inputs, positions=positions, normalize=normalize, variants=variants, device=device, **options
+        )
 
     @takes(ScoreOptions)
     def token_values(  # type: ignore[override]
-        self, inputs: Sequence[Any], *, normalize: tuple[Any, Any] | Literal["own"] | None = None,
+        self, inputs: Sequence[Any], *, normalize: tuple[Any, Any] | Literal["own"] | None = None, device: Any = None,
         **options: Unpack[ScoreOptions],
     ) -> list[Tensor]:  # fmt: skip
         """The reward read at every token of every input, from one pass of the body.
@@ -132,7 +138,7 @@ class RewardModel(Scorer):
         Raises:
             ValueError: the model pools by itself (a cross-encoder), so tokens have no reward of their own.
         """
-        return super().token_values(inputs, normalize=normalize, **options)
+        return super().token_values(inputs, normalize=normalize, device=device, **options)
 
     @takes(ScoreOptions, "truncation")
     def step_scores(

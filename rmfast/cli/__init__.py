@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 import rmfast
-from rmfast.cli import debias, evaluate, explain, merge, probe, score, serve, steps, strength, sweep, values
+from rmfast.cli import debias, evaluate, explain, join, merge, probe, score, serve, steps, strength, sweep, values
 
 __all__ = ["app", "main"]
 
@@ -29,6 +29,7 @@ app.command()(probe.probe)
 app.command()(serve.serve)
 app.command()(strength.strength)
 app.command()(merge.merge)
+app.command()(join.join)
 app.command()(explain.explain)
 
 

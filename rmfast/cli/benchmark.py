@@ -10,7 +10,6 @@ from typing import Any
 import numpy as np
 
 from rmfast.cli.options import ModelOptions, Options, chosen_backend, encoding_of, load_model
-from rmfast.cli.rows import BadRow
 from rmfast.cli.run import Run
 from rmfast.evaluation.data import cells_of, rows_of
 from rmfast.evaluation.evaluate import evaluated
@@ -19,6 +18,7 @@ from rmfast.evaluation.layouts import layout_of
 from rmfast.evaluation.parity import Parity, parity
 from rmfast.evaluation.result import Evaluation
 from rmfast.interventions import load
+from rmfast.texts.columns import BadRow
 from rmfast.texts.tables import Row, dump_line, kind_of, read_rows
 
 SCORES = "scores"  # the column

@@ -78,7 +78,7 @@ def evaluate(
     files = files_of(data)
     bootstrap: dict[str, Any] = {"resamples": resamples, "confidence": confidence, "seed": seed}
     reads = [*files, *files_of_options(options.tools, options.chat_template_kwargs)]
-    shared = {"on_error": on_error, "window": window, "engine": engine, "overwrite": overwrite}
+    shared = {"on_error": on_error, "window": window, "engine": engine, "overwrite": overwrite, "shard": "0/1"}
     with claimed(output, _FILES, reads):
         input_ = files[0] if is_table(files) else as_lines(files, output / "data.jsonl")
         of = first_layout(input_, layout, step_tag, threshold, subset_column)

@@ -7,6 +7,7 @@ import contextlib
 import dataclasses
 import functools
 import inspect
+import os
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -15,10 +16,11 @@ from typing import Annotated, Any, Literal, NoReturn
 import typer
 
 import rmfast
+from rmfast.cli.termination import Terminated
 from rmfast.texts.chat import template_kwargs, template_tools
+from rmfast.texts.columns import Columns
 from rmfast.texts.files import STANDARD
-
-Columns = Literal["pairs", "response", "messages", "text"]
+from rmfast.texts.remote import Location, location
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -73,9 +75,18 @@ class ModelOptions:
     traceback: Annotated[bool, typer.Option("--traceback", help="Show where an error arose.")] = False
 
 
-def _there(path: Path) -> Path:
-    if path != STANDARD and not path.exists():
-        raise typer.BadParameter(f"File {str(path)!r} does not exist.")
+def file_of_option(text: str) -> Location:
+    """A file of this machine, or what a URL names. Not typer's Path, which would make s3:/ of s3://."""
+    path = location(text)
+    if isinstance(path, Path) and path.is_dir():
+        raise typer.BadParameter(f"File {text!r} is a directory.")
+    return path
+
+
+def _there(text: str) -> Location:
+    path = file_of_option(text)
+    if path != STANDARD and isinstance(path, Path) and not path.exists():
+        raise typer.BadParameter(f"File {text!r} does not exist.")
     return path
 
 
@@ -83,21 +94,27 @@ def _there(path: Path) -> Path:
 class Options(ModelOptions):
     """What `score`, `values` and `steps` share besides."""
 
+    # Locations both: typer takes no unions.
     input: Annotated[
-        Path,
+        Any,
         typer.Option(
-            help="A .jsonl, .csv or .parquet file, or a pipe; - is standard input.",
-            callback=_there,  # not exists=True, to which a file must be there that is called -
-            dir_okay=False,
+            help="A .jsonl, .csv or .parquet file or URL (s3://, gs://, hf://), or a pipe; - is standard input.",
+            parser=_there,
+            metavar="FILE",
         ),
     ]
     output: Annotated[
-        Path,
+        Any,
         typer.Option(
-            help="The .jsonl, .csv or .parquet file to write, or to go on with; - is standard output, as JSONL.",
-            dir_okay=False,
+            help="The .jsonl, .csv or .parquet file or URL to write, or to go on with; - is standard output, as JSONL.",
+            parser=file_of_option,
+            metavar="FILE",
         ),
     ]
+    shard: Annotated[
+        str | None,
+        typer.Option(help="K/N: the K-th of N parts, from 0, for `rmfast join`; default: RANK and WORLD_SIZE."),
+    ] = None
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Start anew where the output exists.")] = False
     on_error: Annotated[
         Literal["stop", "skip", "null"], typer.Option(help="At a bad row: stop, leave it out, or write it with null.")
@@ -147,6 +164,8 @@ def with_options(command: Callable[..., None]) -> Callable[..., None]:
             with warnings.catch_warnings():
                 warnings.showwarning = lambda message, *_: typer.echo(f"rmfast: {message}", err=True)  # one line
                 command(options, **given)
+        except Terminated as error:
+            fail(" ".join(["terminated", *map(str, error.args)]), code=143)
         except KeyboardInterrupt as error:
             fail(" ".join(["interrupted", *map(str, error.args)]), code=130)
         except BrokenPipeError:
@@ -174,6 +193,8 @@ def load_model(options: ModelOptions, **more: Any) -> Any:
     given = {
         name: getattr(options, name) for name in ("dtype", "device", "revision", "num_labels", "gguf_file", "head")
     }
+    if options.device is None:
+        given["device"] = _device_of_rank()
     if options.token_head:
         if options.head is not None:
             raise ValueError("Expected --head or --token-head, got both")
@@ -195,6 +216,17 @@ def other_than(options: ModelOptions, interventions: list[Path], against: str) -
         return options, [*interventions, folder]
     # Which files of the model's own folder or repository are read says nothing of another's.
     return dataclasses.replace(options, model=against, revision=None, gguf_file=None), []
+
+
+def _device_of_rank() -> str | None:
+    """The GPU of a process that is one of several on its machine; None where it is not, or there is no GPU."""
+    rank = os.environ.get("LOCAL_RANK", "")
+    if not rank.isdigit():
+        return None
+    import torch
+
+    # Modulo: a launcher may show each process one GPU alone.
+    return f"cuda:{int(rank) % torch.cuda.device_count()}" if torch.cuda.is_available() else None
 
 
 def encoding_of(options: ModelOptions) -> dict[str, Any]:

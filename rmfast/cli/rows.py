@@ -4,49 +4,14 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
+from dataclasses import fields
 from pathlib import Path
 from typing import Any, Protocol
 
-from rmfast.cli.options import Columns, Options
-from rmfast.texts.chat import is_messages, messages_in
+from rmfast.cli.options import Options
+from rmfast.texts.columns import BadRow, Columns, Names, cell_of, inputs_of, mode_of, template_columns
 from rmfast.texts.files import Source
 from rmfast.texts.tables import Row, read_rows
-
-
-class BadRow(ValueError):
-    """A row that can't be scored; the message says why."""
-
-
-def cell_of(row: Row, column: str, parse: bool = False) -> Any:
-    """The text or messages in a column, which in CSV are written out; with `parse` they may be elsewhere. Or BadRow."""
-    if column not in row.data:
-        raise BadRow(f"column {column!r} is missing")
-    cell = row.data[column]
-    if cell is None or cell == [] or (isinstance(cell, str) and not cell.strip()):
-        raise BadRow(f"column {column!r} is empty")
-    if isinstance(cell, str) and (parse or not row.typed):
-        try:
-            written = messages_in(cell)
-        except ValueError as error:
-            raise BadRow(f"column {column!r} {error}") from None
-        if written is None and parse:
-            raise BadRow(f"column {column!r} holds no list of messages")
-        cell = cell if written is None else written
-    if is_messages(cell):
-        return cell
-    if not isinstance(cell, str):
-        raise BadRow(f"column {column!r} holds neither text nor messages but {type(cell).__name__}")
-    try:
-        cell.encode()
-    except UnicodeEncodeError as error:
-        raise BadRow(f"column {column!r} is not valid Unicode: {error.reason}") from None
-    return cell
-
-
-def template_columns(row: Row) -> dict[str, Any]:
-    """What a row says for the chat template; written out as JSON where it is text."""
-    names = ("tools", "chat_template_kwargs")
-    return {name: row.data[name] for name in names if row.data.get(name) not in (None, "")}
 
 
 @contextlib.contextmanager
@@ -74,6 +39,7 @@ class Layout:
     def __init__(self, options: Options, source: Source, kind: str, column: str, tokens: bool) -> None:
         """Choose the mode by the columns of the first readable row, and see that the new columns are free."""
         self.options, self.column, self.tokens = options, column, tokens
+        self.names = Names(**{field.name: getattr(options, f"{field.name}_column") for field in fields(Names)})
         self.cuts = options.truncation != "error"
         self.mode: Columns | None = options.columns
         data = next((row.data for row in read_rows(source, kind) if not row.error), None)
@@ -97,19 +63,8 @@ class Layout:
             raise BadRow(row.error)
         if taken := self._taken(row.data):  # rows of JSONL may differ in their columns
             raise BadRow(f"has a column {taken[0]!r} of its own: give another --output-column")
-        o = self.options
-        own = template_columns(row)
-        if self.mode == "pairs":
-            prompt = cell_of(row, o.prompt_column) if row.data.get(o.prompt_column) is not None else None
-            sides = [cell_of(row, column) for column in (o.chosen_column, o.rejected_column)]
-            return [{"prompt": prompt, "response": side, **own} for side in sides]
-        if self.mode == "response":
-            return [{"prompt": cell_of(row, o.prompt_column), "response": cell_of(row, o.response_column), **own}]
-        column = o.messages_column if self.mode == "messages" else o.text_column
-        cell = cell_of(row, column, parse=self.mode == "messages")
-        if isinstance(cell, str) != (self.mode == "text"):
-            raise BadRow(f"column {column!r} holds {'messages' if self.mode == 'text' else 'no list of messages'}")
-        return [cell if self.mode == "text" else {"messages": cell, **own}]
+        assert self.mode is not None
+        return inputs_of(row, self.mode, self.names)
 
     def cells(self, model: Any, row: Row, results: list[tuple[Any, Any]]) -> dict[str, Any]:
         """The new columns of a row, from (encoded input, reward) of its texts."""
@@ -124,20 +79,7 @@ class Layout:
         return cells
 
     def _mode_of(self, data: dict[str, Any]) -> Columns:
-        o = self.options
-        wanted: dict[Columns, tuple[str, ...]] = {
-            "pairs": (o.chosen_column, o.rejected_column),
-            "messages": (o.messages_column,),
-            "response": (o.prompt_column, o.response_column),
-            "text": (o.text_column,),
-        }
-        for mode, names in wanted.items():
-            if all(name in data for name in names):
-                return mode
-        expected = " or ".join("+".join(names) for names in wanted.values())
-        raise ValueError(
-            f"Expected columns {expected}, got {', '.join(data) or 'none'}; see --text-column and the like"
-        )
+        return mode_of(data, self.names, "see --text-column and the like")
 
     def _taken(self, data: dict[str, Any]) -> list[str]:
         """The new columns that a row already has."""

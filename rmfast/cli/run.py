@@ -18,9 +18,14 @@ import typer
 
 import rmfast
 from rmfast.cli.options import Options, chosen_backend, encoding_of, files_of_options, load_model
-from rmfast.cli.rows import BadRow, Layout, RowLayout
+from rmfast.cli.progress import Progress
+from rmfast.cli.rows import Layout, RowLayout
+from rmfast.cli.shards import Shard
+from rmfast.cli.termination import Terminated, Termination
+from rmfast.texts.columns import BadRow
 from rmfast.texts.files import LOCK, STANDARD, Source
 from rmfast.texts.output import Lines, check_output, opened
+from rmfast.texts.remote import Location
 from rmfast.texts.tables import SUFFIXES, Row, count_and_digest, dump_line, kind_of, read_rows
 
 Score = Callable[[list[Any]], Any]  # encoded inputs to a reward, or token rewards, for each
@@ -38,24 +43,27 @@ class Run:
         """layout: makes what says what rows hold; `run`: what else an output is of."""
         self.options, self.column, self.interventions = options, column, interventions or []
         self.kind = options.input_format or kind_of(options.input)
-        check_output(options.output)
+        self.shard = Shard.of(options.shard)
+        self.path: Location = options.output if self.shard is None else self.shard.path(options.output)
+        check_output(self.path)
         self.source = Source.of(options.input)
         self.count, digest = count_and_digest(self.source, self.kind)
-        local = Path(options.model)
-        self.base = _base_folder(local)
+        if self.shard is not None and self.count is not None:
+            self.count = self.shard.size(self.count, options.window)
+        self.base = _base_folder(Path(options.model))
         self.encoding = encoding_of(options)
         fixed = ("columns", "pooling", "num_labels", "head", "token_head", "dtype", "compute", "revision", "gguf_file")
         names = [field.name for field in dataclasses.fields(options) if field.name.endswith("_column")]
         self.run = {
             "rmfast": rmfast.__version__,
             "command": command,
-            **dict(zip(("model", "model_files"), digest_of_model(options.model))),
-            "base": None if self.base is None else str(self.base.resolve()),
-            "base_files": None if self.base is None else _files_digest(self.base),
+            **dict(zip(("model", "model_files"), self.digest_of_model(options.model))),
+            **dict(zip(("base", "base_files"), [None] * 2 if self.base is None else self.digest_of_model(self.base))),
             "interventions": [_content_digest(folder) for folder in self.interventions] or None,
             "input_sha256": digest,
             "tokens": tokens,
             "invariant": options.invariant or None,
+            **({} if self.shard is None else {"shard": {**dataclasses.asdict(self.shard), "window": options.window}}),
             **self.encoding,
             **{name: getattr(options, name) for name in [*fixed, *names]},
             **run,
@@ -66,6 +74,18 @@ class Run:
     def load(self) -> Any:
         """The model."""
         return load_model(self.options)
+
+    def digest_of_model(self, model: str | Path) -> list[str | None]:
+        """What a model is: its folder and a digest of its files, or its id on the hub.
+
+        Of a shard, whose others may be on machines with a copy of the folder, a digest of their bytes alone.
+        """
+        local = Path(model)
+        if not local.exists():
+            return [str(model), None]
+        if self.shard is not None:
+            return [None, _bytes_digest(local)]
+        return [str(local.resolve()), _files_digest(local)]
 
     def encode(self, model: Any, inputs: list[Any]) -> list[Any]:
         """The inputs as token ids; errors in the place of those that can't be scored."""
@@ -79,15 +99,20 @@ class Run:
         """Score all rows that are not done, by a method of the model's, which is given `settings`."""
         o = self.options
         self.run |= settings
-        with opened(o.output, self.run, reads=self._reads(), overwrite=o.overwrite) as self.output:
-            if self.output.finished:
-                return typer.echo(f"rmfast: {o.output} is complete; --overwrite starts anew", err=True)
-            try:
+        try:
+            with (
+                Termination() as self.termination,
+                opened(self.path, self.run, reads=self._reads(), overwrite=o.overwrite) as self.output,
+            ):
+                if self.shard is not None:
+                    typer.echo(f"rmfast: shard {self.shard.index}/{self.shard.count}: {self.path}", err=True)
+                if self.output.finished:
+                    return typer.echo(f"rmfast: {self.path} is complete; --overwrite starts anew", err=True)
                 self._go(method, settings)
-            except KeyboardInterrupt as error:
-                if o.output != STANDARD:
-                    error.args = ("(the same command goes on where it stopped)",)
-                raise
+        except (KeyboardInterrupt, Terminated) as error:
+            if self.path != STANDARD:
+                error.args = ("(the same command goes on where it stopped)",)
+            raise
 
     def _go(self, method: str, settings: dict[str, Any]) -> None:
         model = self.load()
@@ -99,9 +124,6 @@ class Run:
             model_revision=getattr(model.model.config, "_commit_hash", None),  # an adapter's base's
             adapter_revision=_adapter_revision(self.options),
         )
-
-        from tqdm import tqdm
-
         o = self.options
         function = functools.partial(
             getattr(model, method),
@@ -113,12 +135,11 @@ class Run:
         )
         first, start = self.output.next_row, time.perf_counter()
         backend = chosen_backend(o)
-        bar = tqdm(total=self.count, initial=first, unit="row", disable=None)  # None: only on a terminal
-        with backend, bar:
+        with backend, Progress(self.count, first) as progress:
             for number, rows in self._windows(first):
-                stopped = self._window(model, number, rows, function)
-                bar.update(self.output.next_row - bar.n)
-                bar.set_postfix_str(self._rates(time.perf_counter() - start))
+                with self.termination.finishing():
+                    stopped = self._window(model, number, rows, function)
+                    progress.reached(self.output.next_row, self._rates(time.perf_counter() - start))
                 if stopped:
                     raise stopped
         self.output.finish()
@@ -130,7 +151,7 @@ class Run:
             err=True,
         )
 
-    def _reads(self) -> Iterator[Path]:
+    def _reads(self) -> Iterator[Location]:
         """The files that this run must not write."""
         yield Path("/dev/stdin") if self.options.input == STANDARD else self.options.input
         yield from files_of_options(self.options.tools, self.options.chat_template_kwargs)
@@ -141,12 +162,13 @@ class Run:
         return f"{self.texts / seconds:.1f} texts/s, {self.n_tokens / seconds:.0f} tokens/s"
 
     def _windows(self, first: int) -> Iterator[tuple[int, list[Row]]]:
-        """Windows (number of their first row, rows) from row `first` on.
+        """Windows (number of their first row, rows) from row `first` on; a shard counts its own rows.
 
         They are cut at multiples of --window of the whole file, so that a resumed run batches as if never interrupted.
         """
-        rows = itertools.islice(read_rows(self.source, self.kind), first, None)
         number, size = first, self.options.window
+        every = read_rows(self.source, self.kind)
+        rows = itertools.islice(every if self.shard is None else self.shard.part(every, size), first, None)
         while window := list(itertools.islice(rows, size - number % size)):
             yield number, window
             number += len(window)
@@ -254,16 +276,21 @@ def _adapter_revision(options: Options) -> str | None:
     return extract_commit_hash(file, None)
 
 
-def digest_of_model(model: str) -> list[str | None]:
-    """What a model is: its folder and a digest of its files, or its id on the hub."""
-    local = Path(model)
-    return [str(local.resolve()), _files_digest(local)] if local.exists() else [model, None]
-
-
 def _files_digest(folder: Path) -> str:
     """Of the names, sizes and times of a model's files: reading 16 GB of weights at every start would take 16 s."""
     seen = [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in model_files(folder)]
     return hashlib.sha256(repr(seen).encode()).hexdigest()
+
+
+def _bytes_digest(folder: Path) -> str:
+    """Of all that a model's files hold: some 10 s for 16 GB, which a shard reads once."""
+    digest = hashlib.sha256()
+    for path in model_files(folder):
+        digest.update(f"{path.name} {path.stat().st_size}\n".encode())
+        with path.open("rb") as file:
+            while chunk := file.read(1 << 20):
+                digest.update(chunk)
+    return digest.hexdigest()
 
 
 def _content_digest(folder: Path) -> str:

@@ -10,6 +10,7 @@ from rmfast.cli.options import Options, with_options
 from rmfast.cli.results import show
 from rmfast.cli.run import Run
 from rmfast.texts.files import STANDARD
+from rmfast.texts.remote import Location
 from rmfast.texts.tables import read_rows
 
 
@@ -30,10 +31,10 @@ def score(
     run = Run("score", options, options.output_column or "reward", interventions=intervention or [])
     run.go("score")
     if stats:
-        typer.echo(_statistics(options.output, run.column))
+        typer.echo(_statistics(run.path, run.column))
 
 
-def _statistics(path: Path, column: str) -> str:
+def _statistics(path: Location, column: str) -> str:
     """Mean and spread of each reward column of an output file, and the accuracy of its pairs (a tie counts half)."""
     import numpy as np
 

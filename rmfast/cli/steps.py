@@ -7,8 +7,9 @@ from typing import Annotated, Any, Literal
 import typer
 
 from rmfast.cli.options import Options, load_model, with_options
-from rmfast.cli.rows import BadRow, Layout, cell_of, template_columns
+from rmfast.cli.rows import Layout
 from rmfast.cli.run import Run
+from rmfast.texts.columns import BadRow, cell_of, template_columns
 from rmfast.texts.tables import Row
 
 

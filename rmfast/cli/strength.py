@@ -10,7 +10,8 @@ import typer
 
 from rmfast.cli.options import Options, load_model, with_options
 from rmfast.cli.rows import Layout
-from rmfast.cli.run import Run, digest_of_model, model_files
+from rmfast.cli.run import Run, model_files
+from rmfast.texts.remote import Location
 from rmfast.texts.tables import Row
 
 
@@ -87,13 +88,13 @@ class _Strength(Run):
         layout = functools.partial(_Layout, flip=flip)
         super().__init__("strength", options, options.output_column or "margin", layout=layout)
         self.members = members
-        self.run |= {"flip": flip, "members": [digest_of_model(member) for member in members]}
+        self.run |= {"flip": flip, "members": [self.digest_of_model(member) for member in members]}
 
     def load(self) -> Any:
         others = [dataclasses.replace(self.options, model=member) for member in self.members]
         return _Members([load_model(each) for each in (self.options, *others)])
 
-    def _reads(self) -> Iterator[Path]:
+    def _reads(self) -> Iterator[Location]:
         yield from super()._reads()
         for member in self.members:
             yield from model_files(Path(member))

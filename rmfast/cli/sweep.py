@@ -17,7 +17,8 @@ from rmfast.cli.options import (
     with_options,
 )
 from rmfast.cli.results import claimed, save_plot, show, write_csv
-from rmfast.cli.rows import cell_of, located, template_columns
+from rmfast.cli.rows import located
+from rmfast.texts.columns import cell_of, template_columns
 from rmfast.texts.pairs import join
 from rmfast.texts.tables import Row, read_rows
 

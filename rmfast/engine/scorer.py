@@ -28,6 +28,7 @@ from rmfast.engine.packed import Engine, run_packed
 from rmfast.engine.padded import run_padded
 from rmfast.engine.programs import outputs, run_heads
 from rmfast.engine.reading import token_reader, warn_of_padding
+from rmfast.engine.workers import runner
 from rmfast.heads.given import head_of
 from rmfast.texts.inputs import Encoded, Format, InputError, Truncation, encode
 
@@ -222,6 +223,7 @@ class Scorer:
         positions: Sequence[int] | None = None,
         normalize: tuple[Any, Any] | str | None = None,
         variants: Callable[[], Callable[..., Tensor]] | None = None,
+        device: Any = None,
         batch_tokens: int | None = None,
         progress: bool = False,
         engine: Literal["packed", "padded"] | None = None,
@@ -232,12 +234,15 @@ class Scorer:
         Args:
             variants: makes what runs in place of the model's own rewards: of `run`'s first five arguments, (..., N, K).
         """
+        if variants is not None and device is not None:
+            raise ValueError("Expected no device with interventions: make a model under each (with_interventions)")
         scale = None if normalize is None else self._scale(normalize)
         varied = None if variants is None else variants()
         encoded = self.encode(inputs, **encoding)
         read = self.reads(encoded, positions)
         if varied is None:
-            values = self.run(encoded, read, batch_tokens, progress, engine)
+            with runner(self, device) as run:
+                values = run(encoded, read, batch_tokens, progress, engine)
             out = self.corrected(torch.cat(values) if values else torch.empty(0, self.num_labels), encoded)
         else:
             out = varied(encoded, read, batch_tokens, progress, engine)
@@ -279,6 +284,7 @@ class Scorer:
         inputs: Sequence[Any],
         *,
         normalize: tuple[Any, Any] | str | None = None,
+        device: Any = None,
         batch_tokens: int | None = None,
         progress: bool = False,
         engine: Literal["packed", "padded"] | None = None,
@@ -293,7 +299,8 @@ class Scorer:
             )
         scale = None if normalize is None else self._scale(normalize)
         encoded = self.encode(inputs, **encoding)
-        values = self.run(encoded, [np.arange(len(item)) for item in encoded], batch_tokens, progress, engine)
+        with runner(self, device) as run:
+            values = run(encoded, [np.arange(len(item)) for item in encoded], batch_tokens, progress, engine)
         if self.interventions is not None and self.interventions.lengths:  # of a text one length, for all its tokens
             off = self.corrected(torch.zeros(len(encoded), self.num_labels, dtype=torch.float64), encoded)
             values = [v + o.to(v) for v, o in zip(values, off)]
@@ -432,6 +439,16 @@ class Scorer:
             engine = self._engine[2]
             engine = engine if isinstance(engine, str) else engine.moved(binding, copies)
             made._engine = made._parts(), made._settings(engine), engine
+        return made
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Without the engine, which is made anew on the machine and device that this is unpickled on."""
+        return {**self.__dict__, "_engine": None}
+
+    def __copy__(self) -> Self:
+        """With the engine, which belongs to the model."""
+        made = object.__new__(type(self))
+        made.__dict__.update(self.__dict__)
         return made
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Self:

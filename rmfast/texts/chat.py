@@ -96,6 +96,8 @@ def _plain(value: Any) -> Any:
 
 def is_messages(value: Any) -> bool:
     """Whether a value is meant as a conversation; `Chat.render` says what is wrong with one."""
+    if isinstance(value, np.ndarray) and not value.ndim:
+        return False
     return (
         isinstance(value, list | tuple | np.ndarray) and len(value) > 0 and all(isinstance(m, Mapping) for m in value)
     )

@@ -12,11 +12,14 @@ import stat
 import sys
 import tempfile
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from datetime import datetime
+from functools import partial
 from pathlib import Path
 from typing import IO
+
+from rmfast.texts.remote import Location, Remote
 
 STANDARD = Path("-")  # standard input, or output
 LOCK = ".run.lock"
@@ -32,39 +35,45 @@ _KINDS = {
 
 @dataclass(frozen=True)
 class Source:
-    """An input that can be opened as often as needed: a file, or the copy of what came through a pipe.
+    """An input that can be opened as often as needed: a file, or the copy of what came through a pipe or a network.
 
-    `path` is what to open, `name` what messages call it, `given` what was asked for. The copy of a pipe is a file
-    without a name, so that nothing is left of it however the process ends.
+    `path` is what to open, `name` what messages call it, `given` what was asked for. A copy is a file without a name,
+    so that nothing is left of it however the process ends.
     """
 
     path: Path
     name: str
-    given: Path
+    given: Location
     held: IO[bytes] | None = None
 
     @classmethod
-    def of(cls, given: Path) -> Source:
+    def of(cls, given: Location) -> Source:
         """Raises ValueError for what is neither file nor pipe, and where standard input is closed."""
+        if isinstance(given, Remote):
+            return cls._copied(given.copy_into, given.name, given)
         if given == STANDARD:
             if sys.stdin is None:
                 raise ValueError("Expected standard input to be open")
-            return cls._copied(sys.stdin.buffer, "standard input", given)
+            return cls._copied(partial(_copy, sys.stdin.buffer), "standard input", given)
         mode = given.stat().st_mode
         if stat.S_ISFIFO(mode):
             with given.open("rb") as pipe:
-                return cls._copied(pipe, str(given), given)
+                return cls._copied(partial(_copy, pipe), str(given), given)
         if not stat.S_ISREG(mode):
             raise ValueError(f"Expected the input {given} to be a file or a pipe, but it is {_kind(mode)}")
         return cls(given, given.name, given)
 
     @classmethod
-    def _copied(cls, pipe: IO[bytes], name: str, given: Path) -> Source:
+    def _copied(cls, copy_into: Callable[[IO[bytes]], None], name: str, given: Location) -> Source:
         copy = tempfile.TemporaryFile()  # noqa: SIM115  as long as the Source is there
         with naming(Path(tempfile.gettempdir())):  # the only one of the two that may be full
-            shutil.copyfileobj(pipe, copy, 1 << 20)
+            copy_into(copy)
             copy.flush()
         return cls(Path(f"/proc/self/fd/{copy.fileno()}"), name, given, copy)
+
+
+def _copy(given: IO[bytes], copy: IO[bytes]) -> None:
+    shutil.copyfileobj(given, copy, 1 << 20)
 
 
 def target(path: Path, argument: str) -> Path:

@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import json
 import os
 import sys
+import tempfile
 import warnings
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, Protocol
 
 from rmfast.texts.files import LOCK, STANDARD, apart, locked, naming, target
+from rmfast.texts.log import LOG_FORMAT, entries_of, expect_same, replayed, window_entry
+from rmfast.texts.remote import Location, Remote
+from rmfast.texts.remote_output import RemoteOutput
 from rmfast.texts.tables import SUFFIXES, Row, dump_line, write_table
 
-_LOG_FORMAT = 2
 _CHUNK = 1 << 20
 
 
@@ -30,18 +32,24 @@ class Lines(Protocol):
     def finish(self) -> None: ...
 
 
-def check_output(path: Path) -> None:
+def check_output(path: Location) -> None:
     """Raise ValueError where nothing could be written to `path`."""
-    if path != STANDARD:
-        _kind(path)
+    if isinstance(path, Remote):
+        kind_of_output(path)
+    elif path != STANDARD:
+        kind_of_output(path)
         target(path, "--output")
     elif sys.stdout is None:
         raise ValueError("Expected standard output to be open")
 
 
 @contextlib.contextmanager
-def opened(path: Path, run: dict[str, Any], *, reads: Iterable[Path] = (), overwrite: bool = False) -> Iterator[Lines]:
+def opened(
+    path: Location, run: dict[str, Any], *, reads: Iterable[Location] = (), overwrite: bool = False
+) -> Iterator[Lines]:
     """The output at `path`, for this run alone while it is entered; "-" is standard output.
+
+    What is not on this machine has no locks: runs at once that write it do the same work twice.
 
     Raises ValueError where it is no regular file, another process writes it, it is of another run, or one of the files
     in `reads` would be written or removed.
@@ -49,13 +57,22 @@ def opened(path: Path, run: dict[str, Any], *, reads: Iterable[Path] = (), overw
     if path == STANDARD:
         yield StandardOutput()
         return
-    kind, real = _kind(path), target(path, "--output")
+    if isinstance(path, Remote):
+        if path in reads:
+            raise ValueError(f"Expected other files to be read than written, got {path}")
+        output = RemoteOutput(path, run, kind=kind_of_output(path), overwrite=overwrite)
+        try:
+            yield output
+        finally:
+            output.flush()
+        return
+    kind, real = kind_of_output(path), target(path, "--output")
     beside = [_beside(real, ending) for ending in (".run.jsonl", ".run.rows.jsonl", f".run.{kind}", LOCK)]
     for file in beside:
         target(file, "what lies beside --output")
         if file.is_symlink():
             raise ValueError(f"Expected a regular file beside --output, but {file} is a link")
-    apart(reads, [real, *beside])
+    apart((read for read in reads if isinstance(read, Path)), [real, *beside])
     real.parent.mkdir(parents=True, exist_ok=True)
     with locked(real):
         yield Output(real, run, kind=kind, overwrite=overwrite)
@@ -97,7 +114,7 @@ class Output:
     """
 
     def __init__(self, path: Path, run: dict[str, Any], *, kind: str = "jsonl", overwrite: bool = False) -> None:
-        self.path, self.kind, self.run = path, kind, {"log_format": _LOG_FORMAT, **run}
+        self.path, self.kind, self.run = path, kind, {"log_format": LOG_FORMAT, **run}
         self.log_path = _beside(path, ".run.jsonl")
         self.lines_path = path if kind == "jsonl" else _beside(path, ".run.rows.jsonl")
         self.header: dict[str, Any] | None = None
@@ -108,8 +125,8 @@ class Output:
         entries, self.log_size = _read_log(self.log_path)
         if entries:
             self.header = entries[0]
-            self._check(self.run)
-            self._look(*_replayed(entries, self.log_path))
+            expect_same(self.path, self.header, self.run)
+            self._look(*replayed(entries, self.log_path))
         else:
             for file in {self.path, self.lines_path}:
                 if file.exists() and file.stat().st_size:
@@ -118,7 +135,7 @@ class Output:
     def begin(self, **late: Any) -> None:
         """Create the files, or check that they fit `late` too: what is known only once the model is loaded."""
         if self.header is not None:
-            self._check(late)
+            expect_same(self.path, self.header, late)
             for path, size in ((self.log_path, self.log_size), (self.lines_path, self.size)):
                 _append(path, b"")  # where it is gone
                 os.truncate(path, size)
@@ -134,9 +151,7 @@ class Output:
         if not (rows := len(lines) + len(skipped)):
             return
         data = b"".join(lines)
-        left_out = [{"row": number, "line": row.line, "error": row.error} for number, row in skipped]
-        what = {"row": self.next_row, "rows": rows, "bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
-        self._record({**what, "skipped": left_out} if left_out else what)
+        self._record(window_entry(self.next_row, rows, data, skipped))
         _append(self.lines_path, data)
         self.next_row += rows
 
@@ -190,16 +205,60 @@ class Output:
     def _record(self, entry: dict[str, Any]) -> None:
         _append(self.log_path, dump_line(entry))
 
-    def _check(self, run: dict[str, Any]) -> None:
-        for key, value in run.items():
-            if key != "rmfast" and self.header is not None and self.header.get(key) != value:
-                raise ValueError(
-                    f"{self.path} was begun with {key} {self.header.get(key)!r} and now it is {value!r}:"
-                    " use the same to go on where it stopped, or --overwrite to start anew"
-                )
+
+def write_whole(
+    path: Location, lines: Iterable[bytes], *, reads: Iterable[Location] = (), overwrite: bool = False
+) -> int:
+    """Write lines, whole or not at all, as the file that the suffix of `path` says; gives how many there are.
+
+    Raises ValueError where there is a file and not `overwrite`, and else as `opened`.
+    """
+    kind, reads = kind_of_output(path), list(reads)
+    if isinstance(path, Remote):
+        if path in reads:
+            raise ValueError(f"Expected other files to be read than written, got {path}")
+        if path.size() and not overwrite:
+            raise ValueError(f"{path} exists: give another --output, or --overwrite")
+        with tempfile.TemporaryDirectory() as folder:
+            rows, made = _written(lines, kind, Path(folder) / "lines", Path(folder) / "table")
+            for old in (path.with_name(path.name + ".run.jsonl"), path.with_name(path.name + ".run")):
+                old.remove()
+            path.write_file(made)
+        return rows
+    real = target(path, "--output")
+    real.parent.mkdir(parents=True, exist_ok=True)
+    log, one, table = (_beside(real, ending) for ending in (".run.jsonl", ".run.rows.jsonl", f".run.{kind}"))
+    apart((read for read in reads if isinstance(read, Path)), [real, log, one, table, _beside(real, LOCK)])
+    with locked(real):
+        if real.exists() and real.stat().st_size and not overwrite:
+            raise ValueError(f"{path} exists: give another --output, or --overwrite")
+        for file in (one, table):
+            target(file, "what lies beside --output")
+            file.unlink(missing_ok=True)
+        rows, made = _written(lines, kind, one, table)
+        log.unlink(missing_ok=True)  # of a run whose file this was
+        os.replace(made, real)
+        one.unlink(missing_ok=True)
+    return rows
 
 
-def _kind(path: Path) -> str:
+def _written(lines: Iterable[bytes], kind: str, one: Path, table: Path) -> tuple[int, Path]:
+    """How many lines there are, which are on disk at `one`, and the file that is the output."""
+    rows = 0
+    with naming(one), one.open("wb") as file:
+        for part in lines:
+            file.write(part)
+            rows += part.count(b"\n")
+    made = one
+    if kind != "jsonl":
+        made = table
+        with naming(table):
+            write_table(one, table, kind)
+    _append(made, b"")
+    return rows, made
+
+
+def kind_of_output(path: Location) -> str:
     """By the suffix that was given, which a link need not share with its file. Compressed files can't be continued."""
     if (suffix := path.suffix.lower()) not in SUFFIXES:
         raise ValueError(f"Expected --output to end in {', '.join(SUFFIXES)}, or to be - (standard output), got {path}")
@@ -211,46 +270,7 @@ def _beside(path: Path, ending: str) -> Path:
 
 
 def _read_log(path: Path) -> tuple[list[dict[str, Any]], int]:
-    """The entries of a log, and the length of its complete lines: a kill may have torn the last."""
-    if not path.exists():
-        return [], 0
-    data = target(path, "the run's log").read_bytes()
-    size = data.rfind(b"\n") + 1
-    lines, entries = data[:size].split(b"\n")[:-1], []
-    for number, line in enumerate(lines, start=1):
-        try:
-            entries.append(json.loads(line))
-            if not isinstance(entries[-1], dict):
-                raise ValueError(f"a {type(entries[-1]).__name__}")
-        except (ValueError, RecursionError) as error:
-            raise _damaged(path, number, error) from error
-    return entries, size
-
-
-def _replayed(entries: list[dict[str, Any]], path: Path) -> tuple[list[dict[str, Any]], dict[str, Any] | None]:
-    """The windows that follow each other from the first row, and the last entry if it says that the run finished.
-
-    A window that is there a second time was written again, and so was all behind it.
-    """
-    windows: list[dict[str, Any]] = []
-    for number, entry in enumerate(entries[1:], start=2):
-        try:
-            first = entry["finished"] if "finished" in entry else entry["row"]
-            while windows and "row" in entry and windows[-1]["row"] >= first:
-                windows.pop()
-            reached = windows[-1]["row"] + windows[-1]["rows"] if windows else 0
-            if first != reached:
-                raise ValueError(f"row {first} does not follow on row {reached}")
-            if "finished" not in entry:
-                windows.append({"row": first, **{name: entry[name] for name in ("rows", "bytes", "sha256")}})
-        except (KeyError, TypeError, ValueError) as error:
-            raise _damaged(path, number, error) from error
-    last = entries[-1] if "finished" in entries[-1] else None
-    return windows, last
-
-
-def _damaged(path: Path, line: int, error: Exception) -> ValueError:
-    return ValueError(f"{path}, line {line} is damaged ({error}): put it back, or --overwrite starts the run anew")
+    return entries_of(target(path, "the run's log").read_bytes(), path) if path.exists() else ([], 0)
 
 
 def _digest(path: Path, start: int, size: int | None) -> str:

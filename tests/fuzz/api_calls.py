@@ -22,6 +22,8 @@ from safetensors.torch import save_file
 
 import rmfast
 from rmfast import debias, evaluation, interventions, last_token, losses, ops, values
+from rmfast.engine.scorer import Scorer
+from rmfast.integrations.datasets import scorer
 from rmfast.integrations.serve import remote_reward
 from rmfast.interpret.comparison import mean_of_pairs
 
@@ -227,6 +229,10 @@ def call(name: str, function: Callable[..., Any], /, **arguments: tuple[Any, Rig
     return Call(name, function, given, {argument: right for argument, (_, right) in arguments.items()})
 
 
+def _of_a_batch(**given: Any) -> Any:
+    return scorer(**given)({"prompt": ["a", "b"], "response": ["c", "d"]})
+
+
 def _under(backend: Any) -> None:
     with rmfast.backend(backend):
         pass
@@ -261,6 +267,13 @@ def _models(w: SimpleNamespace) -> Iterator[Call]:
     yield call("score of all", rm.score, **inputs, output=("all", one_of("rewards", "all")), **OPTIONS, **ENGINE)
     yield call("score of 3", w.three.score, **inputs, **NORMALIZE)
     yield call("token_values", rm.token_values, **inputs, **NORMALIZE, **OPTIONS, **ENGINE)
+    # A device that is there starts a process: none of the values that are tried is one.
+    yield call("score on devices", rm.score, **inputs, device=(None, lambda x: x is None))
+    yield call(
+        "datasets.scorer", _of_a_batch, rm=(rm, instance(Scorer)), columns=(None, optional(anything)),
+        values=(False, flag), column=("r", optional(instance(str))), on_error=("raise", one_of("raise", "column")),
+        max_length=OPTIONS["max_length"], truncation=OPTIONS["truncation"], batch_tokens=OPTIONS["batch_tokens"],
+    )  # fmt: skip
     responses = {k: v for k, v in OPTIONS.items() if k != "truncation"}
     yield call(
         "step_scores", rm.step_scores, question=("1 + 1?", anything), steps=([["a", "b"], ["c"]], anything),

@@ -16,16 +16,19 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, NoReturn
 
+import fsspec
 import numpy as np
 import pyarrow.parquet  # noqa: F401  what a child needs is there when it is forked
 import pytest
 import tqdm  # noqa: F401
 from fuzzing import fuzz, tried
 from hypothesis import strategies as st
+from stored import Store
 from typer.testing import CliRunner
 
 import rmfast
 from rmfast.cli import app
+from rmfast.texts import remote_output
 from rmfast.texts.tables import read_rows
 
 
@@ -165,6 +168,28 @@ def test_kills_at_any_time_change_no_byte(tmp_path_factory, texts, suffix, optio
             tried("kills at any time")
     done(args)
     assert out.read_bytes() == expected
+
+
+@fuzz(8, texts=TEXTS, suffix=SUFFIXES, options=OPTIONS, delays=st.lists(st.integers(0, 20), min_size=1, max_size=4))
+def test_kills_change_no_byte_of_what_is_on_no_disk(tmp_path_factory, texts, suffix, options, delays):
+    folder = tmp_path_factory.mktemp("kills")
+    expected = whole(folder / "whole", texts, suffix, options)
+    args, out = command(folder / "killed", texts, suffix, options)
+    args[args.index(out)] = f"stored://{out}"
+    for delay in delays:
+        process = Child(args, each_window_a_part)
+        time.sleep(delay / 1000)
+        os.kill(process.process, signal.SIGTERM if delay % 3 == 0 else signal.SIGKILL)
+        if process.status() in (-signal.SIGKILL, 143):
+            tried("kills of runs to a store")
+    process = Child(args, each_window_a_part)
+    assert process.status() == 0, process.stderr
+    assert out.read_bytes() == expected
+
+
+def each_window_a_part() -> None:
+    fsspec.register_implementation("stored", Store, clobber=True)
+    remote_output._INTERVAL = 0.0
 
 
 @fuzz(5, texts=TEXTS, suffix=SUFFIXES, options=OPTIONS, runs=st.integers(2, 4))

@@ -10,6 +10,7 @@ import pytest
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
+from rmfast.texts.chat import is_messages
 from rmfast.texts.inputs import InputError, encode
 
 TURNS = [{"role": "user", "content": " hi "}, {"role": "assistant", "content": "there"}]
@@ -181,3 +182,9 @@ def test_wrong_kwargs_and_tools_are_refused(name, bad):
         ids([TURNS], tok, **{name: bad})
     with pytest.raises(InputError, match=f"input 0: Expected {name}"):
         ids([{"messages": TURNS, name: bad}], tok)
+
+
+def test_an_array_without_a_dimension_is_no_conversation():
+    assert not is_messages(np.array(1.5))
+    assert not is_messages(np.array([]))
+    assert is_messages(np.array([{"role": "user", "content": "a"}]))
