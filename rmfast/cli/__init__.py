@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 import rmfast
-from rmfast.cli import debias, evaluate, explain, merge, score, steps, strength, sweep, values
+from rmfast.cli import audit, debias, evaluate, explain, merge, score, steps, strength, sweep, values
 
 __all__ = ["app", "main"]
 
@@ -26,6 +26,7 @@ app.command()(steps.steps)
 app.command()(sweep.sweep)
 app.command()(debias.debias)
 app.command()(evaluate.evaluate)
+app.command()(audit.audit)
 app.command()(strength.strength)
 app.command()(merge.merge)
 app.command()(explain.explain)
