@@ -67,10 +67,10 @@ def with_clamp(
     items = [dataclasses.replace(found.items[i], subset="") for i in held]
     bootstrap: dict[str, Any] = {name: getattr(found, name) for name in ("resamples", "confidence", "seed")}
     second, first = (evaluated(found.layout, items, list(rewards), **bootstrap) for rewards in (after, before))
-    accuracy, change = second.rows[0], second.minus(first).rows[0]
+    change = second.minus(first).rows[0]
     about: Clamp = {
         "neurons": len(clamp), "k": dict(clamp.metadata["k"]), "fitted": len(fitted),
-        "accuracy": span(*accuracy[2:6]), "change": span(change.difference, change.low, change.high, change.n),
+        "change": span(change.difference, change.low, change.high, change.n),
     }  # fmt: skip
     rows = [_row(*each) for each in zip(reports[0].rows, reports[1].rows)]
     return {"rows": rows, "pairs": len(held), "clamp": about, "why": ""}

@@ -52,7 +52,7 @@ def _accuracy(alt: Any, audit: Audit) -> Any:
     rows = [row for row in audit.figures if row["measure"] == "accuracy"]
     most = sorted(rows, key=lambda row: -row["n"])[:_SUBSETS]
     rows = [_named(row) for row in rows if row in most]
-    base = alt.Chart(alt.InlineData(values=rows), width="container", height=alt.Step(24))
+    base = alt.Chart(alt.InlineData(values=rows), width="container", height=24 * len(rows))
     y = alt.Y("name:N", sort=None, title=None, axis=alt.Axis(labelLimit=_LABEL, ticks=False, domain=False))
     x = alt.Scale(domain=[0, 1])
     tip = [
@@ -79,7 +79,8 @@ def _calibration(alt: Any, audit: Audit) -> Any:
     curve = alt.InlineData(values=[{"margin": m, "predicted": 1 / (1 + math.exp(-m))} for m in steps])
     y = alt.Scale(domain=[min(0.4, *(each["low"] or 0 for each in bins)), 1], nice=False)
     line = alt.Chart(curve, width="container", height=_HEIGHT).mark_line(strokeDash=[4, 3], color="gray")
-    line = line.encode(x=alt.X("margin:Q", title="|margin|"), y=alt.Y("predicted:Q", scale=y, title="accuracy"))
+    x = alt.X("margin:Q", title="|margin|", scale=alt.Scale(domain=[0, reach], nice=False))
+    line = line.encode(x=x, y=alt.Y("predicted:Q", scale=y, title="accuracy"))
     base = alt.Chart(alt.InlineData(values=bins))
     tip = [
         alt.Tooltip("start:Q", format=".3g", title="|margin| from"), alt.Tooltip("end:Q", format=".3g", title="to"),
@@ -158,7 +159,7 @@ def _bars(alt: Any, rows: list[dict[str, Any]], title: str, domain: Any, number:
     if not rows:
         return None
     scale = alt.Scale(domain=domain) if domain else alt.Scale(nice=True)
-    base = alt.Chart(alt.InlineData(values=rows), width="container", height=alt.Step(14, **{"for": "offset"}))
+    base = alt.Chart(alt.InlineData(values=rows), width="container", height=32 * len({row["name"] for row in rows}))
     y = alt.Y("name:N", sort=None, title=None, axis=alt.Axis(labelLimit=_LABEL, ticks=False, domain=False, grid=True))
     offset = alt.YOffset("model:N", sort=["before", "after"], scale=alt.Scale(paddingOuter=0.4))
     color = _two(alt, "before", "after", "model")
@@ -181,7 +182,7 @@ def _tokens(alt: Any) -> Any:
     at = {side: alt.param(name=side, value=-1) for side in ("chosen", "rejected")}
     base = alt.Chart(alt.NamedData("pair"), width="container", height=220)
     lines = base.mark_line(size=2).encode(
-        x=alt.X("at:Q", title="token, counted from the last that both texts share", axis=alt.Axis(tickMinStep=1)),
+        x=alt.X("at:Q", title="token (0: the last shared one)", axis=alt.Axis(tickMinStep=1)),
         y=alt.Y("value:Q", scale=alt.Scale(zero=False), title="reward if the text ended here"),
         color=_two(alt, "chosen", "rejected"),
         tooltip=["side:N", "at:Q", "token:N", alt.Tooltip("value:Q", format=".4g")],
@@ -204,13 +205,13 @@ def _lens(alt: Any) -> Any:
 
 
 def _sweep(alt: Any) -> Any:
-    base = alt.Chart(alt.NamedData("pair"), width="container", height=alt.Step(11))
+    base = alt.Chart(alt.NamedData("pair"), width="container", height=1)  # and the domain: the page's, by pair
     words = alt.Axis(labelExpr="split(datum.label, '\\u0000')[1]", labelAngle=-90, labelLimit=90, ticks=False)
     legend = alt.Legend(title="effect on the reward", orient="top", gradientLength=180)
     return base.mark_rect().encode(
-        x=alt.X("column:O", sort=None, title="tokens of the rejected text", axis=words),
+        x=alt.X("column:O", sort=None, title="tokens", axis=words),
         y=alt.Y("layer:O", sort="descending", title="layer", axis=alt.Axis(labelOverlap=True, ticks=False)),
-        color=alt.Color("effect:Q", scale=alt.Scale(domainMid=0), legend=legend),
+        color=alt.Color("effect:Q", scale=alt.Scale(range="diverging", interpolate="rgb"), legend=legend),
         tooltip=[
             alt.Tooltip("token:N"), "layer:O", alt.Tooltip("effect:Q", format="+.4g"),
             alt.Tooltip("recovered:Q", format="+.1%", title="of the gap"),

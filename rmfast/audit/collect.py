@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import datetime, timezone
 from functools import cache
+from itertools import zip_longest
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
@@ -161,16 +162,17 @@ class _Audited:
     def sweeps(self, pairs: list[Pair], inputs: list[Any]) -> None:
         """Sweeps of the first pairs that can be swept, wrong and right ones in turn."""
         can = self.tried("swept", self.settings.show, lambda: shown.can_be_swept(self.rm(), inputs, self.encoding))
-        kinds = [[i for i, pair in enumerate(pairs) if pair["kind"] == kind] for kind in ("wrong", "right", "close")]
-        order = sorted(range(len(pairs)), key=lambda i: next((k.index(i), n) for n, k in enumerate(kinds) if i in k))
+        sure = [[i for i, pair in enumerate(pairs) if pair["kind"] == kind] for kind in ("wrong", "right")]
+        order = [i for both in zip_longest(*sure) for i in both if i is not None]
+        order += [i for i in range(len(pairs)) if i not in order]
         some = [i for i in order if can and can[i]][: self.settings.sweep_pairs]
         if can and not some:
             self.missing["sweep"] = "all texts that are shown are too long to be swept, or the same"
         for i in some:
             name = f"sweep-{pairs[i]['place']}"
             two = inputs[2 * i : 2 * i + 2]
-            make = lambda two=two: shown.sweep(self.rm(), *two, self.running, self.encoding)  # noqa: E731
-            pairs[i]["sweep"] = self.tried(name, {}, make)
+            make = lambda two=two: shown.sweep(self.rm(), two, inputs, self.running, self.encoding)  # noqa: E731
+            pairs[i]["sweep"] = self.tried(name, self.settings.show, make)
             if name in self.missing:
                 self.missing["sweep"] = self.missing.pop(name)
 
@@ -183,7 +185,9 @@ class _Audited:
         fit = lambda: biases.with_clamp(  # noqa: E731
             self.rm(), self.found, **options, running=self.running, encoding=self.encoding
         )
-        return self.tried("biases", [options, bootstrap], fit) or biases.without_clamp(self.found, self.missing.pop("biases"))
+        return self.tried("biases", [options, bootstrap], fit) or biases.without_clamp(
+            self.found, self.missing.pop("biases")
+        )
 
     def parity(self) -> Agreement | None:
         s = self.settings

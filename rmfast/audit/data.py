@@ -88,12 +88,11 @@ class Bias(TypedDict):
 
 
 class Clamp(TypedDict):
-    """The clamp that was fitted: its neurons, k by attribute, and what it changes on pairs that it was not fitted on."""
+    """The clamp that was fitted on so many pairs: its neurons, k by attribute, the change of the accuracy on others."""
 
     neurons: int
     k: dict[str, int]
     fitted: int
-    accuracy: Span
     change: Span
 
 
@@ -131,15 +130,23 @@ class LensCurve(TypedDict):
     rejected: list[float | None]
 
 
-class Sweep(TypedDict):
-    """Effects (layers, groups of positions) of the chosen text's stream in the rejected text's run."""
+class Map(TypedDict):
+    """Effects (layers, groups of tokens) on the reward of a text, `base`, of `run` edits; `gap` is the other's less it."""
 
+    side: str
     layers: list[int]
     columns: list[str]
     effect: list[list[float | None]]
     base: float
-    other: float
+    gap: float | None
     run: int
+
+
+class Sweep(TypedDict):
+    """What is put in: "denoising", the chosen text's stream into the rejected text's run; or "mean", into either's."""
+
+    mode: str
+    maps: list[Map]
 
 
 class Text(TypedDict):
@@ -226,7 +233,11 @@ class Audit:
         """What `save` wrote. Raises ValueError for another file or version."""
         found = json.loads(Path(path).read_text(encoding="utf-8"))
         named = {each.name for each in fields(cls)}
-        if not isinstance(found, dict) or found.pop("format", None) != _FORMAT or found.pop("version", None) != _VERSION:
+        if (
+            not isinstance(found, dict)
+            or found.pop("format", None) != _FORMAT
+            or found.pop("version", None) != _VERSION
+        ):
             raise ValueError(f"Expected a file that Audit.save wrote, of version {_VERSION}, got {str(path)!r}")
         if set(found) != named:
             raise ValueError(f"Expected {', '.join(sorted(named))} in {str(path)!r}, got {', '.join(sorted(found))}")

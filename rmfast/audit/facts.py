@@ -43,7 +43,13 @@ def facts_of(rm: RewardModel) -> dict[str, list[list[str]]]:
 def _runs(rm: RewardModel) -> list[list[str]]:
     """What `RewardModel.explain` says of what runs, without what doesn't."""
     lines = [line for line in str(rm.explain()).splitlines() if line and not line.startswith(" ")]
-    return [[name, rest.strip()] for name, _, rest in (line.partition(":") for line in lines)]
+    said = [[name, rest.strip()] for name, _, rest in (line.partition(":") for line in lines)]
+    ops: dict[str, list[str]] = {}
+    for name, backend in said:
+        if " on " in name:
+            ops.setdefault(backend, []).append(name.partition(" on ")[0])
+    others = [line for line in said if " on " not in line[0]]
+    return others + [[backend, ", ".join(names)] for backend, names in ops.items()]
 
 
 def commit() -> str | None:

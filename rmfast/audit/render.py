@@ -113,4 +113,6 @@ def _figure(figure: Span | None, kind: str = "share") -> Any:
         return "–"
     show = {"share": _share, "signed": _signed, "short": _short}[kind]
     interval = f" [{show(figure['low'])}, {show(figure['high'])}]"
-    return Markup('<span class="value">{}</span><span class="interval">{}</span>').format(show(figure["value"]), interval)
+    return Markup('<span class="value">{}</span><span class="interval">{}</span>').format(
+        show(figure["value"]), interval
+    )

@@ -8,13 +8,15 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from rmfast.audit.biases import pairs_of
-from rmfast.audit.data import LensCurve, Pair, Sweep, Text, Tokens, Trajectory, number
+from rmfast.audit.data import LensCurve, Map, Pair, Sweep, Text, Tokens, Trajectory, number
 from rmfast.audit.measures import rewards_of
 from rmfast.binding.layer_list import layered
 from rmfast.evaluation.result import Evaluation
+from rmfast.patching.pairs import aligned
 from rmfast.texts.inputs import words
 
 if TYPE_CHECKING:
+    from rmfast.patching.grid import PatchSweep
     from rmfast.reward_model import RewardModel
     from rmfast.texts.inputs import Encoded
 
@@ -108,27 +110,47 @@ def can_be_swept(rm: RewardModel, inputs: Sequence[Any], encoding: Mapping[str, 
 
 
 def sweep(
-    rm: RewardModel, chosen: Any, rejected: Any, running: Mapping[str, Any], encoding: Mapping[str, Any]
-) -> Sweep:
-    """What the chosen text's stream does in the rejected text's run, put in at groups of tokens of each layer.
+    rm: RewardModel, pair: Sequence[Any], baseline: Sequence[Any], running: Mapping[str, Any], encoding: Mapping[str, Any]
+) -> Sweep:  # fmt: skip
+    """What the stream at each layer, and at a few tokens of a text at a time, does to the reward.
 
-    Tokens that both texts begin with are left out where they have no effect; groups and layers are as many as a map
-    shows. Raises ValueError as `RewardModel.patch_sweep`.
+    Where at least half of the rejected text's own tokens have a partner in the chosen one, that one's stream is put
+    into its run; else into both runs the mean over all tokens of `baseline`. Tokens that both texts begin with are left
+    out; groups and layers are as many as a map shows. Raises ValueError as `RewardModel.patch_sweep`.
     """
-    first, base = rm.encode([chosen, rejected], **encoding)
-    start = min(_shared(first, base), len(base) - 1) if rm.binding.causal else 0
-    size = -(-(len(base) - start) // _COLUMNS)
-    groups = [list(range(at, min(at + size, len(base)))) for at in range(start, len(base), size)]
+    chosen, rejected = rm.encode(pair, **encoding)
+    shared = _shared(chosen, rejected) if rm.binding.causal else 0
+    partner = aligned(rejected.ids, chosen.ids, "auto", False)[min(shared, len(rejected) - 1) :]
+    if (partner >= 0).mean() >= 0.5:
+        result = rm.patch_sweep(*pair, **_grid(rm, rejected, shared), **running, **encoding)
+        return {"mode": "denoising", "maps": [_map(rm, "rejected", result)]}
+    maps = []
+    for side, text, ids in zip(("chosen", "rejected"), pair, (chosen, rejected)):
+        grid = _grid(rm, ids, shared)
+        result = rm.patch_sweep(text, mode="mean", baseline=baseline, **grid, **running, **encoding)
+        maps.append(_map(rm, side, result))
+    return {"mode": "mean", "maps": maps}
+
+
+def _grid(rm: RewardModel, text: Encoded, shared: int) -> dict[str, Any]:
+    """The layers, and the groups of a text's own tokens."""
+    start = min(shared, len(text) - 1)
+    size = -(-(len(text) - start) // _COLUMNS)
+    groups = [list(range(at, min(at + size, len(text)))) for at in range(start, len(text), size)]
     depth = len(layered(rm.binding)[1])
-    layers = list(range(depth - 1, -1, -(-(-depth // _LAYERS))))[::-1]
-    result = rm.patch_sweep(chosen, rejected, positions=groups, layers=layers, **running, **encoding)
-    names = words(rm.tokenizer, base.ids.tolist())
-    effect = result.effect.reshape(len(layers), len(groups))
+    step = -(-depth // _LAYERS)
+    return {"positions": groups, "layers": sorted(range(depth - 1, -1, -step))}
+
+
+def _map(rm: RewardModel, side: str, result: PatchSweep) -> Map:
+    layers, groups = result.coords["layer"], result.coords["position"]
+    gap = None if result.other_reward is None else float(result.other_reward - result.base_reward)
     return {
+        "side": side,
         "layers": layers,
-        "columns": ["".join(names[at] for at in group) for group in groups],
-        "effect": [[number(value) for value in row] for row in effect],
+        "columns": ["".join(result.tokens[at] for at in group) for group in groups],
+        "effect": [[number(value) for value in row] for row in result.effect.reshape(len(layers), len(groups))],
         "base": float(result.base_reward),
-        "other": float(result.other_reward),
+        "gap": gap,
         "run": int(result.run),
     }

@@ -8,7 +8,15 @@ from typing import Annotated, Any, Literal
 
 import typer
 
-from rmfast.cli.options import ModelOptions, Options, chosen_backend, encoding_of, files_of_options, load_model, with_options
+from rmfast.cli.options import (
+    ModelOptions,
+    Options,
+    chosen_backend,
+    encoding_of,
+    files_of_options,
+    load_model,
+    with_options,
+)
 from rmfast.cli.results import claimed
 from rmfast.cli.run import Run
 
@@ -35,9 +43,7 @@ def audit(
     ] = True,
     trials: Annotated[int, typer.Option(min=1, help="Of the search for the clamp.")] = 20,
     parity: Annotated[int, typer.Option(min=0, help="Also score so many texts alone, in batches, ...")] = 16,
-    on_error: Annotated[
-        Literal["stop", "null"], typer.Option(help="At a bad row: stop, or leave it out.")
-    ] = "stop",
+    on_error: Annotated[Literal["stop", "null"], typer.Option(help="At a bad row: stop, or leave it out.")] = "stop",
     resamples: Annotated[int, typer.Option(min=1, help="Of the bootstrap over prompts.")] = 1000,
     confidence: Annotated[float, typer.Option(help="Of the intervals.")] = 0.95,
     seed: Annotated[int, typer.Option(min=0, help="Of all that is drawn.")] = 0,
@@ -68,9 +74,10 @@ def audit(
         kept = Kept(output / "sections", of)
         facts = {"command": shlex.join(["rmfast", *sys.argv[1:]]), "pairs": pairs.name}
         facts |= {"SHA-256 of the pairs": of["input_sha256"], "sampled": "all" if sample is None else f"{sample} rows"}
+        name = Path(of["model"]).name if Path(options.model).exists() else options.model
         with chosen_backend(options):
             result = collect(
-                run.load, found, model=options.model, settings=settings, kept=kept, facts=facts,
+                run.load, found, model=name, settings=settings, kept=kept, facts=facts,
                 say=lambda name: typer.echo(f"rmfast: {name}", err=True), **encoding_of(options),
             )  # fmt: skip
         page = render(result)

@@ -4,6 +4,7 @@
   const all = (selector, within = document) => [...within.querySelectorAll(selector)];
   const root = document.documentElement;
   let current = 0; // the pair that is chosen
+  const show = (number, digits = 4) => number.toPrecision(digits).replace("-", "−");
   const token = { chosen: 0, rejected: 0 }; // which of the tokens of each side that are there
 
   // Theme ---------------------------------------------------------------------------------------------------------
@@ -42,7 +43,7 @@
 
   const views = {};
 
-  function rowsOf(name) {
+  function rowsOf(name, of) {
     const pair = pairs[current];
     if (!pair) return null;
     if (name === "lens" && pair.lens) {
@@ -53,37 +54,52 @@
         steps(side).map((step) => ({ side, at: step.at, token: step.word, value: step.value })),
       );
     }
-    if (name === "sweep" && pair.sweep) return cells(pair.sweep);
+    if (name === "sweep" && pair.sweep?.maps[of]) return cells(pair.sweep.maps[of]);
     return null;
   }
 
-  function cells(sweep) {
-    const gap = sweep.other - sweep.base;
-    return sweep.layers.flatMap((layer, row) =>
-      sweep.columns.map((word, column) => {
-        const effect = sweep.effect[row][column];
+  function cells(map) {
+    return map.layers.flatMap((layer, row) =>
+      map.columns.map((word, column) => {
+        const effect = map.effect[row][column];
         const label = String(column).padStart(3, "0") + "\u0000" + word.replaceAll("\u0000", "");
-        return { layer, column: label, token: word, effect, recovered: effect === null || !gap ? null : effect / gap };
+        const recovered = effect === null || !map.gap ? null : effect / map.gap;
+        return { side: map.side, layer, column: label, token: word, effect, recovered };
       }),
     );
   }
 
-  async function draw() {
+  let drawing = Promise.resolve();
+
+  /** One chart after the other: a place that is wanted anew while it is drawn is drawn again after that. */
+  function draw() {
+    drawing = drawing.then(drawAll);
+  }
+
+  async function drawAll() {
     for (const place of all("[data-chart]")) {
-      const name = place.dataset.chart;
+      const name = place.dataset.chart, of = Number(place.dataset.of);
       if (place.dataset.drawn || !place.offsetParent || !charts[name]) continue;
       place.dataset.drawn = "yes";
       const spec = structuredClone(charts[name]);
       if (spec.data?.name === "pair" || spec.layer?.[0]?.data?.name === "pair") {
-        const rows = rowsOf(name);
+        const rows = rowsOf(name, of);
         if (!rows) continue;
         spec.datasets = { ...spec.datasets, pair: rows };
       }
-      if (name === "tokens") spec.params?.forEach((param) => (param.value = steps(param.name)[token[param.name]]?.at ?? -1));
-      views[name]?.finalize();
-      views[name] = await vegaEmbed(place, spec, {
+      if (name === "sweep") {
+        const effects = pairs[current].sweep.maps.flatMap(cells).map((cell) => Math.abs(cell.effect ?? 0));
+        const reach = Math.max(...effects) || 1;
+        spec.encoding.color.scale.domain = [-reach, 0, reach];
+        spec.height = 12 * pairs[current].sweep.maps[of].layers.length;
+      }
+      views[name + of]?.finalize();
+      delete views[name + of];
+      views[name + of] = await vegaEmbed(place, spec, {
         actions: false, ast: true, renderer: "svg", defaultStyle: false, config: config(), tooltip: { theme: "page-tip" },
       });
+      if (name === "tokens") markTokens();
+      if (!place.offsetParent) delete place.dataset.drawn; // hidden meanwhile, where it has no width
     }
   }
 
@@ -174,15 +190,15 @@
       const span = element("span", step.word, step.index === tokens.read ? "read" : "");
       const share = Math.round((40 * Math.abs(step.change)) / most);
       if (share) span.style.background = `color-mix(in srgb, var(--${step.change > 0 ? "up" : "down"}) ${share}%, transparent)`;
-      span.addEventListener("click", () => step_to(side, i));
+      span.addEventListener("click", () => stepTo(side, i));
       words.append(span);
     });
     const left = tokens.total - tokens.start - tokens.words.length;
     if (left > 0) words.append(element("span", ` … and ${left} tokens more`, "shared"));
-    step_to(side, token[side], false);
+    stepTo(side, token[side]);
   }
 
-  function step_to(side, index, drawn = true) {
+  function stepTo(side, index) {
     const stepper = document.querySelector(`.stepper[data-side=${side}]`);
     const there = steps(side);
     if (!there.length) return;
@@ -191,8 +207,8 @@
     const slider = stepper.querySelector("input");
     slider.value = String(token[side]);
     const tokens = pairs[current].tokens[side];
-    const value = step.value === null ? "–" : step.value.toPrecision(4);
-    const change = (step.change < 0 ? "−" : "+") + Math.abs(step.change).toPrecision(3);
+    const value = step.value === null ? "–" : show(step.value);
+    const change = (step.change < 0 ? "" : "+") + show(step.change, 3);
     slider.setAttribute("aria-valuetext", `${step.word}, reward ${value}`);
     const now = stepper.querySelector(".now");
     now.replaceChildren(
@@ -207,29 +223,48 @@
     const [back, on] = all("[data-token-step]", stepper);
     back.disabled = token[side] === 0;
     on.disabled = token[side] === there.length - 1;
-    if (drawn) views.tokens?.view.signal(side, step.at).runAsync();
+    markTokens();
+  }
+
+  /** The tokens that are stepped to, in the chart. */
+  function markTokens() {
+    const view = views.tokens0?.view;
+    if (!view) return;
+    for (const side of ["chosen", "rejected"]) view.signal(side, steps(side)[token[side]]?.at ?? -1);
+    view.runAsync();
   }
 
   for (const stepper of all(".stepper")) {
     const side = stepper.dataset.side;
-    stepper.querySelector("input").addEventListener("input", (event) => step_to(side, Number(event.target.value)));
+    stepper.querySelector("input").addEventListener("input", (event) => stepTo(side, Number(event.target.value)));
     all("[data-token-step]", stepper).forEach((step) =>
-      step.addEventListener("click", () => step_to(side, token[side] + Number(step.dataset.tokenStep))),
+      step.addEventListener("click", () => stepTo(side, token[side] + Number(step.dataset.tokenStep))),
     );
   }
 
   // Sweeps ----------------------------------------------------------------------------------------------------------
+
+  const PUT_IN = {
+    denoising: "Put in is the chosen text's stream, at the token of it that corresponds; grey cells have none.",
+    mean: "The texts have too few tokens in common. Put in is the mean of all tokens of the shown texts, into either text's run.",
+  };
 
   function writeSweep() {
     const sweep = pairs[current].sweep;
     document.getElementById("swept").hidden = !sweep;
     document.getElementById("no-sweep").hidden = Boolean(sweep);
     if (!sweep) return;
-    const gap = sweep.other - sweep.base;
-    document.getElementById("gap").textContent =
-      `Reward of the rejected text ${sweep.base.toPrecision(4)}, of the chosen one ${sweep.other.toPrecision(4)}: a gap of ` +
-      `${gap.toPrecision(4)}. ${sweep.run} runs, each a full forward with one replacement, up to rounding.`;
-    const found = cells(sweep).filter((cell) => cell.effect !== null);
+    document.getElementById("strongest").closest("table").classList.toggle("no-gap", sweep.mode === "mean");
+    document.getElementById("put-in").textContent = PUT_IN[sweep.mode];
+    for (const place of all(".map")) {
+      const map = sweep.maps[Number(place.dataset.map)];
+      place.hidden = !map;
+      if (!map) continue;
+      const gap = map.gap === null ? "" : `, ${show(map.gap)} from that of the chosen one`;
+      place.querySelector(".now").textContent =
+        `The ${map.side} text, of reward ${show(map.base)}${gap}. ${map.run} runs, exact up to rounding.`;
+    }
+    const found = sweep.maps.flatMap(cells).filter((cell) => cell.effect !== null);
     found.sort((a, b) => Math.abs(b.effect) - Math.abs(a.effect));
     document.getElementById("strongest").replaceChildren(
       ...found.slice(0, 8).map((cell) => {
@@ -237,8 +272,11 @@
         const word = element("th", "");
         word.scope = "row";
         word.append(element("bdi", cell.token));
-        const share = cell.recovered === null ? "–" : `${(100 * cell.recovered).toFixed(1)}%`;
-        row.append(word, element("td", cell.layer, "n"), element("td", cell.effect.toPrecision(4), "n"), element("td", share, "n"));
+        const share = cell.recovered === null ? "–" : `${(100 * cell.recovered).toFixed(1)}%`.replace("-", "−");
+        row.append(
+          word, element("td", cell.side), element("td", cell.layer, "n"), element("td", show(cell.effect), "n"),
+          element("td", share, "n"),
+        );
         return row;
       }),
     );
@@ -247,6 +285,6 @@
   prefersDark.addEventListener("change", () => setTheme(prefersDark.matches ? "dark" : "light"));
   button.addEventListener("click", () => setTheme(root.dataset.theme === "dark" ? "light" : "dark"));
   setTheme(prefersDark.matches ? "dark" : "light");
-  choose(0);
+  choose(Math.max(0, pairs.findIndex((pair) => pair.sweep)));
   open(tabs.some((tab) => tab.id === "tab-" + location.hash.slice(1)) ? location.hash.slice(1) : "overview");
 })();
