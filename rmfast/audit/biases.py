@@ -44,7 +44,8 @@ def without_clamp(found: Evaluation, why: str) -> Biases:
 
 
 def with_clamp(
-    rm: RewardModel, found: Evaluation, *, trials: int, seed: int, running: Mapping[str, Any], encoding: Mapping[str, Any]
+    rm: RewardModel, found: Evaluation, *, trials: int, seed: int,
+    running: Mapping[str, Any], encoding: Mapping[str, Any],
 ) -> Biases:  # fmt: skip
     """Fits a clamp on half of the prompts, of at most 500 pairs, and reports on all other pairs.
 

@@ -131,7 +131,7 @@ class LensCurve(TypedDict):
 
 
 class Map(TypedDict):
-    """Effects (layers, groups of tokens) on the reward of a text, `base`, of `run` edits; `gap` is the other's less it."""
+    """Effects (layers, groups of tokens) of `run` edits on the reward of a text, `base`; `gap`: the other's less it."""
 
     side: str
     layers: list[int]
@@ -157,7 +157,7 @@ class Text(TypedDict):
 
 
 class Pair(TypedDict):
-    """A pair that is shown. `kind`: "right", "wrong" (most certain) or "close" (least certain); `place`: in the file."""
+    """A pair that is shown: "right", "wrong" (most certain) or "close" (least certain); `place` is in the file."""
 
     kind: str
     place: int

@@ -11,6 +11,7 @@ from rmfast.audit.biases import pairs_of
 from rmfast.audit.data import LensCurve, Map, Pair, Sweep, Text, Tokens, Trajectory, number
 from rmfast.audit.measures import rewards_of
 from rmfast.binding.layer_list import layered
+from rmfast.evaluation.layout import Item
 from rmfast.evaluation.result import Evaluation
 from rmfast.patching.pairs import aligned
 from rmfast.texts.inputs import words
@@ -38,9 +39,9 @@ def chosen_pairs(found: Evaluation, count: int) -> list[Pair]:
     texts = pairs_of([found.items[i] for _, i in kinds])
     return [
         {
-            "kind": kind, "place": int(found.places[i]), "id": "" if found.items[i].id is None else str(found.items[i].id),
-            "subset": found.items[i].subset, "prompt": _text(pair.prompt), "chosen": _text(pair.chosen),
-            "rejected": _text(pair.rejected), "rewards": [float(x) for x in rewards[i]], "margin": float(margins[i]),
+            "kind": kind, "place": int(found.places[i]), "id": _id(found.items[i]), "subset": found.items[i].subset,
+            "prompt": _text(pair.prompt), "chosen": _text(pair.chosen), "rejected": _text(pair.rejected),
+            "rewards": [float(x) for x in rewards[i]], "margin": float(margins[i]),
             "tokens": None, "lens": None, "sweep": None,
         }
         for (kind, i), pair in zip(kinds, texts)
@@ -51,6 +52,10 @@ def inputs_of(found: Evaluation, pairs: Sequence[Pair]) -> list[Any]:
     """The texts of pairs as they were scored, chosen and rejected in turn."""
     at = {int(place): i for i, place in enumerate(found.places)}
     return [text for pair in pairs for text in found.items[at[pair["place"]]].inputs]
+
+
+def _id(item: Item) -> str:
+    return "" if item.id is None else str(item.id)
 
 
 def _text(text: str) -> Text:
@@ -110,7 +115,8 @@ def can_be_swept(rm: RewardModel, inputs: Sequence[Any], encoding: Mapping[str, 
 
 
 def sweep(
-    rm: RewardModel, pair: Sequence[Any], baseline: Sequence[Any], running: Mapping[str, Any], encoding: Mapping[str, Any]
+    rm: RewardModel, pair: Sequence[Any], baseline: Sequence[Any],
+    running: Mapping[str, Any], encoding: Mapping[str, Any],
 ) -> Sweep:  # fmt: skip
     """What the stream at each layer, and at a few tokens of a text at a time, does to the reward.
 

@@ -146,7 +146,7 @@ def test_it_is_json_and_comes_back(audit, tmp_path):
     assert Audit.load(tmp_path / "audit.json") == audit
     data = json.loads((tmp_path / "audit.json").read_text())
     (tmp_path / "audit.json").write_text(json.dumps(data | {"version": 99}))
-    with pytest.raises(ValueError, match="a file that Audit.save wrote, of version 1"):
+    with pytest.raises(ValueError, match=r"a file that Audit\.save wrote, of version 1"):
         Audit.load(tmp_path / "audit.json")
 
 

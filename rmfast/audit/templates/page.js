@@ -93,11 +93,13 @@
         spec.encoding.color.scale.domain = [-reach, 0, reach];
         spec.height = 12 * pairs[current].sweep.maps[of].layers.length;
       }
+      if (name === "tokens") spec.params?.forEach((param) => (param.value = steps(param.name)[token[param.name]]?.at ?? -1));
       views[name + of]?.finalize();
       delete views[name + of];
       views[name + of] = await vegaEmbed(place, spec, {
         actions: false, ast: true, renderer: "svg", defaultStyle: false, config: config(), tooltip: { theme: "page-tip" },
       });
+      place.querySelector("svg").setAttribute("aria-hidden", "true"); // the place has its description, a table its numbers
       if (name === "tokens") markTokens();
       if (!place.offsetParent) delete place.dataset.drawn; // hidden meanwhile, where it has no width
     }
