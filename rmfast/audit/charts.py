@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from typing import Any
 
-from rmfast.audit.data import Audit, Bias, Figure
+from rmfast.audit.data import Audit, Bias
 from rmfast.plots import needed
 
 _SUBSETS = 60  # that can be read in one chart; the table has all
@@ -49,9 +49,9 @@ def altair() -> Any:
 
 
 def _accuracy(alt: Any, audit: Audit) -> Any:
-    rows = [row for row in audit.figures if row["measure"] == "accuracy"]
-    most = sorted(rows, key=lambda row: -row["n"])[:_SUBSETS]
-    rows = [_named(row) for row in rows if row in most]
+    found = [row for row in audit.figures if row["measure"] == "accuracy"]
+    most = sorted(found, key=lambda row: -row["n"])[:_SUBSETS]
+    rows = [{**row, "name": row["subset"]} for row in found if row in most]
     base = alt.Chart(alt.InlineData(values=rows), width="container", height=24 * len(rows))
     y = alt.Y("name:N", sort=None, title=None, axis=alt.Axis(labelLimit=_LABEL, ticks=False, domain=False))
     x = alt.Scale(domain=[0, 1])
@@ -66,10 +66,6 @@ def _accuracy(alt: Any, audit: Audit) -> Any:
         x=alt.X("value:Q", scale=x, title="accuracy", axis=axis), y=y, tooltip=tip
     )
     return alt.layer(half, lines, points)
-
-
-def _named(row: Figure) -> dict[str, Any]:
-    return {**row, "name": row["subset"]}
 
 
 def _calibration(alt: Any, audit: Audit) -> Any:

@@ -57,7 +57,7 @@ def lengths(found: Evaluation, characters: np.ndarray, seed: int) -> Lengths:
     rewards, flat = rewards_of(found).ravel(), characters.ravel()
     places = _ranges(flat)
     over_texts = _means(rewards, places)
-    means: list[Value] = [lambda weights, value=value: value(np.repeat(weights, 2, axis=1)) for value in over_texts]
+    means = [_per_pair(value) for value in over_texts]
     low, high = _intervals(found, means)
     once = np.ones((1, len(found.items)))
     trend: list[Trend] = [
@@ -82,6 +82,11 @@ def _ranges(values: np.ndarray) -> list[np.ndarray]:
 
 def _means(values: np.ndarray, places: Sequence[np.ndarray]) -> list[Value]:
     return [mean(values, where) for where in places]
+
+
+def _per_pair(value: Value) -> Value:
+    """A value of weights of the texts as one of weights of the pairs."""
+    return lambda weights: value(np.repeat(weights, 2, axis=1))
 
 
 def _intervals(found: Evaluation, values: Sequence[Value]) -> np.ndarray:

@@ -46,7 +46,7 @@ def render(audit: Audit) -> str:
         policy=_policy(scripts),
         style=Markup((_TEMPLATES / "page.css").read_text(encoding="utf-8")),
         scripts=[Markup(script) for script in scripts],
-        data={"charts": charts, "pairs": [{name: pair[name] for name in _DRAWN} for pair in audit.shown]},
+        data={"charts": charts, "pairs": [{k: v for k, v in pair.items() if k in _DRAWN} for pair in audit.shown]},
         kinds={"wrong": "Most certain, and wrong", "right": "Most certain, and right", "close": "Least certain"},
     )
     page = page.encode("utf-8", "replace").decode()  # half a surrogate is no text

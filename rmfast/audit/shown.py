@@ -128,7 +128,7 @@ def sweep(
     shared = _shared(chosen, rejected) if rm.binding.causal else 0
     partner = aligned(rejected.ids, chosen.ids, "auto", False)[min(shared, len(rejected) - 1) :]
     if (partner >= 0).mean() >= 0.5:
-        result = rm.patch_sweep(*pair, **_grid(rm, rejected, shared), **running, **encoding)
+        result = rm.patch_sweep(pair[0], pair[1], **_grid(rm, rejected, shared), **running, **encoding)
         return {"mode": "denoising", "maps": [_map(rm, "rejected", result)]}
     maps = []
     for side, text, ids in zip(("chosen", "rejected"), pair, (chosen, rejected)):

@@ -136,6 +136,8 @@
   function choose(index) {
     if (!pairs.length) return;
     current = (index + pairs.length) % pairs.length;
+    views.tokens0?.finalize(); // of the pair before
+    delete views.tokens0;
     all("[data-pair]").forEach((select) => (select.value = String(current)));
     for (const side of ["chosen", "rejected"]) {
       token[side] = Math.max(0, steps(side).length - 1);
