@@ -21,6 +21,7 @@ from rmfast.audit.charts import altair, charts_of
 from rmfast.audit.data import Audit, Span
 
 LIMIT = 5_000_000  # bytes of a page
+_ROWS = 300  # of the table by subset, those of most pairs
 _DRAWN = ("rewards", "tokens", "lens", "sweep")  # of a pair, by the page's script
 _TEMPLATES = Path(str(resources.files("rmfast.audit"))) / "templates"
 
@@ -41,6 +42,9 @@ def render(audit: Audit) -> str:
     environment.filters |= {"share": _share, "signed": _signed, "figure": _figure, "short": _short}
     page = environment.get_template("page.html").render(
         audit=audit,
+        figures=sorted(audit.figures, key=lambda row: -row["n"])[:_ROWS]
+        if len(audit.figures) > _ROWS
+        else audit.figures,
         accuracy=_over_all(audit),
         spearman=_of_length(audit),
         policy=_policy(scripts),

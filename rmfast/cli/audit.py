@@ -36,7 +36,7 @@ def audit(
     ],
     output: Annotated[Path, typer.Option(help="The folder to write, or to go on with.", file_okay=False)],
     sample: Annotated[int | None, typer.Option(min=2, help="Take so many pairs at random; default: all.")] = None,
-    show: Annotated[int, typer.Option(min=1, max=20, help="Pairs of each kind to show.")] = 5,
+    show: Annotated[int, typer.Option(min=1, max=10, help="Pairs of each kind to show.")] = 5,
     sweep_pairs: Annotated[int, typer.Option(min=0, help="Of the shown pairs, how many are patched.")] = 2,
     debias: Annotated[
         bool, typer.Option("--debias/--no-debias", help="Fit a clamp on half of the prompts, and report with it.")
@@ -80,8 +80,8 @@ def audit(
                 run.load, found, model=name, settings=settings, kept=kept, facts=facts,
                 say=lambda name: typer.echo(f"rmfast: {name}", err=True), **encoding_of(options),
             )  # fmt: skip
-        page = render(result)
         result.save(output / "audit.json")
+        page = render(result)
         (output / "index.html").write_text(page, encoding="utf-8")
     for name, why in result.missing.items():
         typer.echo(f"rmfast: no {name}: {why}", err=True)
