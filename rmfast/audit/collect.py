@@ -50,9 +50,10 @@ class Settings:
     batch_tokens: int | None = None
 
     def __post_init__(self) -> None:
-        for name, least in (("sweep_pairs", 0), ("trials", 1), ("parity", 0), ("seed", 0)):
+        for name, least in (("trials", 1), ("parity", 0), ("seed", 0)):
             arguments.whole(name, getattr(self, name), least)
-        arguments.whole("show", self.show, 1, 10)  # more would not fit into the page
+        for name, least in (("show", 1), ("sweep_pairs", 0)):
+            arguments.whole(name, getattr(self, name), least, 10)  # more would not fit into the page
         arguments.flag("debias", self.debias)
 
 

@@ -37,7 +37,7 @@ def audit(
     output: Annotated[Path, typer.Option(help="The folder to write, or to go on with.", file_okay=False)],
     sample: Annotated[int | None, typer.Option(min=2, help="Take so many pairs at random; default: all.")] = None,
     show: Annotated[int, typer.Option(min=1, max=10, help="Pairs of each kind to show.")] = 5,
-    sweep_pairs: Annotated[int, typer.Option(min=0, help="Of the shown pairs, how many are patched.")] = 2,
+    sweep_pairs: Annotated[int, typer.Option(min=0, max=10, help="Of the shown pairs, how many are patched.")] = 2,
     debias: Annotated[
         bool, typer.Option("--debias/--no-debias", help="Fit a clamp on half of the prompts, and report with it.")
     ] = True,

@@ -18,6 +18,8 @@ pytest.importorskip("altair")
 pytest.importorskip("vl_convert")
 pytest.importorskip("optuna")
 
+MODULE = sys.modules[render.__module__]  # the package's `render` is the function
+
 
 @pytest.fixture(scope="module")
 def audit():
@@ -100,9 +102,9 @@ def test_the_page_is_below_its_limit_whatever_the_texts(audit, monkeypatch):
     drawn = {"columns": ["界" * 20] * 48, "effect": [[-1.234567e-05] * 48] * 40, "layers": list(range(40))}
     long["sweep"] = {"mode": "mean", "maps": [audit.shown[0]["sweep"]["maps"][0] | drawn] * 2}
     fields = {name: getattr(audit, name) for name in Audit.__dataclass_fields__}
-    many = Audit(**{**fields, "shown": [long] * 30, "figures": audit.figures * 1000})
+    many = Audit(**{**fields, "shown": [long] * 10 + [{**long, "sweep": None}] * 20, "figures": audit.figures * 1000})
     assert len(render(many).encode()) < 5_000_000
-    monkeypatch.setattr("rmfast.audit.render.LIMIT", 1000)
+    monkeypatch.setattr(MODULE, "LIMIT", 1000)
     with pytest.raises(ValueError, match="a page of less than 1000 bytes"):
         render(audit)
 
@@ -119,9 +121,7 @@ def test_half_a_surrogate_is_replaced(audit):
 
 @pytest.mark.parametrize("library", ["altair", "vl_convert"])
 def test_a_missing_library_is_named_with_its_extra(audit, monkeypatch, library):
-    from rmfast.audit import render as module  # noqa: F401  the function; its module is in sys.modules
-
-    sys.modules["rmfast.audit.render"]._bundle.cache_clear()
+    MODULE._bundle.cache_clear()
     monkeypatch.setitem(sys.modules, library, None)
     with pytest.raises(ImportError, match=r'pip install "rmfast\[audit\]"'):
         render(audit)
