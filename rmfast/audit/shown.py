@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 _CHARACTERS = 4000  # of a text that are shown
 _TOKENS, _BEFORE = 600, 24  # of a text that are stepped through, and of those that both texts begin with
-_COLUMNS, _LAYERS = 48, 40  # cells of a sweep's map that can be told apart
+_COLUMNS, _LAYERS = 32, 24  # cells of a map: their number is what a sweep costs
 _SWEPT = 512  # tokens of a text that is swept at most: a sweep takes about the square of them
 
 

@@ -96,7 +96,7 @@ def test_pairs_with_few_tokens_in_common_are_swept_with_means(audit, rm):
             start = min(pair["tokens"]["shared"], pair["tokens"][found["side"]]["total"] - 1)
             text = (row["prompt"], row[found["side"]])
             (encoded,) = rm.encode([text])
-            size = -(-(len(encoded) - start) // 48)
+            size = -(-(len(encoded) - start) // 32)
             groups = [slice(at, at + size) for at in range(start, len(encoded), size)]
             whole = rm.patch_sweep(text, mode="mean", baseline=texts, positions=groups)
             assert np.array(found["effect"], float) == pytest.approx(whole.effect.numpy(), abs=1e-5)
