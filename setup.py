@@ -255,6 +255,7 @@ setup(
     # `kernels` at the top level would be Hugging Face's package: installed as rmfast.kernels, always listed by name.
     packages=[
         "rmfast",
+        "rmfast.audit",
         "rmfast.binding",
         "rmfast.cli",
         "rmfast.debias",
@@ -285,7 +286,7 @@ setup(
         "rmfast.kernels.topk_encode",
     ],
     package_dir={"rmfast": "rmfast", "rmfast.kernels": "kernels"},
-    package_data={"rmfast": ["py.typed"]},
+    package_data={"rmfast": ["py.typed"], "rmfast.audit": ["templates/*"]},
     ext_modules=extensions(),
     cmdclass={"build_ext": NinjaBuild, "kernel_tree": KernelTree},
 )

@@ -1,8 +1,14 @@
-"""Heat maps that several results share, and the optional libraries that draw them."""
+"""Heat maps that several results share, what notebooks show of a result, and the optional libraries that draw."""
 
 from __future__ import annotations
 
+import base64
+import html
 import importlib
+import io
+import math
+import warnings
+from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
 import numpy as np
@@ -70,3 +76,38 @@ def _ticks(axis: Any, which: Literal["x", "y"], names: list[str]) -> None:
         label.set_parse_math(False)  # a "$" in a text is no formula
         if which == "x" and len("  ".join(names)) > 40:  # what fits side by side on the smallest figure
             label.set_rotation(90)
+
+
+def shown_figure(plot: Callable[[], Any], text: str) -> str:
+    """For notebooks, what `plot` draws as an image in HTML, an SVG; where there is no matplotlib, `text`.
+
+    An image runs no script, whatever its tokens say, and its figure is closed, or the notebook would show it again.
+    """
+    try:
+        pyplot = importlib.import_module("matplotlib.pyplot")
+    except ImportError:
+        return f"<pre>{html.escape(text)}</pre>"
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Glyph .* missing from")  # of a language that the font lacks
+        drawn = plot()
+        figure, file = (drawn if hasattr(drawn, "figure") else drawn[0]).figure, io.BytesIO()
+        try:
+            figure.savefig(file, format="svg", metadata={"Date": None})
+        finally:
+            pyplot.close(figure)
+    image = base64.b64encode(file.getvalue()).decode()
+    return f'<img alt="{html.escape(text)}" src="data:image/svg+xml;base64,{image}" style="max-width: 100%">'
+
+
+def shown_table(names: Sequence[str], rows: Sequence[Sequence[Any]], caption: str = "") -> str:
+    """For notebooks, a table in HTML; floats have four significant digits, NaN is a dash."""
+
+    def cell(value: Any) -> str:
+        if not isinstance(value, float):
+            return f"<td>{html.escape(str(value))}</td>"
+        return f'<td style="text-align: right">{"–" if math.isnan(value) else f"{value:.4g}"}</td>'
+
+    head = "".join(f"<th>{html.escape(name)}</th>" for name in names)
+    body = "".join(f"<tr>{''.join(map(cell, row))}</tr>" for row in rows)
+    title = f"<caption>{html.escape(caption)}</caption>" if caption else ""
+    return f"<table>{title}<thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"

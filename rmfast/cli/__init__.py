@@ -8,7 +8,21 @@ from typing import Annotated
 import typer
 
 import rmfast
-from rmfast.cli import debias, evaluate, explain, join, merge, probe, score, serve, steps, strength, sweep, values
+from rmfast.cli import (
+    audit,
+    debias,
+    evaluate,
+    explain,
+    join,
+    merge,
+    probe,
+    score,
+    serve,
+    steps,
+    strength,
+    sweep,
+    values,
+)
 
 __all__ = ["app", "main"]
 
@@ -27,6 +41,7 @@ app.command()(debias.debias)
 app.command()(evaluate.evaluate)
 app.command()(probe.probe)
 app.command()(serve.serve)
+app.command()(audit.audit)
 app.command()(strength.strength)
 app.command()(merge.merge)
 app.command()(join.join)

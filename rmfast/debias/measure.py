@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 
 from rmfast import arguments
+from rmfast.plots import shown_table
 from rmfast.texts.pairs import Pair, read_pairs, text_of
 
 if TYPE_CHECKING:
@@ -166,6 +167,10 @@ class Report:
     @property
     def attributes(self) -> list[str]:
         return list(dict.fromkeys(row.attribute for row in self.rows if row.attribute))
+
+    def _repr_html_(self) -> str:
+        """For notebooks: the rows as a table."""
+        return shown_table(Row._fields, self.rows, f"intervals of {self.confidence:.0%}")
 
     def to_dataframe(self) -> Any:
         """The rows as a pandas DataFrame."""

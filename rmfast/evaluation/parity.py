@@ -13,6 +13,7 @@ from rmfast import arguments
 from rmfast.evaluation.evaluate import expect_scorer
 from rmfast.evaluation.layout import expect_one_reward
 from rmfast.evaluation.result import lined
+from rmfast.plots import shown_table
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -53,6 +54,10 @@ class Parity:
     def largest(self) -> float:
         """Of all ways that were tried."""
         return max(row.largest for row in self.rows if not row.why)
+
+    def _repr_html_(self) -> str:
+        """For notebooks: the rows as a table."""
+        return shown_table(Way._fields, self.rows, f"standard deviation of the scores {self.spread:.3g}")
 
     def __getitem__(self, way: str) -> Way:
         return next(row for row in self.rows if row.way == way)

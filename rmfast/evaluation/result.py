@@ -11,7 +11,7 @@ import numpy as np
 from rmfast import arguments
 from rmfast.evaluation.bootstrap import intervals
 from rmfast.evaluation.layout import ALL, Item, Layout
-from rmfast.plots import axes, needed
+from rmfast.plots import axes, needed, shown_table
 from rmfast.resampling import clusters
 
 
@@ -62,6 +62,10 @@ class Table(Generic[R]):
             if (row.subset, row.measure) == key:
                 return row
         raise KeyError(key)
+
+    def _repr_html_(self) -> str:
+        """For notebooks: the rows as a table."""
+        return shown_table(self.rows[0]._fields, self.rows, f"intervals of {self.confidence:.0%}")
 
     def to_dataframe(self) -> Any:
         """The rows as a pandas DataFrame; ImportError where pandas is not installed."""

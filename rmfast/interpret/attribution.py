@@ -28,7 +28,7 @@ from rmfast.engine.scorer import Scorer
 from rmfast.interpret.components import GIVES, WHOLE, Components
 from rmfast.patching.grid import PatchSweep
 from rmfast.patching.sites import UNITS
-from rmfast.plots import axes, figure_size, heat_map, needed
+from rmfast.plots import axes, figure_size, heat_map, needed, shown_figure
 from rmfast.texts.inputs import Encoded, several, words
 
 _NUMBERS = 1 << 26  # contributions of one run at most, but for one text: 256 MiB
@@ -64,6 +64,11 @@ class Attribution:
         at = "every token" if self._every else f"token {self.read} {self.tokens[self.read]!r}"
         parts = ", ".join(f"{name} {' × '.join(map(str, x.shape))}".rstrip() for name, x in self.contributions.items())
         return f"Attribution(norm {self.norm!r}, at {at} of {len(self.tokens)}, {parts})"
+
+    def _repr_html_(self) -> str:
+        """For notebooks: `plot`; at every token that of the component which was asked for last."""
+        last = WHOLE.get(name := next(reversed(self.contributions)), name.replace("_bias", "_out"))
+        return shown_figure(lambda: self.plot(last if self._every else None), repr(self))
 
     @property
     def _every(self) -> bool:

@@ -13,6 +13,7 @@ from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from functools import partial
+from html import escape
 from typing import TYPE_CHECKING, Any, Literal, cast
 
 import numpy as np
@@ -29,7 +30,7 @@ from rmfast.interpret.frozen_head import FrozenHead, check_norm
 from rmfast.ops import reward_head
 from rmfast.patching.points import Point
 from rmfast.patching.watched import run_watched
-from rmfast.plots import axes, figure_size, heat_map, needed
+from rmfast.plots import axes, figure_size, heat_map, needed, shown_figure
 from rmfast.texts.inputs import words
 
 if TYPE_CHECKING:
@@ -69,6 +70,10 @@ class Lens:
     def __repr__(self) -> str:
         at = "the read token" if self.positions == "last" else "every token"
         return f"Lens({len(self)} texts, {self.layers} layers and the embedding, at {at}, norm {self.norm!r})"
+
+    def _repr_html_(self) -> str:
+        """For notebooks: `plot`."""
+        return shown_figure(self.plot, repr(self)) if len(self) else f"<pre>{escape(repr(self))}</pre>"
 
     @property
     def _labels(self) -> int:

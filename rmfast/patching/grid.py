@@ -19,7 +19,7 @@ from torch import Tensor
 from rmfast.arguments import path as path_of
 from rmfast.arguments import sequence, whole, word
 from rmfast.patching.sites import UNITS
-from rmfast.plots import expect_axes, figure_size, heat_map, needed, reach_of
+from rmfast.plots import expect_axes, figure_size, heat_map, needed, reach_of, shown_figure
 
 AXES = ("site", "layer", "position", "head", "neuron", "unit", "label")  # the order in any grid
 Value = Literal["effect", "recovered", "rewards"]
@@ -86,6 +86,10 @@ class PatchSweep:
             where = "".join(f"{axis} {getattr(row, axis)} " for axis in self.axes)
             parts.append(f"strongest {where}{row.token!r} {row.effect:+.4g}")
         return f"PatchSweep({', '.join(parts)})"
+
+    def _repr_html_(self) -> str:
+        """For notebooks: `plot`."""
+        return shown_figure(self.plot, repr(self))
 
     @property
     def _mode(self) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from math import nan
 from typing import Any
 
 import numpy as np
@@ -12,6 +13,7 @@ from torch import Tensor
 
 from rmfast.arguments import finite, number, sequence, wholes
 from rmfast.ops._library import expect, readable
+from rmfast.plots import shown_table
 from rmfast.texts.chat import Chat
 from rmfast.texts.forms import Forms
 from rmfast.texts.inputs import InputError, check_inputs, ids_of, listed
@@ -39,6 +41,17 @@ class ResponseValues:
     cu_seqlens: Tensor
     reward: Tensor
     response_start: Tensor
+
+    def _repr_html_(self) -> str:
+        """For notebooks: a row for each response, of at most 50."""
+        names = ("response", "start", "tokens", "reward", "first value", "last value")
+        rows = [
+            (i, int(start), len(values), float(reward), *(float(values[at]) if len(values) else nan for at in (0, -1)))
+            for i, (start, values, reward) in enumerate(
+                zip(self.response_start[:50], self.split(self.values), self.reward)
+            )
+        ]
+        return shown_table(names, rows, f"{len(self.reward)} responses, {len(self.values)} tokens")
 
     def split(self, flat: Tensor) -> list[Tensor]:
         """One of the flat tensors as a list, a tensor for each response."""
