@@ -12,10 +12,10 @@ from rmfast import debias
 from rmfast.audit.data import Bias, Biases, Clamp, Span, span
 from rmfast.audit.measures import rewards_of
 from rmfast.debias.apply import projections
-from rmfast.evaluation.bootstrap import clusters
 from rmfast.evaluation.evaluate import evaluated
 from rmfast.evaluation.layout import Item
 from rmfast.evaluation.result import Evaluation
+from rmfast.resampling import clusters
 from rmfast.texts.pairs import Pair, read_pairs
 
 if TYPE_CHECKING:

@@ -16,10 +16,10 @@ from rmfast.audit import biases, measures, shown
 from rmfast.audit.data import Agreement, Audit, Biases, Pair, finite
 from rmfast.audit.facts import facts_of
 from rmfast.audit.kept import Kept
-from rmfast.evaluation.bootstrap import clusters
 from rmfast.evaluation.pairs import Pairs
 from rmfast.evaluation.parity import parity
 from rmfast.evaluation.result import Evaluation
+from rmfast.resampling import clusters
 
 if TYPE_CHECKING:
     from rmfast.reward_model import RewardModel

@@ -7,9 +7,10 @@ from collections.abc import Sequence
 import numpy as np
 
 from rmfast.audit.data import Bin, Calibration, Dot, Lengths, Trend, finite, number, span
-from rmfast.evaluation.bootstrap import clusters, intervals
+from rmfast.evaluation.bootstrap import intervals
 from rmfast.evaluation.layout import Value, mean
 from rmfast.evaluation.result import Evaluation
+from rmfast.resampling import clusters
 
 _BINS, _LEAST = 10, 10  # ranges of margins or lengths; pairs in each at least, where there are so many
 _BARS = 30

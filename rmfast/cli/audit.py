@@ -67,10 +67,10 @@ def audit(
         own = {field.name: getattr(options, field.name) for field in dataclasses.fields(ModelOptions)}
         shared: dict[str, Any] = {"on_error": on_error, "window": window, "overwrite": overwrite}
         given = Options(**own, input=input_, output=output / "rows.jsonl", **shared)
-        run = _Run("audit", given, SCORES, layout=lambda *_: BenchmarkRows(layout), layout_name=layout.name)
+        run = _Run("audit", given, SCORES, layout=lambda *_: BenchmarkRows(layout, None), layout_name=layout.name)
         of = dict(run.run)
         run.go(layout.method)
-        found = figures_of(layout, given, resamples=resamples, confidence=confidence, seed=seed)
+        found = figures_of(layout, given, None, resamples=resamples, confidence=confidence, seed=seed)
         kept = Kept(output / "sections", of)
         facts = {"command": shlex.join(["rmfast", *sys.argv[1:]]), "pairs": pairs.name}
         facts |= {"SHA-256 of the pairs": of["input_sha256"], "sampled": "all" if sample is None else f"{sample} rows"}

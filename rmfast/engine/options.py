@@ -7,7 +7,10 @@ from collections.abc import Callable, Mapping, Sequence
 from functools import wraps
 from typing import Any, Literal, TypedDict, TypeVar, get_type_hints
 
-from rmfast.arguments import flag, is_whole, shown, whole, word
+import torch
+from torch import Tensor
+
+from rmfast.arguments import finite, flag, is_whole, sequence, shown, whole, word
 from rmfast.binding.compute import COMPUTE
 from rmfast.binding.session import on_the_host
 from rmfast.texts.inputs import Format, Truncation
@@ -110,3 +113,15 @@ def check_options(pooling: Any, invariant: Any, compute: Any) -> None:
     if invariant is not None:
         flag("invariant", invariant)
     word("compute", compute, COMPUTE)
+
+
+def checked_normalization(normalize: tuple[Any, Any], labels: int) -> tuple[Tensor, Tensor]:
+    """Mean and std, (), (1,) or (K,) each, of `normalize=(mean, std)`."""
+    two = zip(("mean", "std"), sequence("normalize", normalize, "(mean, std)", 2))
+    mean, std = (torch.from_numpy(finite(f"{name} in normalize", x)) for name, x in two)
+    for name, x in (("mean", mean), ("std", std)):
+        if x.dim() > 1 or x.numel() not in (1, labels):
+            raise ValueError(f"Expected {name} in normalize to be a number or {labels} of them, got {tuple(x.shape)}")
+    if not bool((std > 0).all()):
+        raise ValueError(f"Expected the std in normalize to be above 0, got {std.tolist()}")
+    return mean, std

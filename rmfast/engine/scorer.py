@@ -23,7 +23,7 @@ from rmfast.binding.sketch import sketch
 from rmfast.engine.attention import Unsupported
 from rmfast.engine.layers import settings
 from rmfast.engine.limits import longest_text, position_table
-from rmfast.engine.options import Encoding, check_options, checked_pooling, checked_run
+from rmfast.engine.options import Encoding, check_options, checked_normalization, checked_pooling, checked_run
 from rmfast.engine.packed import Engine, run_packed
 from rmfast.engine.padded import run_padded
 from rmfast.engine.programs import outputs, run_heads
@@ -360,7 +360,7 @@ class Scorer:
                 raise ValueError(
                     'Expected (mean, std): the model brings no mean and std of its own for normalize="own"'
                 )
-        return _normalize(normalize, self.num_labels)
+        return checked_normalization(normalize, self.num_labels)
 
     def corrected(self, rewards: Tensor, encoded: list[Encoded]) -> Tensor:
         """Rewards (N, K) less what the length corrections among `interventions` take off for each input's response."""
@@ -494,14 +494,3 @@ class Scorer:
         way = f"fp32 on {str(stored)[6:]} weights" if fp32 else f"torch's own, {str(stored)[6:]} weights"
         witness = f"; {measured(stored)}" if self.binding.device.type == "cpu" and stored != torch.float64 else ""
         return f"{way} ({why}{witness})"
-
-
-def _normalize(normalize: tuple[Any, Any], labels: int) -> tuple[Tensor, Tensor]:
-    two = zip(("mean", "std"), arguments.sequence("normalize", normalize, "(mean, std)", 2))
-    mean, std = (torch.from_numpy(arguments.finite(f"{name} in normalize", x)) for name, x in two)
-    for name, x in (("mean", mean), ("std", std)):
-        if x.dim() > 1 or x.numel() not in (1, labels):
-            raise ValueError(f"Expected {name} in normalize to be a number or {labels} of them, got {tuple(x.shape)}")
-    if not bool((std > 0).all()):
-        raise ValueError(f"Expected the std in normalize to be above 0, got {std.tolist()}")
-    return mean, std
