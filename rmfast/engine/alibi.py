@@ -121,7 +121,8 @@ def _calls(binding: Binding, tokens: Tensor) -> dict[nn.Module, tuple[dict[str, 
 
     def note(module: nn.Module, args: tuple, kwargs: dict[str, Any], out: Any) -> None:
         given = _arguments(module, args, kwargs)
-        if _bias(given, tokens.size(1)) is not None:
+        bias = _bias(given, tokens.size(1))
+        if bias is not None and bool((bias != bias[:, :1]).any()):  # a mask that hides nothing is no bias
             seen[module] = given, out[0] if isinstance(out, tuple) else out
 
     with ExitStack() as stack:
@@ -154,6 +155,9 @@ def _slopes(binding: Binding, module: nn.Module) -> Tensor:
             binding.body(input_ids=tokens, use_cache=False)
         except _Enough:
             pass
+        except (RuntimeError, IndexError) as error:
+            name = type(module).__name__
+            raise Unsupported(f"{name} is given biases, and a text of {length} tokens fails: {error}") from error
         finally:
             current_run.reset(token)
     if not biases or biases[0] is None:
