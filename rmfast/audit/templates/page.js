@@ -64,7 +64,7 @@
         const effect = map.effect[row][column];
         const label = String(column).padStart(3, "0") + "\u0000" + word.replaceAll("\u0000", "");
         const recovered = effect === null || !map.gap ? null : effect / map.gap;
-        return { side: map.side, layer, column: label, token: word, effect, recovered };
+        return { side: map.side, layer, column: label, token: word.replaceAll("\n", "⏎"), effect, recovered };
       }),
     );
   }
@@ -216,7 +216,7 @@
     slider.setAttribute("aria-valuetext", `${step.word}, reward ${value}`);
     const now = stepper.querySelector(".now");
     now.replaceChildren(
-      `Token ${step.index + 1} of ${tokens.total}: `, element("strong", `“${step.word}”`), ` — reward ${value}`,
+      `Token ${step.index + 1} of ${tokens.total}: `, element("strong", `“${step.word.replaceAll("\n", "⏎")}”`), ` — reward ${value}`,
       token[side] ? `, ${change} to the one before` : "", step.index === tokens.read ? "; here the score is read" : "",
     );
     const spans = all(".words span", stepper).slice(1, 1 + there.length);
