@@ -117,6 +117,19 @@ def _load(name: str = "path/or/hub-id", **kw: Any) -> Any:
     return rmfast.load(name, device="cpu", **kw)
 
 
+def here(text: str) -> str:
+    """A page's text with devices, stores and clusters that a machine without them has in their place."""
+    for there, instead in _HERE.items():
+        text = text.replace(there, instead)
+    return text
+
+
+_HERE = {
+    '"cuda:0", "cuda:1"': '"cpu", "cpu"', "s3://bucket/": "bucket/", "org/reward-model": "path/or/hub-id",
+    "workers=16, num_gpus=1": "workers=1, num_gpus=0",
+}  # fmt: skip
+
+
 def of(page: str) -> dict[str, Any]:
     """The variables of a page; the working folder is the one that `write_all` wrote."""
     scope: dict[str, Any] = {"rmfast": rmfast, "torch": torch, "__name__": "snippet"}
@@ -204,6 +217,25 @@ def _steps() -> dict[str, Any]:
     }  # fmt: skip
 
 
+def _scale() -> dict[str, Any]:
+    import datasets
+    import pandas
+    import ray
+
+    ray.init(num_cpus=2, object_store_memory=200 << 20, include_dashboard=False, ignore_reinit_error=True)
+    rows = [{"id": i, "prompt": p, "response": c} for i, (p, c, _) in enumerate(_preferences(12))]
+    Path("bucket/pairs").mkdir(parents=True, exist_ok=True)
+    pandas.DataFrame(rows).to_parquet("bucket/pairs/0.parquet")
+    asked = [{"prompt": row["prompt"], "response": row["response"], "question": "ask", "answer": "one"} for row in rows]
+    return {"rm": _load(), "ray": ray, "texts": ["one", "two"], "dataset": datasets.Dataset.from_list(asked)}
+
+
+def _audit() -> dict[str, Any]:
+    rows = [dict(zip(("prompt", "chosen", "rejected"), pair)) for pair in _preferences(12)]
+    Path("pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return {"rm": _load()}
+
+
 def _ensembles() -> dict[str, Any]:
     return {"paths": ["path/or/hub-id", "other-model"], "texts": ["one", "two"], "pairs": _preferences(6)}
 
@@ -211,6 +243,7 @@ def _ensembles() -> dict[str, Any]:
 _OF: dict[str, Any] = {
     "README.md": lambda: {**_training(), "pairs": _preferences(48), "model": "path/or/hub-id"},
     "docs/attribution.md": _why,
+    "docs/audit.md": _audit,
     "docs/debias.md": _debias,
     "docs/ensembles.md": lambda: {
         "paths": ["path/or/hub-id", "other-model"],
@@ -226,7 +259,9 @@ _OF: dict[str, Any] = {
     "docs/probes.md": lambda: {"rm": _load(), "pairs": _preferences(12)},
     "docs/reward_lens.md": lambda: {},
     "docs/reward_model.md": _scoring,
+    "docs/scale.md": _scale,
     "docs/steps.md": _steps,
     "docs/training.md": _training,
     "docs/tutorials/debias.md": _debias,
+    "docs/tutorials/machines.md": _scale,
 }
