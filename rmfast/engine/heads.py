@@ -15,9 +15,9 @@ from rmfast.engine.norms import Norm
 from rmfast.ops import rotary
 
 # How rotary embeddings turn a head: dimension i with i + R / 2 with a table that has its angles twice (Llama) or once
-# (gpt-oss), 2i with 2i + 1 with a table that has them twice one after the other (GLM) or side by side (Cohere); not at
-# all (OPT, some layers of Cohere 2).
-ROTATIONS = ("half", "once", "pairs", "twins", None)
+# (gpt-oss), 2i with 2i + 1 with a table that has them twice one after the other (GLM), side by side (Cohere), or once
+# (GPT-J since transformers 5.24); not at all (OPT, some layers of Cohere 2).
+ROTATIONS = ("half", "half once", "pairs", "twins", "pairs once", None)
 
 _OUT = ("o_proj", "out_proj", "dense", "c_proj")
 _FUSED = {"qkv_proj": False, "c_attn": False, "query_key_value": True}  # whether k and v stand beside their queries
@@ -127,9 +127,9 @@ class Heads:
         Where pairs side by side turn together their dimensions come in another order, the same for both (`ordered`).
         """
         norms: dict[str, Any] = {}
-        if self.rotation == "once":
+        if self.rotation is not None and self.rotation.endswith("once"):
             cos, sin = (torch.cat([table, table], 1) for table in (cos, sin))
-        halves = self.rotation in ("half", "once")
+        halves = self.rotation in ("half", "half once")
         if self.norms is not None:
             q_norm, k_norm = self.norms
             if halves and cos.size(1) and _in_the_op(q_norm, k_norm, self.size):
@@ -147,8 +147,12 @@ class Heads:
         return rotary(q, k, cos, sin, **norms)
 
     def ordered(self, heads: Tensor, rotated: int) -> Tensor:
-        """Heads (n, H, D) with their dimensions in the order in which `turn` gives them."""
-        return _apart(heads, rotated) if self.rotation in ("pairs", "twins") else heads
+        """Heads (n, H, D) with their dimensions in the order in which `turn` gives them, `rotated` of them turned."""
+        return _apart(heads, rotated) if self.rotation in ("pairs", "twins", "pairs once") else heads
+
+    def rotated(self, table: Tensor) -> int:
+        """The dimensions of a head that a table turns."""
+        return table.size(1) * (2 if self.rotation is not None and self.rotation.endswith("once") else 1)
 
 
 def _head_size(attn: Any) -> int | None:

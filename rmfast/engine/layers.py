@@ -30,6 +30,7 @@ class Layer:
         before_attn, after_attn, before_mlp, after_mlp: its norms; of a parallel layer with one norm it is both the
             first and the third.
         parallel: whether the MLP reads the stream that enters the layer.
+        sines_first: whether its attention is given sin and cos, and not cos and sin (GPT-J since transformers 5.24).
         last: whether it is the body's last.
         beside: how many things its own forward gives beside the stream, in a tuple (Falcon); None: a tensor.
         keeps_rows: whether the last one must give as many rows as it is given, those that are read first: the body
@@ -48,6 +49,7 @@ class Layer:
     before_mlp: Norm | None = None
     after_mlp: Norm | None = None
     parallel: bool = False
+    sines_first: bool = False
     last: bool = False
     beside: int | None = None
     keeps_rows: bool = False
@@ -100,7 +102,7 @@ class Layer:
     def tables(self, hidden_states: Tensor, given: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
         """cos and sin (n, R) for rows of what the layer is given by name; of no columns where it gets none."""
         if (tables := given.get("position_embeddings")) is not None:
-            cos, sin = tables
+            cos, sin = reversed(tables) if self.sines_first else tables
             return cos[0], sin[0]
         if (table := getattr(self.attn, "embed_positions", None)) is not None:  # GPT-J: sines, then cosines
             sin, cos = table[given["position_ids"][0]].to(hidden_states.device).chunk(2, dim=-1)

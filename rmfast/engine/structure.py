@@ -8,6 +8,7 @@ that they are, with the reason.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from itertools import product
 from typing import Any
 
 import torch
@@ -154,8 +155,9 @@ def by_formula(layers: Layers, seen: dict[nn.Module, Seen], run: Run, own: Heads
         scale, own_scale = layer.options["scale"], getattr(layer.attn, "scaling", None)
         if scale == 1 and isinstance(own_scale, float):
             layer.options["scale"] = own_scale  # its queries are scaled already (OPT), which those made here are not
-        for rotation in ROTATIONS if tables[0].size(1) else (None,):
-            layer.projections.rotation = rotation
+        ways = product((False, True), ROTATIONS) if tables[0].size(1) else [(False, None)]
+        for layer.sines_first, layer.projections.rotation in ways:
+            tables = layer.tables(call.given, call.kwargs)
             try:
                 if own:
                     parts = _own_heads(layer, call, tables, own[layer.attn], scale)
@@ -184,7 +186,8 @@ def _own_heads(
     """The heads, and the model's own, which it gave to attention of that scale."""
     q, k, v = layer.heads(_rows(call.given_copy), *tables)
     q = q if scale is None else q * (layer.options["scale"] / scale)
-    ordered = (layer.projections.ordered(heads, tables[0].size(1)) for heads in own[:2])
+    rotated = layer.projections.rotated(tables[0])
+    ordered = (layer.projections.ordered(heads, rotated) for heads in own[:2])
     yield from zip(("queries", "keys", "values"), (q, k, v), (*ordered, own[2]))
 
 

@@ -119,13 +119,13 @@ def _load(name: str = "path/or/hub-id", **kw: Any) -> Any:
 
 def here(text: str) -> str:
     """A page's text with devices, stores and clusters that a machine without them has in their place."""
-    for there, instead in _HERE.items():
+    for there, instead in {**_HERE, "s3://": f"{Path.cwd()}/"}.items():
         text = text.replace(there, instead)
     return text
 
 
 _HERE = {
-    '"cuda:0", "cuda:1"': '"cpu", "cpu"', "s3://bucket/": "bucket/", "org/reward-model": "path/or/hub-id",
+    '"cuda:0", "cuda:1"': '"cpu", "cpu"', "org/reward-model": "path/or/hub-id",
     "workers=16, num_gpus=1": "workers=1, num_gpus=0",
 }  # fmt: skip
 
