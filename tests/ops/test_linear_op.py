@@ -102,6 +102,20 @@ def test_few_rows_have_the_bits_of_many(backend, dtype, across, use_backend, poi
 
 
 @every_kernel
+def test_few_rows_have_the_same_bits_on_several_threads(backend, use_backend):
+    use_backend(backend)
+    x, weight, bias = case(20, 1030, 590, torch.bfloat16, False)
+    whole = linear(x, weight, bias)
+    threads = torch.get_num_threads()
+    try:
+        torch.set_num_threads(3)
+        for n in (2, 5, 8):  # of 2^20 products and more each
+            assert torch.equal(linear(x[:n], weight, bias), whole[:n])
+    finally:
+        torch.set_num_threads(threads)
+
+
+@every_kernel
 def test_weights_of_16_bits_give_the_bits_of_their_fp32_copies(backend, use_backend):
     use_backend(backend)
     for dtype in (torch.bfloat16, torch.float16):
