@@ -165,7 +165,7 @@ void edge(int64_t rows, const float* a, int64_t depth, const float* b, float* c,
 
 constexpr int64_t kFewRows = 8;
 
-inline bool few(const Linear& s) { return s.rows <= kFewRows && s.outer >= kLanes && !s.across; }
+inline bool few(const Linear& s) { return s.rows <= kFewRows && s.outer >= kColumns && !s.across; }
 
 // The first `rows` of M rows of x against kLanes · G columns, of which the first `skip` are left out. Sums go in the
 // packed way's order, but each weight goes from memory through the registers into them.
@@ -185,7 +185,7 @@ void few_columns(const Linear& s, int64_t row, int64_t rows, int64_t column, int
     for (; i + kLine <= end; i += kLine)
 #pragma GCC unroll 3
       for (int g = 0; g < G; ++g)
-#pragma GCC unroll 4
+#pragma GCC unroll 2
         for (int step = 0; step < kLine; step += kStep) {
           V<float> v[kLanes];
           load_words(weight + g * kLanes * s.stride_weight + i + step, s.stride_weight, v);
@@ -228,10 +228,10 @@ void few_rows(const Linear& s, int64_t row, int64_t rows, int64_t begin, int64_t
     if (rows <= M / 2) return few_rows<T, M / 2>(s, row, rows, begin, end);
   // Sums enough to hide an FMA's latency, of the registers that the weights leave.
   constexpr int kGroups = kVectorBytes == 64 ? (M == 1 ? 2 : 1) : (M == 1 ? 3 : M <= 4 ? 2 : 1);
-  for (; end - begin >= kGroups * kLanes; begin += kGroups * kLanes) few_columns<T, M, kGroups>(s, row, rows, begin, 0);
-  for (; begin < end; begin += kLanes) {
-    const int64_t column = begin + kLanes <= end ? begin : end - kLanes;
-    few_columns<T, M, 1>(s, row, rows, column, begin - column);
+  constexpr int64_t kWidth = kGroups * kLanes;
+  for (; begin < end; begin += kWidth) {
+    const int64_t column = begin + kWidth <= end ? begin : end - kWidth;
+    few_columns<T, M, kGroups>(s, row, rows, column, begin - column);
   }
 }
 
