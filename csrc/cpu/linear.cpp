@@ -46,7 +46,7 @@ Tensor run(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& b
   s.stride_weight = weight.stride(0);
   s.across = across;
   s.bias = bias ? static_cast<const float*>(bias->const_data_ptr()) : nullptr;
-  Tensor y = torch::stable::new_empty(x, {s.rows, s.outer});
+  Tensor y = empty(torch::headeronly::ScalarType::Float, {s.rows, s.outer});
   s.y = static_cast<float*>(y.mutable_data_ptr());
   if (!s.rows || !s.outer) return y;
   if (!s.inner) {  // sums of nothing

@@ -86,6 +86,35 @@ def test_an_element_hangs_on_its_row_and_weights_alone(backend, dtype, across, u
         torch.set_num_threads(threads)
 
 
+@as_conv1d
+@every_weight
+@every_kernel
+def test_few_rows_have_the_bits_of_many(backend, dtype, across, use_backend, poisoned):
+    use_backend(backend)
+    for d, m in ((31, 16), (64, 17), (300, 7), (515, 150), (576, 48)):
+        x, weight, bias = case(20, d, m, dtype, across)
+        x[3, d // 2] = torch.inf
+        whole = linear(x, weight, bias, across=across)
+        for n in range(1, 10):
+            for start in (0, 3):
+                got = linear(x[start : start + n], weight, bias, across=across)
+                assert torch.equal(got.nan_to_num(7), whole[start : start + n].nan_to_num(7))
+
+
+@every_kernel
+def test_few_rows_have_the_same_bits_on_several_threads(backend, use_backend):
+    use_backend(backend)
+    x, weight, bias = case(20, 1030, 590, torch.bfloat16, False)
+    whole = linear(x, weight, bias)
+    threads = torch.get_num_threads()
+    try:
+        torch.set_num_threads(3)
+        for n in (2, 5, 8):  # of 2^20 products and more each
+            assert torch.equal(linear(x[:n], weight, bias), whole[:n])
+    finally:
+        torch.set_num_threads(threads)
+
+
 @every_kernel
 def test_weights_of_16_bits_give_the_bits_of_their_fp32_copies(backend, use_backend):
     use_backend(backend)
