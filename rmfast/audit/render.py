@@ -68,7 +68,8 @@ def _bundle() -> str:
         raise ImportError(f'audits need vl-convert-python (pip install "rmfast[audit]"): {error}') from error
     version = re.match(r"v(\d+\.\d+)", altair().SCHEMA_VERSION)
     assert version is not None
-    return vl_convert.javascript_bundle(vl_version=version[1])
+    # None, the default: their stub says that a snippet must be given.
+    return vl_convert.javascript_bundle(None, vl_version=version[1])  # type: ignore[arg-type]
 
 
 def _script(source: str) -> str:
