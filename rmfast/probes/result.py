@@ -13,7 +13,7 @@ import numpy as np
 
 from rmfast import arguments
 from rmfast.plots import axes
-from rmfast.probes.statistics import Effect, detectable, holm, intervals, standardised, t_test
+from rmfast.probes.statistics import Effect, by_prompt, detectable, holm, intervals, standardised, t_test
 from rmfast.resampling import clusters
 
 
@@ -30,7 +30,8 @@ class Probed:
         margin: the median of |chosen − rejected|: a typical preference margin.
         level: of the tests, over all probes together.
         confidence, resamples, seed: of the intervals.
-        skipped: probes that applied to too few responses, with the number to which they did.
+        skipped: probes that applied to responses to too few prompts, with the number of responses to which they did.
+        too_long: edits and controls that were left out, since the model can't take texts of their length.
     """
 
     effects: list[Effect]
@@ -44,6 +45,7 @@ class Probed:
     resamples: int
     seed: int
     skipped: Mapping[str, int]
+    too_long: int = 0
 
     def __getitem__(self, probe: str) -> Effect:
         return next(effect for effect in self.effects if effect.probe == arguments.word("probe", probe, self.names))
@@ -77,6 +79,7 @@ class Probed:
         return probed(
             [(e.probe, e.axis, e.dose) for e in self.effects], apart, self.of, self.prompts, 1.0, margin, self.level,
             min(self.confidence, other.confidence), min(self.resamples, other.resamples), self.seed, self.skipped,
+            self.too_long,
         )  # fmt: skip
 
     def to_dataframe(self) -> Any:
@@ -89,7 +92,7 @@ class Probed:
         """Effects, spread, margin and levels as JSON."""
         about = {name: getattr(self, name) for name in ("spread", "margin", "level", "confidence", "resamples", "seed")}
         rows = [{key: _plain(value) for key, value in effect._asdict().items()} for effect in self.effects]
-        out = {**about, "skipped": dict(self.skipped), "effects": rows}
+        out = {**about, "skipped": dict(self.skipped), "too_long": self.too_long, "effects": rows}
         Path(path).write_text(json.dumps(out, indent=2, allow_nan=False) + "\n", encoding="utf-8")
 
     def __str__(self) -> str:
@@ -105,8 +108,9 @@ class Probed:
             f"spread between responses {self.spread:.3f}, typical margin {self.margin:.3f}; intervals of "
             f"{self.confidence:.0%}; * significant at {self.level:g} over all probes together"
         )
-        few = [f"too few responses: {', '.join(f'{k} ({v})' for k, v in self.skipped.items())}"] if self.skipped else []
-        return "\n".join([head, *lines, *few])
+        few = [f"too few prompts: {', '.join(f'{k} ({v})' for k, v in self.skipped.items())}"] if self.skipped else []
+        long = [f"left out as too long: {self.too_long} edits"] if self.too_long else []
+        return "\n".join([head, *lines, *few, *long])
 
     def plot(self, ax: Any = None) -> Any:
         """Effects in units of the spread with their intervals, filled where significant; returns the axes."""
@@ -137,21 +141,23 @@ def probed(
     resamples: int,
     seed: int,
     skipped: Mapping[str, int],
+    too_long: int = 0,
 ) -> Probed:
     """The effects of probes (name, axis, dose) from their paired differences."""
     groups = {name: clusters([prompts[i] for i in of[name]]) for name, _, _ in probes}
-    tests = {name: t_test(differences[name], groups[name]) for name, _, _ in probes}
+    means = {name: by_prompt(differences[name], groups[name]) for name, _, _ in probes}
+    tests = {name: t_test(means[name]) for name, _, _ in probes}
     corrected = holm(np.array([tests[name].p for name, _, _ in probes]))
     effects = []
     for (name, axis, dose), p_holm in zip(probes, corrected):
-        values, group, test = differences[name], groups[name], tests[name]
-        (low, high), (d_low, d_high) = intervals(values, group, resamples, confidence, seed)
-        mean = float(values.mean())
+        values, each, test = differences[name], means[name], tests[name]
+        (low, high), (d_low, d_high) = intervals(each, resamples, confidence, seed)
+        mean = float(each.mean())
         effects.append(
             Effect(
-                probe=name, axis=axis, dose=dose, n=len(values), prompts=int(group.max()) + 1, mean=mean,
-                low=float(low), high=float(high), spreads=mean / spread if spread else float("nan"),
-                d=float(standardised(values, np.ones((1, len(values))))[0]), d_low=float(d_low), d_high=float(d_high),
+                probe=name, axis=axis, dose=dose, n=len(values), prompts=len(each), mean=mean, low=float(low),
+                high=float(high), spreads=mean / spread if spread else float("nan"),
+                d=float(standardised(each, np.ones((1, len(each))))[0]), d_low=float(d_low), d_high=float(d_high),
                 moved=float((np.abs(values) > margin).mean()), p=test.p, p_holm=float(p_holm),
                 detectable=detectable(test, level / len(probes)),
             )
@@ -159,6 +165,7 @@ def probed(
     return Probed(
         effects=effects, differences=dict(differences), of=dict(of), prompts=prompts, spread=spread, margin=margin,
         level=level, confidence=confidence, resamples=resamples, seed=seed, skipped=dict(skipped),
+        too_long=too_long,
     )  # fmt: skip
 
 

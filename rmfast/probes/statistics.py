@@ -1,4 +1,8 @@
-"""Effects of edits: paired differences whose texts share prompts, with tests that hold over all probes at once."""
+"""Effects of edits: paired differences by prompt, and tests over all probes at once.
+
+A prompt counts once, however many responses it has: its value is the mean of its responses' differences. A standard
+error over responses that share prompts is far too small where some prompts have many of them.
+"""
 
 from __future__ import annotations
 
@@ -15,10 +19,11 @@ POWER = 0.8
 class Effect(NamedTuple):
     """What one probe does to the reward, over `n` responses to `prompts` prompts.
 
-    mean, low, high: reward of the edited less that of its control. spreads: mean in units of the reward's spread
-    between responses to a prompt. d, d_low, d_high: mean over the standard deviation of the differences. moved: share
-    of responses moved by more than a typical preference margin. p: two-sided, of a mean of 0; p_holm: after Holm's
-    correction for all probes. detectable: the least mean that is found with a power of 80% at the corrected level.
+    mean, low, high: reward of the edited less that of its control, a prompt counting once. spreads: mean in units of
+    the reward's spread between responses to a prompt. d, d_low, d_high: mean over the standard deviation between
+    prompts. moved: share of responses moved by more than a typical preference margin. p: two-sided, of a mean of 0;
+    p_holm: after Holm's correction for all probes. detectable: the least mean that is found with a power of 80% at the
+    corrected level.
     """
 
     probe: str
@@ -40,27 +45,33 @@ class Effect(NamedTuple):
 
 
 class Tested(NamedTuple):
-    """A mean's standard error, p value and degrees of freedom."""
+    """The standard error of a mean over prompts, p value and degrees of freedom."""
 
     error: float
     p: float
     degrees: int
 
 
-def t_test(values: np.ndarray, of: np.ndarray) -> Tested:
-    """The t test of a mean of 0, whose error counts what a cluster's values share.
+def by_prompt(values: np.ndarray, of: np.ndarray) -> np.ndarray:
+    """(G,) the mean of each prompt's values (n,), of the prompts `of` (n,)."""
+    return np.bincount(of, weights=values) / np.bincount(of)
 
-    Liang and Zeger's (1986), with the factor G / (G − 1) and G − 1 degrees of freedom for G clusters.
+
+def t_test(values: np.ndarray) -> Tested:
+    """The t test of a mean of 0, over prompts (G,).
+
+    p is at least 2^(1 − G), that of a sign test of values that all have one sign: equal ones, as quantised rewards have
+    them, would give 0.
     """
-    groups = int(of.max()) + 1
-    if groups < 2:
+    count = len(values)
+    if count < 2:
         return Tested(float("nan"), 1.0, 0)
-    sums = np.bincount(of, weights=values - values.mean(), minlength=groups)
-    error = float(np.sqrt(groups / (groups - 1) * (sums**2).sum()) / len(values))
-    mean = float(values.mean())
-    if error <= 1e-12 * abs(mean):  # all alike: 0 is no effect, and any other number one without doubt
-        return Tested(error, 1.0 if mean == 0 else 0.0, groups - 1)
-    return Tested(error, float(2 * stats.t.sf(abs(mean) / error, groups - 1)), groups - 1)
+    error, mean = float(values.std(ddof=1)) / count**0.5, float(values.mean())
+    if error <= 1e-12 * abs(mean):
+        p = 1.0 if mean == 0 else 0.0
+    else:
+        p = float(2 * stats.t.sf(abs(mean) / error, count - 1))
+    return Tested(error, max(p, 2.0 ** (1 - count)), count - 1)
 
 
 def holm(p: np.ndarray) -> np.ndarray:
@@ -87,11 +98,11 @@ def standardised(values: np.ndarray, weights: np.ndarray) -> np.ndarray:
     return np.divide(mean, spread, out=np.where(mean == 0, 0.0, np.copysign(np.inf, mean)), where=spread > 0)
 
 
-def intervals(values: np.ndarray, of: np.ndarray, resamples: int, confidence: float, seed: int) -> np.ndarray:
-    """(2, 2): low and high of the mean, and of d, by percentiles of a bootstrap over clusters."""
+def intervals(values: np.ndarray, resamples: int, confidence: float, seed: int) -> np.ndarray:
+    """(2, 2): low and high of the mean, and of d, by percentiles of a bootstrap over prompts (G,)."""
     each = [
         np.stack([weights @ values / weights.sum(1), standardised(values, weights)])
-        for weights in drawn(of, resamples, seed)
+        for weights in drawn(np.arange(len(values)), resamples, seed)
     ]
     tail = (1 - confidence) / 2
     found = np.concatenate(each, axis=1)

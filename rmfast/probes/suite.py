@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from rmfast import arguments
+from rmfast.engine.options import Encoding
 from rmfast.engine.scorer import Scorer
 from rmfast.probes.edits import PROBES
 from rmfast.probes.probe import Probe
@@ -22,7 +23,7 @@ if TYPE_CHECKING:
 
     from rmfast.engine.options import ScoreOptions
 
-LEAST_PROMPTS = 5  # for a standard error over prompts that means something
+LEAST_PROMPTS = 20  # below, a t test at 0.05 / 24 is far off where differences are skewed
 
 
 def run(
@@ -54,15 +55,21 @@ def run(
         options: of `RewardModel.score`: batch_tokens, max_length, truncation, format, progress, ...
 
     Returns:
-        A `Probed`. A probe that applies to responses to fewer than 5 prompts is in `skipped`.
+        A `Probed`. A probe that applies to responses to fewer than 20 prompts is in `skipped`; an edit that is longer
+        than the model takes is left out and counted in `too_long`.
 
     Raises:
-        ValueError: two probes of one name, an unknown name, fewer than 5 prompts, a model of several rewards.
-        InputError: a text that the model can't take.
+        ValueError: two probes of one name, an unknown name, fewer than 20 prompts, a model of several rewards, texts
+            that are to be cut (an edit that is cut off has no effect).
+        InputError: a response that the model can't take.
     """
     arguments.instance("rm", rm, Scorer)
     if rm.num_labels != 1:
         raise ValueError(f"Expected a model of one reward, got one of {rm.num_labels}")
+    if options.get("truncation", "error") != "error":
+        raise ValueError(
+            f'Expected truncation="error", since an edit that is cut off shows nothing, got {options["truncation"]!r}'
+        )
     suite = _suite(probes)
     most = arguments.whole("most", most, 1)
     level = arguments.number("level", level, 0, 1, above=True, below=True)
@@ -74,7 +81,10 @@ def run(
     if len(set(prompts)) < LEAST_PROMPTS:
         raise ValueError(f"Expected pairs of at least {LEAST_PROMPTS} prompts, got {len(set(prompts))}")
 
-    variants = {probe.name: variants_of(probe, responses, most, seed, _tokens(rm)) for probe in suite}
+    encoding = {name: value for name, value in options.items() if name in Encoding.__annotations__}
+    made = {probe.name: variants_of(probe, responses, most, seed, _tokens(rm)) for probe in suite}
+    variants = {name: _that_fit(rm, found, encoding) for name, found in made.items()}
+    too_long = sum(map(len, made.values())) - sum(map(len, variants.values()))
     few = {name: len(found) for name, found in variants.items() if _prompts(found, prompts) < LEAST_PROMPTS}
     kept = [probe for probe in suite if probe.name not in few]
     if not kept:
@@ -100,6 +110,7 @@ def run(
         resamples,
         seed,
         few,
+        too_long,
     )
 
 
@@ -115,6 +126,14 @@ def _suite(probes: Sequence[Probe | str] | None) -> list[Probe]:
     if not found or len(set(names)) < len(names):
         raise ValueError(f"Expected probes of different names, got {', '.join(names) or 'none'}")
     return found
+
+
+def _that_fit(rm: Scorer, variants: list[Variant], encoding: Mapping[str, Any]) -> list[Variant]:
+    """Those whose edited text and control the model can take."""
+    texts = [text for variant in variants for text in (variant.edited, variant.control)]
+    encoded = rm.encode(texts, errors="return", **encoding)
+    fits = [not isinstance(each, ValueError) for each in encoded]
+    return [variant for variant, *both in zip(variants, fits[::2], fits[1::2]) if all(both)]
 
 
 def _tokens(rm: Scorer) -> Any:

@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from rmfast.probes.edits import filler
+from rmfast.probes.edits import FILLER
 from rmfast.probes.probe import Edit, Probe
 from rmfast.texts.pairs import Pair
 
@@ -56,28 +56,33 @@ def variants_of(
         each = responses[i]
         edit = probe(each.prompt, each.text, random.Random(f"{seed} {probe.name} {each.text}"))
         if edit is not None:
-            control = _control(edit, each.text, count)
+            rng = random.Random(f"{seed} {probe.name} control {each.text}")
+            control = _control(edit, each.text, count, rng)
             found.append(Variant(i, _with(each, edit.response, edit.prompt), _with(each, control, edit.prompt)))
     return sorted(found, key=lambda variant: variant.of)
 
 
-def _control(edit: Edit, text: str, count: Callable[[str], int]) -> str:
-    """The control's text; where something was inserted, with a neutral text in its place that is as long in tokens."""
+def _control(edit: Edit, text: str, count: Callable[[str], int], rng: random.Random) -> str:
+    """The control's text; where something was inserted, with neutral sentences in its place, as long in tokens as whole
+    sentences come."""
     if edit.inserted is None:
         return text if edit.control is None else edit.control
     place, inserted = edit.inserted
     before, after = edit.response[:place], edit.response[place + len(inserted) :]
     lead, tail = (inserted[: len(inserted) - len(inserted.lstrip())], inserted[len(inserted.rstrip()) :])
-    wanted, best = count(edit.response), None
-    for words in range(1, 3 * len(inserted.split()) + 4):
-        placebo = before + lead + filler(words) + "." + tail + after
-        off = count(placebo) - wanted
-        if best is None or abs(off) < best[0]:
-            best = (abs(off), placebo)
-        if off >= 0:
-            break
-    assert best is not None
-    return best[1]
+    wanted, chosen = count(inserted), list[str]()
+    others = [sentence for sentence in FILLER if sentence != inserted.strip()]
+    rng.shuffle(others)
+    lengths = {sentence: count(sentence) for sentence in others}
+    missing = wanted
+    while others and (not chosen or missing >= min(lengths[sentence] for sentence in others)):
+        # The last one closes the gap, as near as may be; those before it are as they were shuffled.
+        near = min(others, key=lambda sentence: abs(lengths[sentence] - missing))
+        drawn = near if missing < 2 * max(lengths.values()) else others[0]
+        chosen.append(drawn)
+        others.remove(drawn)
+        missing -= lengths[drawn]
+    return before + lead + " ".join(chosen) + tail + after
 
 
 def _with(response: Response, text: str, prompt: str | None) -> Any:

@@ -20,7 +20,7 @@ SOME = "bold,exclamation,thanks"
 def folder(tmp_path_factory):
     path = tmp_path_factory.mktemp("probe")
     saved(path / "model", max_position_embeddings=512)
-    rows = [{**row, "chosen": row["chosen"] + ".", "rejected": row["rejected"] + "."} for row in written.pairs(16)]
+    rows = [{**row, "chosen": row["chosen"] + ".", "rejected": row["rejected"] + "."} for row in written.pairs(40)]
     (path / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     neurons = {"model.layers.0.mlp.up_proj": (torch.tensor([1, 2]), torch.zeros(2))}
     rmfast.NeuronClamp(neurons).save(path / "clamp")

@@ -256,7 +256,7 @@ _OF: dict[str, Any] = {
     "docs/lens.md": _why,
     "docs/losses.md": _values,
     "docs/op.md": _op,
-    "docs/probes.md": lambda: {"rm": _load(), "pairs": _preferences(12)},
+    "docs/probes.md": lambda: {"rm": _load(), "pairs": _preferences(40)},
     "docs/reward_lens.md": lambda: {},
     "docs/reward_model.md": _scoring,
     "docs/scale.md": _scale,

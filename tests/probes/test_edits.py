@@ -5,10 +5,10 @@ from __future__ import annotations
 import random
 import re
 
-import models
 import pytest
 
 from rmfast import probes
+from rmfast.probes.edits import FILLER
 from rmfast.probes.variants import responses_of, variants_of
 from rmfast.texts.pairs import read_pairs
 
@@ -50,7 +50,6 @@ def test_forms_and_orders_keep_the_words(name):
         ("truncation", "Paris is the capital. It lies on the Seine."),
         ("key sentence last", "It lies on the Seine. Many people live there. Paris is the capital."),
         ("repetition × 1", RESPONSE + " Many people live there."),
-        ("emoji", RESPONSE + " 😊"),
     ],
 )
 def test_edits_are_as_they_are_described(name, want):
@@ -91,18 +90,24 @@ INSERTS = [name for name in BY_NAME if edit(name).inserted is not None]
 
 
 @pytest.mark.parametrize("name", INSERTS)
-def test_a_placebo_is_as_long_as_what_was_put_in(name):
-    """In the model's own tokens, to a word; what is around it is the same."""
-    tokenizer = models.tokenizer()
-    count = lambda text: len(text.split())  # noqa: E731
+def test_a_placebo_is_of_whole_sentences_about_as_long_as_what_was_put_in(name):
+    def count(text):
+        return len(text.split())
+
     found = variants_of(BY_NAME[name], responses_of(read_pairs(PAIRS)), 300, 0, count)
     assert len(found) == 12
+    controls = set()
     for variant in found:
         (prompt, edited), (other, control) = variant.edited, variant.control
         assert prompt == other and edited != control
-        assert abs(count(edited) - count(control)) <= 1
-        assert control.endswith(edited[-1]) or name in ("emoji", "repetition × 1", "repetition × 2")
-    assert tokenizer is not None
+        assert abs(count(edited) - count(control)) <= 3  # no sentence has fewer than four words
+        text = PAIRS[variant.of // 2][1 + variant.of % 2]
+        put_in = control.replace(text, "").strip()
+        controls.add(put_in)
+        for sentence in FILLER:
+            put_in = put_in.replace(sentence, "")
+        assert not put_in.strip()
+    assert len(controls) > 1  # of several wordings
 
 
 def test_at_most_so_many_are_drawn_by_the_seed():

@@ -14,7 +14,7 @@ from scipy import stats
 
 import rmfast
 from rmfast import probes
-from rmfast.probes.statistics import detectable, holm, spread_within, t_test
+from rmfast.probes.statistics import by_prompt, detectable, holm, spread_within, t_test
 from rmfast.resampling import clusters
 
 NOUNS = ["film", "book", "play", "song", "town", "meal", "game", "walk"]
@@ -46,7 +46,7 @@ class Planted(rmfast.RewardModel):
 
 
 def planted(seed: int, **tastes: float) -> Planted:
-    rm = Planted(models.decoder(), models.tokenizer())
+    rm = Planted(models.decoder(max_position_embeddings=4096), models.tokenizer())
     rm.seed = seed
     for name, value in tastes.items():
         setattr(rm, name, value)
@@ -62,7 +62,7 @@ def test_planted_tastes_are_found_and_nothing_else_at_the_stated_rate(monkeypatc
     words(monkeypatch)
     given, seeds, wrong, found = pairs(40), 60, 0, []
     rm = planted(0, length=0.15, bold=1.5)
-    truly = {"padding × 1", "padding × 2", "padding × 4", "truncation", "bold"}
+    truly = {"padding × 1", "padding × 2", "padding × 4", "truncation", "language tag", "bold"}  # a tag is a word
     for rm.seed in range(seeds):
         result = probes.run(rm, given, resamples=20, seed=rm.seed)
         certain = {effect.probe for effect in result.found}
@@ -87,7 +87,7 @@ def test_power_is_what_is_said(monkeypatch):
 
 def test_differences_are_those_of_texts_scored_alone():
     rm = rmfast.RewardModel(models.decoder(max_position_embeddings=1024), models.tokenizer(chat=True))
-    given = pairs(6)
+    given = pairs(20)
     found = probes.run(rm, given, probes=["bold", "hedges"], resamples=50)
     responses = [(p, side) for p, c, r in given for side in (c, r)]
     for of, difference in zip(found.of["bold"], found.differences["bold"]):
@@ -100,9 +100,10 @@ def test_differences_are_those_of_texts_scored_alone():
     assert found.spread == pytest.approx(np.sqrt(((rewards[::2] - rewards[1::2]) ** 2 / 2).mean()))
     assert found.margin == np.median(np.abs(rewards[::2] - rewards[1::2]))
     effect, values = found["bold"], found.differences["bold"]
-    assert effect.mean == pytest.approx(values.mean())
-    assert effect.spreads == pytest.approx(values.mean() / found.spread)
-    assert effect.d == pytest.approx(values.mean() / values.std())
+    each = values.reshape(-1, 2).mean(1)  # of each prompt
+    assert effect.mean == pytest.approx(each.mean())
+    assert effect.spreads == pytest.approx(each.mean() / found.spread)
+    assert effect.d == pytest.approx(each.mean() / each.std())
     assert effect.moved == np.mean(np.abs(values) > found.margin)
     assert effect.low <= effect.mean <= effect.high
 
@@ -110,19 +111,28 @@ def test_differences_are_those_of_texts_scored_alone():
 def test_everything_is_one_run(monkeypatch):
     words(monkeypatch)
     rm = planted(0)
-    probes.run(rm, pairs(8), resamples=1)
+    probes.run(rm, pairs(20), resamples=1)
     assert rm.runs == 1
 
 
-def test_the_error_counts_what_texts_of_a_prompt_share():
-    """With one value a cluster the plain t test; with copies of it no more certainty."""
+def test_a_prompt_counts_once():
     x = np.random.default_rng(0).normal(0.3, 1, 20)
-    alone = t_test(x, np.arange(20))
-    assert alone.p == pytest.approx(stats.ttest_1samp(x, 0).pvalue)
-    copied = t_test(np.repeat(x, 5), np.repeat(np.arange(20), 5))
-    assert copied.p == pytest.approx(alone.p)
-    assert t_test(np.zeros(8), np.arange(8)).p == 1
-    assert t_test(np.full(8, 0.5), np.arange(8)).p == 0
+    assert t_test(x).p == pytest.approx(stats.ttest_1samp(x, 0).pvalue)
+    sizes = np.random.default_rng(1).integers(1, 40, 20)
+    assert by_prompt(np.repeat(x, sizes), np.repeat(np.arange(20), sizes)) == pytest.approx(x)
+    assert t_test(np.zeros(8)).p == 1
+    assert t_test(np.full(8, 0.5)).p == 2.0**-7  # as many signs alike
+
+
+@pytest.mark.parametrize("sizes", [[2] * 40, [150] + [2] * 29, [max(1, 120 // (i + 1)) for i in range(60)]])
+def test_the_rate_of_false_findings_holds_where_prompts_have_many_responses(sizes):
+    """Without an effect, with half of the variance shared by a prompt's responses, one test in twenty."""
+    rng, of = np.random.default_rng(0), np.repeat(np.arange(len(sizes)), sizes)
+    wrong = 0
+    for _ in range(1000):
+        values = rng.normal(size=len(sizes))[of] + rng.normal(size=len(of))
+        wrong += t_test(by_prompt(values, of)).p < 0.05
+    assert 0.03 <= wrong / 1000 <= 0.07
 
 
 def test_holm_against_statsmodels():
@@ -133,7 +143,7 @@ def test_holm_against_statsmodels():
 
 def test_detectable_is_that_of_the_t_test_by_simulation():
     rng = np.random.default_rng(2)
-    least = np.mean([detectable(t_test(rng.normal(size=40), np.arange(40)), 0.05) for _ in range(200)])
+    least = np.mean([detectable(t_test(rng.normal(size=40)), 0.05) for _ in range(200)])
     found = [stats.ttest_1samp(rng.normal(least, 1, 40), 0).pvalue < 0.05 for _ in range(2000)]
     assert np.mean(found) == pytest.approx(0.8, abs=0.04)
 
@@ -170,9 +180,18 @@ def test_what_it_writes(tmp_path, monkeypatch):
     assert len(found.plot().get_yticklabels()) == 3
 
 
+def test_edits_that_are_too_long_are_left_out_and_counted():
+    given = pairs(24)
+    longest = max(len(f"{p}{side}") for p, c, r in given for side in (c, r)) + 1  # a byte a token, and BOS
+    rm = rmfast.RewardModel(models.decoder(max_position_embeddings=longest + 4), models.tokenizer())
+    found = probes.run(rm, given, probes=["bold", "padding × 4"], resamples=1)
+    assert found.too_long > 0 and f"too long: {found.too_long} edits" in str(found)
+    assert found["bold"].n == 48
+
+
 def test_probes_that_apply_nowhere_are_named(monkeypatch):
     words(monkeypatch)
-    given = [(p, "one sentence", "another sentence") for p, _, _ in pairs(6)]
+    given = [(p, "one sentence", "another sentence") for p, _, _ in pairs(20)]
     found = probes.run(planted(0), given, probes=["list", "bold"], resamples=1)
     assert found.skipped == {"list": 0} and found.names == ["bold"]
     assert "list (0)" in str(found)
@@ -189,15 +208,16 @@ def test_probes_that_apply_nowhere_are_named(monkeypatch):
         ({"most": 0}, "most"),
         ({"level": 1.0}, "level"),
         ({"seed": -1}, "seed"),
+        ({"truncation": "left"}, "truncation"),
     ],
 )
 def test_wrong_arguments_are_refused_by_name(given, match):
     with pytest.raises(ValueError, match=match):
-        probes.run(planted(0), pairs(6), **given)
+        probes.run(planted(0), pairs(20), **given)
 
 
 def test_too_few_prompts_and_several_rewards_are_refused():
-    with pytest.raises(ValueError, match="at least 5 prompts, got 4"):
-        probes.run(planted(0), pairs(4))
+    with pytest.raises(ValueError, match="at least 20 prompts, got 19"):
+        probes.run(planted(0), pairs(19))
     with pytest.raises(ValueError, match="one reward, got one of 2"):
-        probes.run(rmfast.RewardModel(models.decoder(labels=2), models.tokenizer()), pairs(6))
+        probes.run(rmfast.RewardModel(models.decoder(labels=2), models.tokenizer()), pairs(20))
