@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import threading
 import time
-from collections import deque
 from collections.abc import Callable
 from concurrent.futures import Future, InvalidStateError
 from contextlib import suppress
@@ -89,7 +88,7 @@ class Scheduler:
         self.rm, self.max_wait, self.queue, self.tokens = rm, max_wait, queue, tokens
         self._encoding, self._batched, self._given = encoding or {}, batched, batch_tokens
         self._changed = threading.Condition()
-        self._inbox: deque[Ask] = deque()
+        self._inbox: dict[Future[Done], Ask] = {}  # as they came
         self._asked = 0  # texts without an answer
         self._closing = False
         self._waiting: dict[Work, Waiting] = {}
@@ -126,9 +125,9 @@ class Scheduler:
             if self._asked + count > self.queue:
                 raise Busy(self._asked, min(60, max(1, math.ceil(self._asked * self._seconds))))
             self._asked += count
-            self._inbox.append(ask)
+            self._inbox[ask.future] = ask
             self._changed.notify()
-        ask.future.add_done_callback(lambda _: self._answered(count))
+        ask.future.add_done_callback(lambda future: self._answered(future, count))
         return ask.future
 
     def close(self, timeout: float | None = None) -> bool:
@@ -139,9 +138,10 @@ class Scheduler:
         self._thread.join(timeout)
         return not self.alive
 
-    def _answered(self, count: int) -> None:
+    def _answered(self, future: Future[Done], count: int) -> None:
         with self._changed:
             self._asked -= count
+            self._inbox.pop(future, None)  # it was cancelled: what counts no more holds no memory
 
     def _live(self) -> None:
         try:
@@ -151,7 +151,7 @@ class Scheduler:
         finally:  # by an error that no request has, such as one of the interpreter: nobody may wait for ever
             with self._changed:
                 self._closing = True
-                asks = list(self._inbox)
+                asks = list(self._inbox.values())
             left = [*self._running, *(piece for each in self._waiting.values() for piece in each)]
             for ask in [*asks, *(piece.owner for piece in left)]:
                 ask.fail(Closed())
@@ -165,7 +165,7 @@ class Scheduler:
             with self._changed:
                 while not self._inbox and not self._closing and (until is None or until > time.monotonic()):
                     self._changed.wait(None if until is None else until - time.monotonic())
-                asks, closing = list(self._inbox), self._closing
+                asks, closing = list(self._inbox.values()), self._closing
                 self._inbox.clear()
             if until is None:
                 until = time.monotonic() + self.max_wait

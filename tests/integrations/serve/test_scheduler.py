@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
+import weakref
 from concurrent.futures import wait
 from types import SimpleNamespace
 
@@ -165,6 +166,20 @@ def test_what_was_cancelled_is_not_run(model, scheduler):
     assert [each for batch in model.batches[1:] for each in batch] == [(1,), (3,)]
 
 
+def test_what_was_cancelled_holds_no_memory(model):
+    scheduler = Scheduler(model, queue=10)
+    held(model, scheduler)
+    asks = []
+    for i in range(100):
+        ask = Ask(WORK, [[i]])
+        asks.append(weakref.ref(ask))
+        assert scheduler.submit(ask).cancel()
+        del ask
+    assert scheduler.asked == 1 and not any(ask() for ask in asks)
+    model.gate.set()
+    assert scheduler.close(10)
+
+
 def test_a_full_queue_says_when_to_come_back_and_a_request_over_it_that_it_never_fits(model, scheduler):
     held(model, scheduler)
     submit(scheduler, *([i] for i in range(99)))
@@ -257,6 +272,25 @@ def test_dropped_texts_are_never_taken():
     made = waiting_of(piece(1, 2, owner=gone), kept, piece(1, 2, 3, 4, owner=gone))
     assert made.take(100) == [kept]
     assert made.oldest() is None and len(made) == 0
+
+
+def test_dropped_texts_hold_no_memory_behind_one_that_waits():
+    owner = SimpleNamespace(dropped=False)
+    made = waiting_of(piece(*[1] * 50), *(piece(2, i, owner=owner) for i in range(3)), piece(3))
+    owner.dropped = True
+    made.oldest()
+    assert len(made) == len(made._by_age) == 2 and made.tokens == 51
+
+
+def test_what_was_taken_is_not_walked_over(monkeypatch):
+    made = waiting_of(*(piece(i, i) for i in range(3000)))
+    looked = []
+    monkeypatch.setattr(waiting, "common", lambda a, b: looked.append(1) or common(a, b))
+    lines = []
+    group = made._group
+    monkeypatch.setattr(made, "_group", lambda *given: lines.append(len(made)) or group(*given))
+    assert len(made.take(6000)) == 3000 and len(looked) < 6000
+    assert lines == list(range(3000, 0, -1))  # a group sees what still waits, and nothing else
 
 
 def test_every_text_is_taken_once_whatever_waits():
