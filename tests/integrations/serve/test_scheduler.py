@@ -11,6 +11,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
+from rmfast.integrations.serve import scheduler as scheduler_
 from rmfast.integrations.serve import waiting
 from rmfast.integrations.serve.refusals import Busy, Closed, Refused, TooLarge, Unscored
 from rmfast.integrations.serve.scheduler import Ask, Scheduler
@@ -153,6 +154,54 @@ def test_an_error_of_the_tokenizer_is_its_requests_alone(model, scheduler):
     with pytest.raises(Unscored, match="could not run it"):
         bad.result(10)
     assert good.result(10).results == [2]
+
+
+@pytest.fixture
+def reads(model, monkeypatch):
+    """What is tokenised together, a text at a time where a request is long."""
+    monkeypatch.setattr(scheduler_, "_SLICE", 1)
+    seen, encode = [], model.encode
+    monkeypatch.setattr(
+        model, "encode", lambda inputs, *args, **kw: seen.append(list(inputs)) or encode(inputs, *args, **kw)
+    )
+    return seen
+
+
+def test_a_long_request_is_read_in_parts_with_others_between_them(model, scheduler, reads):
+    first = held(model, scheduler)
+    long = [scheduler.submit(Ask(WORK, [[i], [i, 2], [i, 3]], characters=3)) for i in (5, 6)]
+    short = submit(scheduler, [7], [8])
+    model.gate.set()
+    assert first.result(10).results == [1] and short.result(10).results == [7, 8]
+    assert [each.result(10).results for each in long] == [[5, 7, 8], [6, 8, 9]]
+    assert reads[1:] == [[[7], [8]], [[5]], [[6]], [[5, 2]], [[6, 2]], [[5, 3]], [[6, 3]]]
+    assert scheduler.asked == 0
+
+
+def test_of_a_long_request_nothing_is_read_behind_what_refuses_it(model, scheduler, reads):
+    bad = scheduler.submit(Ask(WORK, [[1], [], [2], [3]], characters=9))
+    with pytest.raises(Refused, match="input 1: it is empty"):
+        bad.result(10)
+    broken = scheduler.submit(Ask(WORK, ["bug", [2]], characters=9))
+    with pytest.raises(Unscored, match="could not run it"):
+        broken.result(10)
+    assert reads == [[[1]], [[]], ["bug"]]
+
+
+def test_of_a_long_request_that_was_cancelled_no_more_is_read(model, scheduler, reads):
+    held(model, scheduler)
+    gone = scheduler.submit(Ask(WORK, [[1], [2]], characters=9))
+    kept = scheduler.submit(Ask(WORK, [[3], [4]], characters=9))
+    assert gone.cancel()
+    model.gate.set()
+    assert kept.result(10).results == [3, 4] and reads[1:] == [[[3]], [[4]]]
+
+
+def test_close_answers_long_requests_too(model, scheduler, reads):
+    held(model, scheduler)
+    long = scheduler.submit(Ask(WORK, [[i] for i in range(5)], characters=9))
+    threading.Timer(0.1, model.gate.set).start()
+    assert scheduler.close(10) and long.result(0).results == list(range(5))
 
 
 def test_what_was_cancelled_is_not_run(model, scheduler):
