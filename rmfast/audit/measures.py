@@ -33,7 +33,7 @@ def calibration(found: Evaluation) -> Calibration:
     predicted = 1 / (1 + np.exp(-sizes))
     places = _ranges(sizes)
     means = _means(right, places)
-    low, high = _intervals(found, means)
+    low, high = _intervals(found, means, places)
     bins: list[Bin] = []
     error = 0.0
     for where, value, a, b in zip(places, means, low, high):
@@ -90,9 +90,11 @@ def _per_pair(value: Value) -> Value:
     return lambda weights: value(np.repeat(weights, 2, axis=1))
 
 
-def _intervals(found: Evaluation, values: Sequence[Value]) -> np.ndarray:
+def _intervals(
+    found: Evaluation, values: Sequence[Value], where: Sequence[np.ndarray] | None = None
+) -> np.ndarray:  # fmt: skip
     of = clusters([item.prompt for item in found.items])
-    return intervals(values, of, found.resamples, found.confidence, found.seed)
+    return intervals(values, of, found.resamples, found.confidence, found.seed, where)
 
 
 def figures(found: Evaluation) -> list:

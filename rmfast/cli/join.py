@@ -4,7 +4,6 @@ import dataclasses
 import hashlib
 import itertools
 from collections.abc import Iterator
-from pathlib import Path
 from typing import IO, Annotated, Any
 
 import typer
@@ -42,12 +41,7 @@ def join(
     if output == STANDARD:
         raise ValueError("Expected --output to be a file, got -")
     check_output(output)
-    if shards:
-        paths = [location(shard) for shard in shards]
-    elif isinstance(output, Path):
-        paths = list(shards_of(output))
-    else:
-        raise ValueError(f"Expected the names of the shards of {output}, got none")
+    paths = [location(shard) for shard in shards] if shards else shards_of(output)
     found = _in_order([_Shard(path) for path in paths])
     rows = write_whole(output, _lines(found), reads=paths, overwrite=options.overwrite)
     typer.echo(f"rmfast: {rows} rows of {len(found)} shards in {output}", err=True)

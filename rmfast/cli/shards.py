@@ -6,12 +6,11 @@ import os
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TypeVar
 
 from rmfast.texts.files import STANDARD
 from rmfast.texts.output import kind_of_output
-from rmfast.texts.remote import Location
+from rmfast.texts.remote import Location, Remote
 
 T = TypeVar("T")
 _GIVEN = re.compile(r"(\d+)/(\d+)")
@@ -62,17 +61,18 @@ class Shard:
         return mine * window + (rest if windows % self.count == self.index else 0)
 
 
-def shards_of(output: Path) -> list[Path]:
+def shards_of(output: Location) -> list[Location]:
     """The shards of an output that lie beside it, by their names and in their order.
 
     Raises ValueError where there are none, or some of runs with different numbers of shards.
     """
-    found: dict[int, list[tuple[int, Path]]] = {}
-    for path in output.parent.glob("*.jsonl"):
+    found: dict[int, list[tuple[int, Location]]] = {}
+    for path in output.beside() if isinstance(output, Remote) else output.parent.glob("*.jsonl"):
         named = _NAMED.fullmatch(path.name.removeprefix(output.stem)) if path.name.startswith(output.stem) else None
         if named:
             found.setdefault(int(named[2]), []).append((int(named[1]), path))
     if len(found) != 1:
         got = " and ".join(f"shards of {count}" for count in sorted(found)) or "none"
         raise ValueError(f"Expected the shards of one run beside {output}, got {got}: name them")
-    return [path for _, path in sorted(next(iter(found.values())))]
+    (shards,) = found.values()
+    return [path for _, path in sorted(shards, key=lambda shard: shard[0])]

@@ -10,11 +10,38 @@ import numpy as np
 from rmfast.evaluation.layout import Value
 from rmfast.resampling import drawn
 
+_SAME = 1e-9  # sums of the same numbers in another order
 
-def intervals(values: Sequence[Value], of: np.ndarray, resamples: int, confidence: float, seed: int) -> np.ndarray:
-    """(2, F): the percentiles of each value's resamples, of those that hold some of its items."""
+
+def intervals(
+    values: Sequence[Value], of: np.ndarray, resamples: int, confidence: float, seed: int,
+    where: Sequence[np.ndarray] | None = None,
+) -> np.ndarray:  # fmt: skip
+    """(2, F): the percentiles of each value's resamples, of those that hold some of its items.
+
+    Args:
+        where: of values that are proportions, the items (n,) bool of each. Where all resamples of one are equal, as
+            where all items are right, percentiles would claim certainty: its interval is Clopper and Pearson's for so
+            many prompts, also where it combines several subsets.
+    """
     each = [np.stack([value(weights) for value in values], axis=1) for weights in drawn(of, resamples, seed)]
-    tail = (1 - confidence) / 2
+    drawn_values, tail = np.concatenate(each), (1 - confidence) / 2
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="All-NaN slice")
-        return np.nanquantile(np.concatenate(each), [tail, 1 - tail], axis=0)
+        found = np.nanquantile(drawn_values, [tail, 1 - tail], axis=0)
+    for place, items in enumerate(where or []):
+        there = drawn_values[~np.isnan(drawn_values[:, place]), place]
+        if there.size and np.ptp(there) < _SAME:
+            found[:, place] = _clopper_pearson(float(np.clip(there[0], 0, 1)), len(set(of[items].tolist())), tail)
+    return found
+
+
+def _clopper_pearson(value: float, count: int, tail: float) -> tuple[float, float]:
+    """The proportions under which `value` or more, and `value` or less, of `count` has probability `tail`."""
+    from scipy.special import betaincinv
+
+    right = value * count
+    wrong = count - right
+    low = 0.0 if right < _SAME else float(betaincinv(right, wrong + 1, tail))
+    high = 1.0 if wrong < _SAME else float(betaincinv(right + 1, wrong, 1 - tail))
+    return low, high

@@ -207,7 +207,8 @@ def figures(layout: Layout, items: Sequence[Item], scores: Sequence[np.ndarray],
         )
     of = clusters([item.prompt for item in items])
     once = np.ones((1, len(items)))
-    low, high = intervals([measure.value for measure in found], of, **bootstrap)
+    places = [measure.where for measure in found]
+    low, high = intervals([measure.value for measure in found], of, **bootstrap, where=places)
     return [
         Figure(
             m.subset, m.measure, float(m.value(once)[0]), float(start), float(end), int(m.where.sum()),

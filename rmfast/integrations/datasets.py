@@ -42,7 +42,8 @@ def scorer(
 
     Returns:
         A function that gives the new columns: numbers (lists of K for K rewards; lists of T for values). What it is
-        cached by in `map` is the model, to the last bit, and all options. It is not sent to other processes (num_proc).
+        cached by in `map` is the model, to the last bit, and all options, functions by their code (those of modules by
+        name). It is not sent to other processes (num_proc).
 
     Raises:
         ValueError, TypeError: an argument is wrong; from the function, the dataset's columns are not those.
@@ -69,7 +70,7 @@ class _Scorer:
 
     def __reduce__(self) -> Any:
         """By which `map` tells whether it has done this before: what the model and the options are, not the model."""
-        return _Elsewhere, (_digest(self.rm), rmfast.__version__, repr(self.of))
+        return _Elsewhere, (_digest(self.rm), rmfast.__version__, _options_digest(self.of))
 
 
 class _Elsewhere:
@@ -107,6 +108,18 @@ class _Digester(pickle.Pickler):
             tuple(found.shape),
             hashlib.sha256(data.view(torch.uint8).numpy().data).hexdigest(),
         )
+
+
+def _options_digest(of: Any) -> str:
+    """As `map` digests its function: functions by their code and what they close over, those of modules by name."""
+    from datasets.fingerprint import Hasher
+
+    try:
+        return Hasher.hash(of)
+    except Exception as error:  # PicklingError, TypeError, what an object's own methods raise
+        raise ValueError(
+            f"Expected options of which datasets can make a digest ({error}); give map new_fingerprint="
+        ) from error
 
 
 def _digest(rm: Scorer) -> str:

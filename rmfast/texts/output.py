@@ -15,7 +15,7 @@ from typing import Any, Protocol
 from rmfast.texts.files import LOCK, STANDARD, apart, locked, naming, target
 from rmfast.texts.log import LOG_FORMAT, entries_of, expect_same, replayed, window_entry
 from rmfast.texts.remote import Location, Remote
-from rmfast.texts.remote_output import RemoteOutput
+from rmfast.texts.remote_output import RemoteOutput, remove_parts
 from rmfast.texts.tables import SUFFIXES, Row, dump_line, write_table
 
 _CHUNK = 1 << 20
@@ -221,8 +221,8 @@ def write_whole(
             raise ValueError(f"{path} exists: give another --output, or --overwrite")
         with tempfile.TemporaryDirectory() as folder:
             rows, made = _written(lines, kind, Path(folder) / "lines", Path(folder) / "table")
-            for old in (path.with_name(path.name + ".run.jsonl"), path.with_name(path.name + ".run")):
-                old.remove()
+            path.with_name(path.name + ".run.jsonl").remove()
+            remove_parts(path)
             path.write_file(made)
         return rows
     real = target(path, "--output")
@@ -260,6 +260,8 @@ def _written(lines: Iterable[bytes], kind: str, one: Path, table: Path) -> tuple
 
 def kind_of_output(path: Location) -> str:
     """By the suffix that was given, which a link need not share with its file. Compressed files can't be continued."""
+    if isinstance(path, Remote):
+        path.expect_one()
     if (suffix := path.suffix.lower()) not in SUFFIXES:
         raise ValueError(f"Expected --output to end in {', '.join(SUFFIXES)}, or to be - (standard output), got {path}")
     return SUFFIXES[suffix]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import re
 import shutil
 from dataclasses import dataclass
@@ -10,6 +9,7 @@ from pathlib import Path, PurePosixPath
 from typing import IO, Any
 
 _URL = re.compile(r"[a-z][a-z0-9+.-]*://", re.IGNORECASE)
+_GLOB = re.compile(r"[*?\[]")
 _LOCAL = re.compile(r"(file|local)://", re.IGNORECASE)
 # What gives fsspec these, where it is none of what rmfast needs anyway.
 _EXTRAS = {"s3": "s3", "s3a": "s3", "gs": "gcs", "gcs": "gcs"}
@@ -66,12 +66,15 @@ class Remote:
         self._into_folder(lambda system, path: system.put_file(str(local), path))
 
     def size(self) -> int | None:
-        """None where there is none."""
+        """None where there is none. Raises ValueError where it is a folder: some stores give one the size 0."""
         system, path = self._opened()
         try:
-            return system.info(path)["size"]
+            about = system.info(path)
         except FileNotFoundError:
             return None
+        if about["type"] == "directory":
+            raise ValueError(f"Expected {self} to be a file, but it is a folder")
+        return about["size"]
 
     def below(self) -> dict[str, int]:
         """Names and sizes of the files in this folder, at any depth."""
@@ -83,10 +86,32 @@ class Remote:
         return {name.rpartition(f"/{self.name}/")[2]: about["size"] for name, about in found.items()}
 
     def remove(self) -> None:
-        """The file or folder, if there is one."""
+        """The file, if there is one. Raises ValueError where it is a folder."""
+        if self.size() is not None:  # stores differ in what they do where there is none
+            system, path = self._opened()
+            system.rm_file(path)
+
+    def remove_below(self, names: list[str]) -> None:
+        """Files in this folder, in one request or commit where the store has such."""
+        self.expect_one()  # `rm`, unlike `rm_file`, takes these for patterns
         system, path = self._opened()
-        with contextlib.suppress(FileNotFoundError):
-            system.rm(path, recursive=True)
+        if names:
+            system.rm([f"{path}/{name}" for name in names])
+
+    def expect_one(self) -> None:
+        """Raise ValueError for a name that fsspec may take for a pattern of several."""
+        if _GLOB.search(self.url):
+            raise ValueError(f"Expected a URL without *, ? and [, got {self}")
+
+    def beside(self) -> list[Remote]:
+        """The files in the folder that this is in."""
+        system, path = self._opened()
+        try:
+            found = system.ls(path.rpartition("/")[0], detail=True)
+        except FileNotFoundError:
+            return []
+        names = sorted(about["name"].rpartition("/")[2] for about in found if about["type"] != "directory")
+        return [self.with_name(name) for name in names]
 
     @property
     def _pure(self) -> PurePosixPath:

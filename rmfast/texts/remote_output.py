@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import re
 import tempfile
 import time
 import uuid
@@ -19,6 +20,7 @@ from rmfast.texts.tables import Row, dump_line, write_table
 # hundred or so an hour.
 _INTERVAL, _INTERVALS = 15.0, {"hf": 600.0}
 _PART = 64 << 20  # bytes that are held at most
+_PART_NAME = re.compile(r"[0-9a-f]{32}/\d{12,}-\d+-\d+\.jsonl")  # of any run, in FILE.run
 
 
 class RemoteOutput:
@@ -43,18 +45,19 @@ class RemoteOutput:
         self._held: list[tuple[dict[str, Any], bytes]] = []  # windows that no part has yet
         self._interval = _INTERVALS.get(path.scheme, _INTERVAL)
         self._due = time.monotonic() + self._interval
+        size = path.size()
         if overwrite:
             return
         entries = entries_of(self.log.read() or b"", self.log)[0]
         if not entries:
-            if path.size():
+            if size:
                 raise ValueError(f"{path} exists and is of no run of rmfast: give another --output, or --overwrite")
             return
         self.header = entries[0]
         expect_same(path, self.header, self.run)
         finished = replayed(entries, self.log)[1]
         if finished is not None:
-            if path.size() != finished["size"]:
+            if size != finished["size"]:
                 raise ValueError(f"Expected {path} to be as the run left it: --overwrite starts anew")
             self.next_row, self.finished = finished["finished"], True
             return
@@ -64,8 +67,9 @@ class RemoteOutput:
         """Write the header, or check that it fits `late` too: what is known only once the model is loaded."""
         if self.header is not None:
             return expect_same(self.path, self.header, late)
-        for old in (self.log, self.path, self.path.with_name(self.path.name + ".run")):
+        for old in (self.log, self.path):
             old.remove()
+        remove_parts(self.path)
         self.header = {**self.run, **late, "name": uuid.uuid4().hex}
         self.log.write(dump_line(self.header))
 
@@ -114,7 +118,7 @@ class RemoteOutput:
             self.path.write_file(made)
             log.append({"finished": self.next_row, "size": made.stat().st_size})
         self.log.write(b"".join(map(dump_line, log)))
-        self.path.with_name(self.path.name + ".run").remove()
+        remove_parts(self.path)
 
     def _expect_header(self) -> None:
         assert self.header is not None
@@ -151,6 +155,12 @@ class RemoteOutput:
 
     def _part(self, name: str) -> Remote:
         return Remote(f"{self._folder}/{name}")
+
+
+def remove_parts(path: Remote) -> None:
+    """Remove what runs have put into FILE.run, and nothing else that lies there."""
+    folder = path.with_name(path.name + ".run")
+    folder.remove_below([name for name in folder.below() if _PART_NAME.fullmatch(name)])
 
 
 def _chained(files: dict[str, int]) -> tuple[list[str], int]:

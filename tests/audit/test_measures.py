@@ -53,13 +53,10 @@ def test_ties_count_a_half_and_are_one_range(n):
 
 
 def test_intervals_draw_prompts_together():
-    """All pairs of one prompt: there is one thing to draw, and no interval."""
+    """All pairs of one prompt: there is one thing to draw, of which little is known."""
     given = rewards(40)
-    (alone,) = {
-        (each["low"], each["high"]) == (each["value"], each["value"])
-        for each in measures.calibration(scored(given, prompts=[0] * 40))["bins"]
-    }
-    assert alone
+    for each in measures.calibration(scored(given, prompts=[0] * 40))["bins"]:
+        assert each["low"] < 0.5 < each["high"] and each["high"] - each["low"] > 0.8
     assert any(each["low"] < each["high"] for each in measures.calibration(scored(given))["bins"])
 
 

@@ -9,6 +9,7 @@ import pytest
 from shell import files, run, saved
 from stored import store  # noqa: F401  a fixture
 
+from rmfast.cli.shards import shards_of
 from rmfast.texts.remote import Remote
 
 ROWS = [{"id": i, "text": "" if i == 5 else f"text {i}"} for i in range(11)]
@@ -48,10 +49,21 @@ def test_shards_and_their_whole_may_be_there(folder, tmp_path, store):  # noqa: 
         done = run("score", *args, "--output", f"{store}/out.jsonl", "--shard", f"{index}/2")
         assert done.exit_code == 0, done.stderr
     shards = [f"{store}/out-0000{index}-of-00002.jsonl" for index in range(2)]
-    assert "Expected the names of the shards" in run("join", "--output", f"{store}/out.jsonl").stderr
-    done = run("join", *shards, "--output", f"{store}/out.jsonl")
-    assert done.exit_code == 0, done.stderr
-    assert Remote(f"{store}/out.jsonl").read() == (tmp_path / "out.jsonl").read_bytes()
+    assert "got none: name them" in run("join", "--output", f"{store}/other.jsonl").stderr
+    assert "got none: name them" in run("join", "--output", f"{store}/nowhere/out.jsonl").stderr
+    for named in (shards, []):
+        done = run("join", *named, "--output", f"{store}/out.jsonl", "--overwrite")
+        assert done.exit_code == 0, done.stderr
+        assert Remote(f"{store}/out.jsonl").read() == (tmp_path / "out.jsonl").read_bytes()
+
+
+def test_shards_in_a_bucket_are_found():
+    for index in (1, 0):
+        Remote(f"memory://shards/a/out-0000{index}-of-00002.jsonl").write(b"")
+    Remote("memory://shards/a/out-00000-of-00002.jsonl.run.jsonl").write(b"")
+    Remote("memory://shards/a/out-00002-of-00003.jsonl/x").write(b"")
+    found = [f"memory://shards/a/out-0000{index}-of-00002.jsonl" for index in range(2)]
+    assert shards_of(Remote("memory://shards/a/out.parquet")) == list(map(Remote, found))
 
 
 def test_an_input_is_never_the_output(folder, tmp_path, store):  # noqa: F811

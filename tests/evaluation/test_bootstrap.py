@@ -54,6 +54,21 @@ def test_draws_in_pieces_are_those_of_one_go(monkeypatch):
     assert (np.concatenate(list(drawn(of, 25, 0))) == whole).all()
 
 
+@pytest.mark.parametrize("each", [1, 3])
+@pytest.mark.parametrize(("scores", "count", "confidence", "low", "high"), [
+    ([1.0, 0.0], 12, 0.95, 0.025 ** (1 / 12), 1.0),
+    ([0.0, 1.0], 12, 0.95, 0.0, 1 - 0.025 ** (1 / 12)),
+    ([1.0, 0.0], 300, 0.9, 0.05 ** (1 / 300), 1.0),
+    ([1.0, 1.0], 20, 0.95, 0.2720, 0.7280),  # 10 of 20
+])  # fmt: skip
+def test_a_figure_whose_resamples_are_all_equal_is_not_certain(scores, count, confidence, low, high, each):
+    rows = [{"prompt": f"p{i}", "chosen": f"a{j}", "rejected": f"b{j}"} for i in range(count) for j in range(each)]
+    of, items = read_items(Row(i + 1, row) for i, row in enumerate(rows))
+    figure = evaluated(of, items, [scores] * len(items), confidence=confidence)["all", "accuracy"]
+    assert figure.prompts == count
+    assert (figure.low, figure.high) == pytest.approx((low, high), abs=5e-5)
+
+
 def test_differences_are_paired():
     rows = written.pairs(60)
     of, items = read_items(Row(i + 1, row) for i, row in enumerate(rows))
@@ -100,5 +115,7 @@ def test_a_small_subset_that_a_resample_misses_has_an_interval():
     rows = [*written.pairs(40), {"prompt": "rare", "chosen": "a", "rejected": "b", "subset": "rare"}]
     of, items = read_items(Row(i + 1, row) for i, row in enumerate(rows))
     got = evaluated(of, items, written.ordinal(random.Random(0), [2] * 41))
-    assert got["rare", "accuracy"].low == got["rare", "accuracy"].high == got["rare", "accuracy"].value
+    rare = got["rare", "accuracy"]
+    one_of_one = (0.025, 1.0) if rare.value else (0.0, 0.975)
+    assert (rare.low, rare.high) == pytest.approx(one_of_one, abs=1e-12)
     assert np.isfinite([got["all", "mean of subsets"].low, got["all", "mean of subsets"].high]).all()

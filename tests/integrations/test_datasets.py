@@ -83,6 +83,40 @@ def test_the_cache_knows_model_and_options(rm, dataset):
     assert first != digest(scorer(rm.with_interventions(clamp)))
 
 
+def ended(mark: str) -> Any:
+    return lambda item: f"{item[0]}{mark}{item[1]}"
+
+
+def test_the_cache_knows_functions_by_what_they_do_and_not_by_where_they_lie(rm, dataset):
+    digest = datasets.fingerprint.Hasher.hash
+    kept = [ended("!"), ended("?"), ended("!")]  # at three addresses
+    first, other, again = (digest(scorer(rm, format=format)) for format in kept)
+    assert first == again != other
+    assert first != digest(scorer(rm, format=lambda item: f"{item[1]}!{item[0]}"))
+    for format in kept[:2]:
+        mapped = dataset.map(scorer(rm, format=format), batched=True)
+        assert torch.equal(torch.tensor(mapped["reward"]), rm.score(PAIRS, format=format))
+    with pytest.raises(ValueError, match="options of which datasets can make a digest .* new_fingerprint="):
+        digest(scorer(rm, tools=(tool for tool in [])))
+
+
+def test_a_function_at_the_address_of_another_is_another(rm):
+    """An address that is used again must not find the other's rewards."""
+
+    class Format:
+        def __init__(self, mark: str) -> None:
+            self.mark = mark
+
+        def __repr__(self) -> str:
+            return "<function at 0x1>"
+
+        def __call__(self, item: tuple[str, str]) -> str:
+            return f"{item[0]}{self.mark}{item[1]}"
+
+    digest = datasets.fingerprint.Hasher.hash
+    assert digest(scorer(rm, format=Format("!"))) != digest(scorer(rm, format=Format("?")))
+
+
 def test_another_process_finds_the_same(rm, tmp_path):
     rm.model.save_pretrained(tmp_path)
     rm.tokenizer.save_pretrained(tmp_path)

@@ -185,6 +185,53 @@ def test_the_file_of_another_run_or_of_none_is_left_alone(store):  # noqa: F811
         RemoteOutput(path, RUN)
 
 
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_a_folder_is_never_taken_for_an_output(overwrite):
+    path = Remote("memory://folders/rewards.parquet")
+    part = Remote(f"{path}/part-0.parquet")
+    part.write(b"mine")
+    with pytest.raises(ValueError, match="rewards.parquet to be a file, but it is a folder"):
+        go_on(path, kind="parquet", overwrite=overwrite)
+    with pytest.raises(ValueError, match="rewards.parquet to be a file, but it is a folder"):
+        write_whole(path, [WHOLE], overwrite=overwrite)
+    log = Remote("memory://folders/o.jsonl.run.jsonl/mine")
+    log.write(b"mine")
+    with pytest.raises((ValueError, OSError)):
+        go_on(Remote("memory://folders/o.jsonl"), overwrite=overwrite)
+    assert part.read() == log.read() == b"mine"
+
+
+@pytest.mark.parametrize("name", ["rewards[12].jsonl", "*.jsonl", "rewards?.jsonl"])
+def test_names_that_may_be_patterns_are_no_outputs_and_remove_nothing_else(name):
+    others = [Remote(f"memory://patterns/{other}") for other in ("rewards1.jsonl", "rewards2.jsonl")]
+    for other in others:
+        other.write(b"mine")
+        Remote(f"{other}.run/{'0' * 32}/000000000000-1-5.jsonl").write(b"mine")
+    path = Remote(f"memory://patterns/{name}")
+    with pytest.raises(ValueError, match=r"a URL without \*, \? and \["), opened(path, RUN, overwrite=True):
+        pass
+    with pytest.raises(ValueError, match=r"a URL without \*, \? and \["):
+        write_whole(path, [WHOLE], overwrite=True)
+    path.write(b"old")
+    path.remove()
+    assert path.read() is None
+    with pytest.raises(ValueError, match="a URL without"):
+        Remote(f"{path}.run").remove_below([f"{'0' * 32}/000000000000-1-5.jsonl"])
+    assert all(other.read() == b"mine" and len(Remote(f"{other}.run").below()) == 1 for other in others)
+
+
+def test_of_the_folder_beside_an_output_only_parts_are_removed(store):  # noqa: F811
+    path = Remote(f"{store}/o.jsonl")
+    mine = Remote(f"{path}.run/mine.jsonl")
+    mine.write(b"mine")
+    go_on(path, 2)
+    assert len(Remote(f"{path}.run").below()) == 3
+    go_on(path, overwrite=True)
+    assert Remote(f"{path}.run").below() == {"mine.jsonl": 4}
+    assert write_whole(path, [WHOLE], overwrite=True) == 5
+    assert mine.read() == b"mine" and Remote(f"{path}.run.jsonl").read() is None
+
+
 @pytest.mark.parametrize("kind", ["jsonl", "csv"])
 def test_a_whole_file_is_written_in_one_go(store, kind):  # noqa: F811
     path = Remote(f"{store}/new/o.{kind}")

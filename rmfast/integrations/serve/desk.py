@@ -76,12 +76,16 @@ class Desk:
             raise Refused("expected one text or more, got none")
         if len(inputs) > self.texts:
             raise TooLarge(f"the request has {len(inputs)} texts, over the limit of {self.texts}")
+        characters = 0
         for i, item in enumerate(inputs):
-            if (count := _characters(item)) > self.characters:  # a tokenizer would be at it for seconds
+            characters += (count := _characters(item))
+            if count > self.characters:  # a tokenizer would be at it for seconds
                 raise TooLarge(f"input {i} has {count} characters, over the limit of {self.characters}")
             if isinstance(item, dict):
                 _expect_no_template(i, item)
-        answer: asyncio.Future[Any] = asyncio.wrap_future(model.scheduler.submit(Ask(work, inputs, encoding)))
+        answer: asyncio.Future[Any] = asyncio.wrap_future(
+            model.scheduler.submit(Ask(work, inputs, encoding, characters))
+        )
         gone: asyncio.Future[Any] = asyncio.ensure_future(_disconnected(request))
         try:
             await asyncio.wait([answer, gone], timeout=self.timeout, return_when=asyncio.FIRST_COMPLETED)

@@ -7,6 +7,8 @@ import hmac
 import json
 import logging
 import time
+from collections.abc import AsyncGenerator
+from contextlib import suppress
 from typing import Any
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -17,7 +19,10 @@ from rmfast.integrations.serve.refusals import Denied, Refusal, Slow, TooLarge, 
 
 logger = logging.getLogger("rmfast.serve")
 
-_OPEN = ("/health",)  # without a token: who asks is a load balancer
+# Without a token, and so without a body: who asks is a load balancer.
+_OPEN = ("/health",)
+# Of a body that is refused, most that is read, in times of the limit.
+_DISCARDED = 4
 
 
 class Gate:
@@ -45,9 +50,7 @@ class Gate:
             await send(message)
 
         try:
-            if self.token is not None and scope["path"] not in _OPEN:
-                self._check(scope)
-            body = await self._read(scope, receive)
+            body = await self._body(scope, _parts(receive))
             await self.app(scope, _again(body, receive), told)
         except Gone:
             status = status or 499
@@ -58,7 +61,7 @@ class Gate:
             if status:  # the answer has begun
                 raise
             if isinstance(refusal, TooLarge | Slow | Denied):
-                refusal.headers["Connection"] = "close"  # the rest of its body is not read
+                refusal.headers["Connection"] = "close"  # of its body there may be more
             await answer(refusal, told)
         finally:
             route = getattr(scope.get("route"), "path", "other")
@@ -71,32 +74,69 @@ class Gate:
         if not hmac.compare_digest(token.strip(), self.token or b"") or kind.lower() != b"bearer":
             raise Denied()
 
-    async def _read(self, scope: Scope, receive: Receive) -> bytes:
-        """The whole body, before anything else is done for the request."""
-        for name, value in scope["headers"]:
-            if name == b"content-length" and value.isdigit() and int(value[:20]) > self.body:
-                raise self._too_large()
+    async def _body(self, scope: Scope, parts: AsyncGenerator[bytes, None]) -> bytes:
+        """The whole body of a request that may be answered, before anything else is done for it."""
         try:
-            return await asyncio.wait_for(self._whole(receive), self.body_seconds)
+            if scope["path"] in _OPEN:
+                return await self._read(scope, parts, 0)
+            if self.token is not None:
+                self._check(scope)
+            return await self._read(scope, parts, self.body)
+        except (Denied, TooLarge):
+            await self._discard(scope, parts)
+            raise
+
+    async def _read(self, scope: Scope, parts: AsyncGenerator[bytes, None], most: int) -> bytes:
+        for name, value in scope["headers"]:
+            if name == b"content-length" and value.isdigit() and int(value[:20]) > most:
+                raise _too_large(most)
+        try:
+            return await asyncio.wait_for(_whole(parts, most), self.body_seconds)
         except asyncio.TimeoutError:
             raise Slow(f"the body did not come within {self.body_seconds:g} s") from None
 
-    async def _whole(self, receive: Receive) -> bytes:
-        parts, size = [], 0
-        while True:
-            message = await receive()
-            if message["type"] == "http.disconnect":
-                raise Gone
-            part = message.get("body", b"")
-            parts.append(part)
-            size += len(part)
-            if size > self.body:
-                raise self._too_large()
-            if not message.get("more_body"):
-                return b"".join(parts)
+    async def _discard(self, scope: Scope, parts: AsyncGenerator[bytes, None]) -> None:
+        """Read what is left of a body that is refused, within bounds, and keep nothing of it.
 
-    def _too_large(self) -> TooLarge:
-        return TooLarge(f"the body is over the limit of {self.body} bytes")
+        Most clients read no answer before they have sent all: theirs would be a broken connection. One that expects
+        100 (Continue) has sent nothing yet.
+        """
+        if not any(name == b"expect" for name, _ in scope["headers"]):
+            with suppress(asyncio.TimeoutError):
+                await asyncio.wait_for(_passed(parts, _DISCARDED * self.body), self.body_seconds)
+
+
+async def _parts(receive: Receive) -> AsyncGenerator[bytes, None]:
+    """A body as it comes. Raises Gone where its client does."""
+    more = True
+    while more:
+        message = await receive()
+        if message["type"] == "http.disconnect":
+            raise Gone
+        more = message.get("more_body", False)
+        yield message.get("body", b"")
+
+
+async def _whole(parts: AsyncGenerator[bytes, None], most: int) -> bytes:
+    found, size = [], 0
+    async for part in parts:
+        found.append(part)
+        size += len(part)
+        if size > most:
+            raise _too_large(most)
+    return b"".join(found)
+
+
+async def _passed(parts: AsyncGenerator[bytes, None], most: int) -> None:
+    size = 0
+    async for part in parts:
+        size += len(part)
+        if size > most:
+            return
+
+
+def _too_large(most: int) -> TooLarge:
+    return TooLarge(f"the body is over the limit of {most} bytes")
 
 
 def _again(body: bytes, receive: Receive) -> Receive:

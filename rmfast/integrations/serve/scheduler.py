@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import threading
 import time
-from collections import deque
 from collections.abc import Callable
 from concurrent.futures import Future, InvalidStateError
 from contextlib import suppress
@@ -19,6 +18,8 @@ from rmfast.integrations.serve.work import PLAIN, Encoding, Work, finite, option
 
 # Of the running mean of a text's seconds, the weight of the newest batch.
 _NEWEST = 0.2
+# Characters of a request that are tokenised in one go: others come between, and a refused text is the last of its own.
+_SLICE = 1 << 18
 # Rows of a batch where the model can't say.
 _BUDGET = 3072
 
@@ -28,12 +29,14 @@ class Ask:
     """One request.
 
     Attributes:
+        characters: of all inputs. A request of many is tokenised a part at a time.
         future: gets a `Done`, or one of `refusals`. Who cancels it has the texts that still wait dropped.
     """
 
     work: Work
     inputs: list[Any]
     encoding: Encoding = PLAIN
+    characters: int = 0
     future: Future[Done] = field(default_factory=Future)
     results: list[Any] = field(default_factory=list)
     items: list[Any] = field(default_factory=list)
@@ -89,7 +92,8 @@ class Scheduler:
         self.rm, self.max_wait, self.queue, self.tokens = rm, max_wait, queue, tokens
         self._encoding, self._batched, self._given = encoding or {}, batched, batch_tokens
         self._changed = threading.Condition()
-        self._inbox: deque[Ask] = deque()
+        self._inbox: dict[Future[Done], Ask] = {}  # as they came
+        self._long: list[Ask] = []  # of which a part is read
         self._asked = 0  # texts without an answer
         self._closing = False
         self._waiting: dict[Work, Waiting] = {}
@@ -126,9 +130,9 @@ class Scheduler:
             if self._asked + count > self.queue:
                 raise Busy(self._asked, min(60, max(1, math.ceil(self._asked * self._seconds))))
             self._asked += count
-            self._inbox.append(ask)
+            self._inbox[ask.future] = ask
             self._changed.notify()
-        ask.future.add_done_callback(lambda _: self._answered(count))
+        ask.future.add_done_callback(lambda future: self._answered(future, count))
         return ask.future
 
     def close(self, timeout: float | None = None) -> bool:
@@ -139,9 +143,10 @@ class Scheduler:
         self._thread.join(timeout)
         return not self.alive
 
-    def _answered(self, count: int) -> None:
+    def _answered(self, future: Future[Done], count: int) -> None:
         with self._changed:
             self._asked -= count
+            self._inbox.pop(future, None)  # it was cancelled: what counts no more holds no memory
 
     def _live(self) -> None:
         try:
@@ -151,7 +156,7 @@ class Scheduler:
         finally:  # by an error that no request has, such as one of the interpreter: nobody may wait for ever
             with self._changed:
                 self._closing = True
-                asks = list(self._inbox)
+                asks = [*self._inbox.values(), *self._long]
             left = [*self._running, *(piece for each in self._waiting.values() for piece in each)]
             for ask in [*asks, *(piece.owner for piece in left)]:
                 ask.fail(Closed())
@@ -163,16 +168,18 @@ class Scheduler:
         until = 0.0 if any(self._waiting.values()) else None  # of waiting; None: until there is something
         while True:
             with self._changed:
-                while not self._inbox and not self._closing and (until is None or until > time.monotonic()):
+                while not (self._inbox or self._long or self._closing) and (until is None or until > time.monotonic()):
                     self._changed.wait(None if until is None else until - time.monotonic())
-                asks, closing = list(self._inbox), self._closing
+                asks, closing = list(self._inbox.values()), self._closing
                 self._inbox.clear()
             if until is None:
                 until = time.monotonic() + self.max_wait
-            self._read(asks)
+            self._read([ask for ask in asks if ask.characters <= _SLICE])
+            self._long += [ask for ask in asks if ask.characters > _SLICE]
+            self._read_on()
             full = any(each.tokens >= self._budget for each in self._waiting.values())
             if full or closing or until <= time.monotonic():
-                return not closing or any(self._waiting.values()) or bool(asks)
+                return not closing or any(self._waiting.values()) or bool(asks) or bool(self._long)
 
     def _rows(self) -> int:
         if self._given is not None:
@@ -203,8 +210,29 @@ class Scheduler:
                 self._admit(ask, read[: len(ask.inputs)])
                 del read[: len(ask.inputs)]
 
+    def _read_on(self) -> None:
+        """A part of the long request whose turn it is."""
+        self._long = [ask for ask in self._long if not ask.dropped]
+        if not self._long:
+            return
+        ask = self._long[0]
+        start, count = len(ask.items), max(1, len(ask.inputs) * _SLICE // ask.characters)
+        try:
+            ask.items += self._tokenised(ask.work, ask.encoding, ask.inputs[start : start + count])
+        except Exception as error:
+            ask.fail(_refusal(error))
+        self._long = self._long[1:]
+        if ask.dropped:
+            return
+        if len(ask.items) == len(ask.inputs) or any(isinstance(item, Exception) for item in ask.items[start:]):
+            self._admit(ask, ask.items)
+        else:
+            self._long.append(ask)
+
     def _encoded(self, work: Work, encoding: Encoding, asks: list[Ask]) -> list[Any]:
-        inputs = [each for ask in asks for each in ask.inputs]
+        return self._tokenised(work, encoding, [each for ask in asks for each in ask.inputs])
+
+    def _tokenised(self, work: Work, encoding: Encoding, inputs: list[Any]) -> list[Any]:
         return work.encode(self.rm, inputs, options_of(self.rm, encoding, self._encoding))
 
     def _admit(self, ask: Ask, items: list[Any]) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 from bisect import bisect_left, insort
-from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -52,7 +51,7 @@ class Waiting:
     """Pieces of equal work, by age and by their tokens. For one thread."""
 
     def __init__(self) -> None:
-        self._by_age: deque[Piece] = deque()
+        self._by_age: list[Piece] = []
         self._by_ids: list[Piece] = []
         self.tokens = 0
 
@@ -66,13 +65,13 @@ class Waiting:
 
     def oldest(self) -> Piece | None:
         """The piece that has waited longest; those that nobody waits for are dropped."""
-        while self._by_age:
-            piece = self._by_age[0]
-            if piece.waits and not piece.owner.dropped:
-                return piece
-            self._by_age.popleft()
-            self._remove(piece)
-        return None
+        for piece in self._by_age:
+            piece.waits = piece.waits and not piece.owner.dropped
+        self._by_age = [piece for piece in self._by_age if piece.waits]
+        if len(self._by_age) < len(self._by_ids):
+            self._by_ids = [piece for piece in self._by_ids if piece.waits]
+            self.tokens = sum(map(len, self._by_ids))
+        return self._by_age[0] if self._by_age else None
 
     def take(self, budget: int) -> list[Piece]:
         """The pieces of the next batch, removed: about `budget` rows, of which shared beginnings count once.
@@ -84,7 +83,7 @@ class Waiting:
         rows = misses = 0
         if self.oldest() is None:
             return taken
-        for piece in list(self._by_age):
+        for piece in self._by_age:
             if rows >= budget or misses == _MISSES or len(taken) >= _MOST:
                 break
             if not piece.waits or piece.owner.dropped:
@@ -98,11 +97,10 @@ class Waiting:
                 if taken and rows + new > budget:
                     misses += 1
                     break
-                each.waits = False
+                self._remove(each)
                 taken.append(each)
                 rows += new
-        self._by_ids = [piece for piece in self._by_ids if piece.waits]
-        self.tokens -= sum(map(len, taken))
+        self._by_age = [piece for piece in self._by_age if piece.waits]
         return taken
 
     def _group(self, piece: Piece, budget: int) -> list[tuple[Piece, int]]:
@@ -116,7 +114,7 @@ class Waiting:
             before, shared, i = piece, len(piece), at + step
             while 0 <= i < len(self._by_ids) and rows <= budget and len(group) < _MOST:
                 other = self._by_ids[i]
-                if other.waits and not other.owner.dropped:
+                if not other.owner.dropped:
                     same = common(before.item.ids, other.item.ids)
                     shared = min(shared, same)
                     if shared < _SHARED * len(other):
@@ -127,10 +125,10 @@ class Waiting:
         return group
 
     def _remove(self, piece: Piece) -> None:
-        at = bisect_left(self._by_ids, piece)
-        if at < len(self._by_ids) and self._by_ids[at] is piece:
-            del self._by_ids[at]
-            self.tokens -= len(piece)
+        """From the texts by their ids at once, so that no group has to walk over what was taken."""
+        piece.waits = False
+        del self._by_ids[bisect_left(self._by_ids, piece)]
+        self.tokens -= len(piece)
 
     def __iter__(self) -> Iterator[Piece]:
         return iter(self._by_ids)

@@ -70,10 +70,10 @@ class Answer:
 
 
 def ask(url: str, path: str, body: Any = None, method: str = "POST", **headers: str) -> Answer:
-    """One request; a body that is no bytes goes as JSON."""
+    """One request; a body that is neither bytes nor None goes as JSON."""
     parts = urlsplit(url)
     connection = http.client.HTTPConnection(parts.hostname or "", parts.port, timeout=60)
-    content = body if isinstance(body, bytes) else json.dumps(body).encode()
+    content = None if body is None else body if isinstance(body, bytes) else json.dumps(body).encode()
     try:
         connection.request(method, path, content, {"Content-Type": "application/json", **headers})
         response = connection.getresponse()

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import threading
 import time
+import weakref
 from concurrent.futures import wait
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
+from rmfast.integrations.serve import scheduler as scheduler_
 from rmfast.integrations.serve import waiting
 from rmfast.integrations.serve.refusals import Busy, Closed, Refused, TooLarge, Unscored
 from rmfast.integrations.serve.scheduler import Ask, Scheduler
@@ -154,6 +156,54 @@ def test_an_error_of_the_tokenizer_is_its_requests_alone(model, scheduler):
     assert good.result(10).results == [2]
 
 
+@pytest.fixture
+def reads(model, monkeypatch):
+    """What is tokenised together, a text at a time where a request is long."""
+    monkeypatch.setattr(scheduler_, "_SLICE", 1)
+    seen, encode = [], model.encode
+    monkeypatch.setattr(
+        model, "encode", lambda inputs, *args, **kw: seen.append(list(inputs)) or encode(inputs, *args, **kw)
+    )
+    return seen
+
+
+def test_a_long_request_is_read_in_parts_with_others_between_them(model, scheduler, reads):
+    first = held(model, scheduler)
+    long = [scheduler.submit(Ask(WORK, [[i], [i, 2], [i, 3]], characters=3)) for i in (5, 6)]
+    short = submit(scheduler, [7], [8])
+    model.gate.set()
+    assert first.result(10).results == [1] and short.result(10).results == [7, 8]
+    assert [each.result(10).results for each in long] == [[5, 7, 8], [6, 8, 9]]
+    assert reads[1:] == [[[7], [8]], [[5]], [[6]], [[5, 2]], [[6, 2]], [[5, 3]], [[6, 3]]]
+    assert scheduler.asked == 0
+
+
+def test_of_a_long_request_nothing_is_read_behind_what_refuses_it(model, scheduler, reads):
+    bad = scheduler.submit(Ask(WORK, [[1], [], [2], [3]], characters=9))
+    with pytest.raises(Refused, match="input 1: it is empty"):
+        bad.result(10)
+    broken = scheduler.submit(Ask(WORK, ["bug", [2]], characters=9))
+    with pytest.raises(Unscored, match="could not run it"):
+        broken.result(10)
+    assert reads == [[[1]], [[]], ["bug"]]
+
+
+def test_of_a_long_request_that_was_cancelled_no_more_is_read(model, scheduler, reads):
+    held(model, scheduler)
+    gone = scheduler.submit(Ask(WORK, [[1], [2]], characters=9))
+    kept = scheduler.submit(Ask(WORK, [[3], [4]], characters=9))
+    assert gone.cancel()
+    model.gate.set()
+    assert kept.result(10).results == [3, 4] and reads[1:] == [[[3]], [[4]]]
+
+
+def test_close_answers_long_requests_too(model, scheduler, reads):
+    held(model, scheduler)
+    long = scheduler.submit(Ask(WORK, [[i] for i in range(5)], characters=9))
+    threading.Timer(0.1, model.gate.set).start()
+    assert scheduler.close(10) and long.result(0).results == list(range(5))
+
+
 def test_what_was_cancelled_is_not_run(model, scheduler):
     held(model, scheduler)
     futures = [submit(scheduler, [i]) for i in range(5)]
@@ -163,6 +213,20 @@ def test_what_was_cancelled_is_not_run(model, scheduler):
     model.gate.set()
     assert [futures[i].result(10).results for i in (1, 3)] == [[1], [3]]
     assert [each for batch in model.batches[1:] for each in batch] == [(1,), (3,)]
+
+
+def test_what_was_cancelled_holds_no_memory(model):
+    scheduler = Scheduler(model, queue=10)
+    held(model, scheduler)
+    asks = []
+    for i in range(100):
+        ask = Ask(WORK, [[i]])
+        asks.append(weakref.ref(ask))
+        assert scheduler.submit(ask).cancel()
+        del ask
+    assert scheduler.asked == 1 and not any(ask() for ask in asks)
+    model.gate.set()
+    assert scheduler.close(10)
 
 
 def test_a_full_queue_says_when_to_come_back_and_a_request_over_it_that_it_never_fits(model, scheduler):
@@ -257,6 +321,25 @@ def test_dropped_texts_are_never_taken():
     made = waiting_of(piece(1, 2, owner=gone), kept, piece(1, 2, 3, 4, owner=gone))
     assert made.take(100) == [kept]
     assert made.oldest() is None and len(made) == 0
+
+
+def test_dropped_texts_hold_no_memory_behind_one_that_waits():
+    owner = SimpleNamespace(dropped=False)
+    made = waiting_of(piece(*[1] * 50), *(piece(2, i, owner=owner) for i in range(3)), piece(3))
+    owner.dropped = True
+    made.oldest()
+    assert len(made) == len(made._by_age) == 2 and made.tokens == 51
+
+
+def test_what_was_taken_is_not_walked_over(monkeypatch):
+    made = waiting_of(*(piece(i, i) for i in range(3000)))
+    looked = []
+    monkeypatch.setattr(waiting, "common", lambda a, b: looked.append(1) or common(a, b))
+    lines = []
+    group = made._group
+    monkeypatch.setattr(made, "_group", lambda *given: lines.append(len(made)) or group(*given))
+    assert len(made.take(6000)) == 3000 and len(looked) < 6000
+    assert lines == list(range(3000, 0, -1))  # a group sees what still waits, and nothing else
 
 
 def test_every_text_is_taken_once_whatever_waits():

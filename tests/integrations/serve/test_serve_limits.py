@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import socket
 import time
@@ -13,6 +14,8 @@ pytest.importorskip("fastapi")
 
 import torch
 from serving import ask, reward_model, served
+
+from rmfast.integrations.serve import remote_reward
 
 ROUTES = ["/get_reward", "/classify", "/pooling", "/score", "/values", "/steps", "/v1/embeddings", "/", "/remote_rm",
           "/v1/classify", "/v1/pooling", "/v1/score"]  # fmt: skip
@@ -63,6 +66,43 @@ def test_a_body_without_a_length_is_counted_as_it_comes(url):
     chunk = b"4000\r\n" + b"x" * 0x4000 + b"\r\n"
     said = talk(url, HEAD + b"Transfer-Encoding: chunked\r\n\r\n", *[chunk] * 7)
     assert said.startswith(b"HTTP/1.1 413 ") and b"100000 bytes" in said
+
+
+def through(url, path, size, chunked, *more):
+    """What the server says to a client that reads nothing before it has sent all."""
+    head = b"POST %b HTTP/1.1\r\nHost: localhost\r\n" % path + b"".join(more)
+    if chunked:
+        parts = [b"Transfer-Encoding: chunked\r\n\r\n", *[b"4000\r\n" + b"x" * 0x4000 + b"\r\n"] * (size >> 14)]
+        return talk(url, head, *parts, b"0\r\n\r\n")
+    return talk(url, head + b"Content-Length: %d\r\n\r\n" % size + b"x" * size)
+
+
+@pytest.mark.parametrize("chunked", [False, True])
+def test_a_client_that_sends_too_much_is_told_so(rm, chunked):
+    with served(rm, body=1 << 20, token="sesam") as url:
+        own = b"Authorization: Bearer sesam\r\n"
+        large = through(url, b"/score", 4 << 20, chunked, own)
+        assert large.startswith(b"HTTP/1.1 413 ") and b"1048576 bytes" in large
+        assert through(url, b"/score", 4 << 20, chunked).startswith(b"HTTP/1.1 401 ")
+        assert through(url, b"/health", 4 << 20, chunked).startswith(b"HTTP/1.1 413 ")
+        waits = talk(
+            url, b"POST /score HTTP/1.1\r\nHost: localhost\r\nExpect: 100-continue\r\nContent-Length: 9\r\n\r\n"
+        )
+        assert waits.startswith(b"HTTP/1.1 401 ")
+        for token, said in ("sesam", r"refused \(413\): the body is over"), ("other", r"refused \(401\): expected"):
+            reward = remote_reward(url, token=token)
+            with pytest.raises(RuntimeError, match=said):
+                asyncio.run(reward(["x" * (3 << 20)], ["y"]))
+
+
+def test_what_needs_no_token_takes_no_body(rm):
+    with served(rm, token="sesam") as url:
+        assert ask(url, "/health", b"x", method="GET").status == 413
+        assert (
+            talk(url, b"GET /health HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\n1\r\nx\r\n0\r\n\r\n")[9:12]
+            == b"413"
+        )
+        assert ask(url, "/health", method="GET").status == 200
 
 
 def test_a_body_that_does_not_come_is_not_waited_for(url):
