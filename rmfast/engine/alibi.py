@@ -3,7 +3,8 @@
 It does not go through transformers' AttentionInterface. Such a module is given a bias for each head and key, makes
 queries, keys and values by one linear layer and ends in another. How they lie, the scale, and what is added behind are
 found by trying, against what the module itself makes of a few tokens; and what it is given must be a slope times the
-key's position, at far ones too: Falcon rounds its biases to 16 bits in any dtype, and is refused for it.
+key's position, at far ones too, in the arithmetic that it runs in: Bloom rounds its biases to 16 bits where it runs in
+them, Falcon in any dtype, and both are refused for it.
 """
 
 from __future__ import annotations
@@ -89,11 +90,12 @@ def find(binding: Binding) -> dict[nn.Module, Written]:
         return {}
     tokens = probe_ids(binding.root, binding.vocab_size, None, ())[0][None].to(binding.device)
     low = binding.stream_dtype in (torch.bfloat16, torch.float16) and not holds()
-    with Fp32() if low else ExitStack():  # in 16 bits one formula is as good as another
+    with Fp32() if low else ExitStack():
         seen = _calls(binding, tokens)
-        if not seen:
-            return {}
-        slopes = _slopes(binding, next(iter(seen)))
+    if not seen:
+        return {}
+    slopes = _slopes(binding, next(iter(seen)))
+    with Fp32() if low else ExitStack():  # in 16 bits one formula is as good as another
         return {module: _tried(module, given, out, slopes) for module, (given, out) in seen.items()}
 
 

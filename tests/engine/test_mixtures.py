@@ -15,6 +15,16 @@ from rmfast.engine.functions import Alike
 FUSED = ["mixtral", "qwen2-moe", "qwen3-moe", "olmoe", "gpt-oss"]
 PACKED = [*M.MIXTURES, "bloom", "mpt"]
 packed = pytest.mark.parametrize("family", PACKED)
+# In bf16 itself Bloom is not packed: it rounds its biases.
+arithmetics = pytest.mark.parametrize(
+    "family, compute",
+    [
+        (family, compute)
+        for family in PACKED
+        for compute in ("native", "fp32")
+        if (family, compute) != ("bloom", "native")
+    ],
+)
 TEXTS = M.token_ids([5, 60, 3, 24, 1, 41], seed=1)
 TEXTS += [[*TEXTS[1][:30], 7, 8], [*TEXTS[1][:30], 9]]
 
@@ -62,8 +72,7 @@ def test_scores_in_fp64(family):
     torch.testing.assert_close(got, want, rtol=1e-9, atol=1e-9)
 
 
-@packed
-@pytest.mark.parametrize("compute", ["native", "fp32"])
+@arithmetics
 def test_bf16_is_as_near_to_the_truth_as_in_transformers(family, compute):
     model = made(family, torch.bfloat16)
     truth = M.own(made(family).bfloat16().float(), TEXTS)
@@ -71,9 +80,8 @@ def test_bf16_is_as_near_to_the_truth_as_in_transformers(family, compute):
     assert float((got - truth).abs().max()) <= 2 * float((own - truth).abs().max())
 
 
-@packed
+@arithmetics
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("compute", ["native", "fp32"])
 def test_no_batch_moves_a_bit(family, dtype, compute):
     """Routing is a token's own; how many tokens share an expert changes nothing."""
     rm = RewardModel(made(family, dtype, labels=3), invariant=True, compute=compute)
@@ -210,6 +218,19 @@ def test_far_biases_that_are_no_line_are_refused_and_scored_right_in_padded_batc
     assert "are not a slope times the position" in rm.explain()
     for compute in ("native", "fp32"):
         M.assert_rewards(RewardModel(model, compute=compute).score(texts), M.own(model, texts), scale(model))
+
+
+@pytest.mark.parametrize("family", ["bloom", "mpt"])
+def test_far_biases_in_bf16_are_the_models_own(family):
+    """Bloom rounds them to the dtype that it runs in; MPT adds them in fp32."""
+    longer = {"max_position_embeddings": 2500, **({"max_seq_len": 2500} if family == "mpt" else {})}
+    model, text = made(family, torch.bfloat16, **longer), M.token_ids([2200])
+    want = M.own(model, text)
+    rm = RewardModel(model, compute="native")
+    refused = "padded (not packed: the biases that BloomAttention is given are not a slope times the position"
+    assert rm.explain().startswith(f"engine: {refused if family == 'bloom' else 'packed, modules layers'}")
+    torch.testing.assert_close(rm.score(text), want, rtol=0.02, atol=0.01 * scale(model))
+    assert RewardModel(model, compute="fp32").explain().startswith("engine: packed, modules layers")
 
 
 @pytest.mark.parametrize(
