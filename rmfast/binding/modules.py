@@ -124,6 +124,12 @@ def is_plain(module: nn.Module) -> bool:
     return not has_hooks(module) and "forward" not in module.__dict__
 
 
+def is_transformers(module: nn.Module) -> bool:
+    """Whether its code is transformers' own, and no class of another package, or of a checkpoint, overrides a part."""
+    code = {kind.__module__.split(".")[0] for kind in type(module).__mro__}
+    return "transformers" in code and code <= {"transformers", "torch", "builtins"}
+
+
 def is_untouched(module: nn.Module) -> bool:
     """Whether a call of it gives what its class' forward gives: no hooks, and no other forward but accelerate's."""
     return not has_hooks(module) and own_forward(module) is None

@@ -101,6 +101,12 @@ class Heads:
         return self.attn.k_proj if self.fused is None else getattr(self.attn, self.fused)
 
     @property
+    def normed(self) -> list[tuple[nn.Module, nn.Module]]:
+        """The norms of queries and keys, each with the projection whose columns it must be given."""
+        made = (self.attn.q_proj, self.attn.k_proj) if self.fused is None else (self.kv_proj, self.kv_proj)
+        return [(norm.module, projection) for norm, projection in zip(self.norms or (), made)]
+
+    @property
     def norm_modules(self) -> list[nn.Module]:
         found = []
         for norm in self.norms or ():

@@ -100,13 +100,19 @@ class Layer:
         )  # fmt: skip
 
     def tables(self, hidden_states: Tensor, given: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
-        """cos and sin (n, R) for rows of what the layer is given by name; of no columns where it gets none."""
+        """cos and sin (n, R) for rows of what the layer is given by name; of no columns where it gets none.
+
+        Raises:
+            ValueError: it gets none, and turns its heads.
+        """
         if (tables := given.get("position_embeddings")) is not None:
             cos, sin = reversed(tables) if self.sines_first else tables
             return cos[0], sin[0]
         if (table := getattr(self.attn, "embed_positions", None)) is not None:  # GPT-J: sines, then cosines
             sin, cos = table[given["position_ids"][0]].to(hidden_states.device).chunk(2, dim=-1)
             return torch.cat((cos, cos), -1), torch.cat((sin, sin), -1)
+        if self.projections.rotation is not None:
+            raise ValueError("Expected a layer whose heads are turned to be given position_embeddings, got none")
         none = hidden_states.new_empty(hidden_states.size(1), 0)
         return none, none
 

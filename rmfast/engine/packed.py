@@ -23,7 +23,7 @@ from rmfast import backends as _backends
 from rmfast.binding.binding import Binding
 from rmfast.binding.compute import holds
 from rmfast.binding.find import probe_ids
-from rmfast.binding.modules import has_hooks, hidden_state_of
+from rmfast.binding.modules import has_hooks, hidden_state_of, is_transformers
 from rmfast.binding.rope import fresh_rope
 from rmfast.binding.session import passing_through, reading, replaced_forward
 from rmfast.engine import alibi
@@ -115,6 +115,8 @@ class Engine:
         layers = by_names(self.binding)
         if isinstance(layers, str):
             return layers
+        if hidden and (own := [fused.attn for _, fused in layers if not is_transformers(fused.attn)]):
+            return f"{type(own[0]).__name__} is not transformers' own, and may see less than all tokens before"
         known = sum(fused.attn in self._options for _, fused in layers)
         if known < len(layers) and not hidden:  # num_hidden_layers may be smaller than the number of layers held
             return f"the body runs only {known} of the {len(layers)} layers that it holds"

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from rmfast.binding.binding import Binding
 from rmfast.binding.layer_list import layer_list
 from rmfast.binding.modules import PASSIVE, is_plain
+from rmfast.binding.session import of_this_thread
 from rmfast.engine.attention import Run
 from rmfast.engine.heads import ROTATIONS, Heads
 from rmfast.engine.layers import Layer
@@ -25,6 +26,7 @@ from rmfast.engine.norms import Norm
 from rmfast.engine.wiring import Seen, wiring
 
 _ATTENTION = ("self_attn", "attention", "attn", "self_attention")
+_MASKS = {"bias", "masked_bias", "embed_positions"}  # buffers that GPT-2 and GPT-J, or older ones, make of nothing
 _BIASES = ("alibi", "position_bias")  # what may be given to attention beside the rows, and is not known here
 
 Layers = list[tuple[nn.Module, Layer]]
@@ -76,6 +78,7 @@ def watched(layers: Layers) -> list[nn.Module]:
         heads = layer.projections
         found += [module, layer.attn, heads.o_proj, heads.kv_proj, *_mlp_ends(module, layer), *_others(module, layer)]
         found += [] if layer.inner is None else [layer.inner.down_proj]
+        found += [each for pair in heads.normed for each in pair]
     return list(dict.fromkeys(found))
 
 
@@ -104,6 +107,8 @@ def _by_run(module: nn.Module, layer: Layer, seen: dict[nn.Module, Seen]) -> str
     heads = layer.projections
     if heads.o_proj not in seen or heads.kv_proj not in seen:
         return "projections of its attention are not called"
+    if any(norm not in seen or not _reads(seen[norm], seen.get(projection)) for norm, projection in heads.normed):
+        return "norms of its heads are not given what its projections give"
     heads.count, left = divmod(seen[heads.o_proj].given.size(-1), heads.size)
     columns = seen[heads.kv_proj].result.size(-1) // heads.size
     heads.kv_count = columns if heads.fused is None else (columns - heads.count) // 2
@@ -117,6 +122,13 @@ def _by_run(module: nn.Module, layer: Layer, seen: dict[nn.Module, Seen]) -> str
     returned = seen[module].returned
     layer.beside = len(returned) - 1 if isinstance(returned, tuple) else None
     return None
+
+
+def _reads(call: Seen, made: Seen | None) -> bool:
+    """Whether a call is given (a part of) what another gave, as it was given."""
+    if made is None or call.given.untyped_storage().data_ptr() != made.result.untyped_storage().data_ptr():
+        return False
+    return torch.equal(made.result, made.result_copy)  # else turned in place
 
 
 def _mlp_ends(module: nn.Module, layer: Layer) -> tuple[nn.Module, nn.Module]:
@@ -148,17 +160,19 @@ def by_formula(layers: Layers, seen: dict[nn.Module, Seen], run: Run, own: Heads
             attention makes of them is compared.
         limit: the relative error up to which a part is the model's own.
     """
-    for index, (_, layer) in enumerate(layers):
-        call = seen[layer.attn]
-        tables = layer.tables(call.given, call.kwargs)
+    for index, (module, layer) in enumerate(layers):
+        call, entered = seen[layer.attn], seen[module]
+        if reason := _unread(module, layer):
+            return f"{_where(index, module)}: {reason}"
+        tables = layer.tables(entered.given, entered.kwargs)  # as when it runs
         tried: list[tuple[float, str]] = []
         scale, own_scale = layer.options["scale"], getattr(layer.attn, "scaling", None)
         if scale == 1 and isinstance(own_scale, float):
             layer.options["scale"] = own_scale  # its queries are scaled already (OPT), which those made here are not
         ways = product((False, True), ROTATIONS) if tables[0].size(1) else [(False, None)]
         for layer.sines_first, layer.projections.rotation in ways:
-            tables = layer.tables(call.given, call.kwargs)
             try:
+                tables = layer.tables(entered.given, entered.kwargs)
                 if own:
                     parts = _own_heads(layer, call, tables, own[layer.attn], scale)
                 else:
@@ -173,11 +187,41 @@ def by_formula(layers: Layers, seen: dict[nn.Module, Seen], run: Run, own: Heads
             return f"{what} of layer {index} differ from the model's own by {error:.1e}"
         if layer.inner is None:
             continue
-        begins, ends = _mlp_ends(layers[index][0], layer)
-        got, want = layer.inner(_rows(seen[begins].given_copy)), _rows(seen[ends].result_copy)
-        if not (error := error_of(got, want)) <= limit:
+        if not (error := _mlp_error(module, layer, seen)) <= limit:
             return f"MLPs of layer {index} differ from the model's own by {error:.1e}"
     return None
+
+
+def _unread(module: nn.Module, layer: Layer) -> str | None:
+    """Why weights that modules hold beside their parts rule it out that they are replaced: none reads these (gates)."""
+    for part in dict.fromkeys((module, layer.attn, *(() if layer.inner is None else (layer.mlp,)))):
+        held = {name for name, _ in part.named_parameters(recurse=False)} - {layer.options.get("sinks")}
+        buffers = {name for name, _ in part.named_buffers(recurse=False)}
+        held |= buffers - (_MASKS & part._non_persistent_buffers_set)
+        if held:
+            return f"its {type(part).__name__} holds {min(held)} beside its parts"
+    return None
+
+
+def _mlp_error(module: nn.Module, layer: Layer, seen: dict[nn.Module, Seen]) -> float:
+    """Of the MLP by its parts against the model's own: on the run's rows, and on larger ones, which bounds show at."""
+    assert layer.inner is not None
+    begins, ends = _mlp_ends(module, layer)
+    call = seen[begins]
+    pairs = [(layer.inner(_rows(call.given_copy)), _rows(seen[ends].result_copy))]
+    for factor in () if begins is not ends else (10, 100):
+        rows = call.given_copy * factor
+        out = _called(layer.mlp, call, rows)
+        pairs.append((layer.inner(_rows(rows)), _rows(out[0] if isinstance(out, tuple) else out)))
+    finite = [got.isfinite() & want.isfinite() for got, want in pairs]
+    return max(error_of(got[at], want[at]) for (got, want), at in zip(pairs, finite))
+
+
+def _called(module: nn.Module, call: Seen, rows: Tensor) -> Any:
+    """What a module makes of other rows than in a call of its own."""
+    if call.args:
+        return module(rows, *call.args[1:], **call.kwargs)
+    return module(**{**call.kwargs, "hidden_states": rows})
 
 
 def _own_heads(
@@ -200,12 +244,10 @@ def _attended(
     q, k, _ = layer.project(_rows(rows))
     scores = torch.einsum("nhd,mhd->hnm", q, k.repeat_interleave(q.size(1) // k.size(1), 1)) * layer.options["scale"]
     rows = rows * max(1.0, 2 / float(scores.double().std().clamp(min=1e-9)) ** 0.5)
-    handle = layer.o_proj.register_forward_pre_hook(lambda module, args: noted.append(args[0].clone()))
+    note = of_this_thread(lambda module, args: noted.append(args[0].clone()))
+    handle = layer.o_proj.register_forward_pre_hook(note)
     try:
-        if call.args:
-            layer.attn(rows, *call.args[1:], **call.kwargs)
-        else:
-            layer.attn(**{**call.kwargs, "hidden_states": rows})
+        _called(layer.attn, call, rows)
     finally:
         handle.remove()
     made: Any = layer.heads(_rows(rows), *tables)

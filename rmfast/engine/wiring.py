@@ -77,24 +77,24 @@ def wiring(
     missing = [type(module).__name__ for module in (layer, attn, *mlp) if module not in seen]
     if missing:
         return f"its {missing[0]} is not called"
-    entering, leaving = seen[layer].given, seen[layer].result_copy
+    entered, leaving = seen[layer], seen[layer].result_copy
     called = [norm for norm in norms if norm.module in seen]
 
     def one(which: Callable[[Seen], bool]) -> Norm | None:
         return next((norm for norm in called if which(seen[norm.module])), None)
 
-    before_attn = one(lambda call: _same(call.result, seen[attn].given))
-    if before_attn is None and not _same(seen[attn].given, entering):
+    before_attn = one(lambda call: _reads(seen[attn], call))
+    if before_attn is None and not _same(seen[attn], entered):
         return "its attention is given neither its stream nor a norm of it"
-    if before_attn is not None and not _same(seen[before_attn.module].given, entering):
+    if before_attn is not None and not _same(seen[before_attn.module], entered):
         return f"the {type(before_attn.module).__name__} before its attention is not given its stream"
-    after_attn = one(lambda call: _same(call.given, seen[attn].result))
-    before_mlp = one(lambda call: _same(call.result, seen[mlp[0]].given))
-    after_mlp = one(lambda call: _same(call.given, seen[mlp[1]].result))
+    after_attn = one(lambda call: _reads(call, seen[attn]))
+    before_mlp = one(lambda call: _reads(seen[mlp[0]], call))
+    after_mlp = one(lambda call: _reads(call, seen[mlp[1]]))
     roles = (before_attn, after_attn, before_mlp, after_mlp)
     if others := [norm for norm in norms if norm not in roles]:
         return f"its {type(others[0].module).__name__} stands at none of the places where layers have norms"
-    parallel = before_mlp is not None and _same(seen[before_mlp.module].given, entering)
+    parallel = before_mlp is not None and _same(seen[before_mlp.module], entered)
     added = [
         seen[module if norm is None else norm.module].result_copy
         for module, norm in ((attn, after_attn), (mlp[1], after_mlp))
@@ -104,9 +104,23 @@ def wiring(
     return Wiring(*roles, parallel)
 
 
-def _same(a: Tensor, b: Tensor) -> bool:
-    """Whether two tensors are the same values in memory, in whichever shape."""
+def _same(a: Seen, b: Seen) -> bool:
+    """Whether two calls are given the same values in memory."""
+    return _one(a.given, b.given) and _equal(a.given_copy, b.given_copy)
+
+
+def _reads(call: Seen, made: Seen) -> bool:
+    """Whether a call is given what another gave, unchanged."""
+    return _one(call.given, made.result) and _equal(call.given_copy, made.result_copy)
+
+
+def _one(a: Tensor, b: Tensor) -> bool:
     return a.data_ptr() == b.data_ptr() and a.numel() == b.numel() and a.dtype == b.dtype
+
+
+def _equal(a: Tensor, b: Tensor) -> bool:
+    """In whichever shape; what is in one place in memory may have been added to between two calls."""
+    return torch.equal(a.reshape(-1), b.reshape(-1))
 
 
 def _adds(total: Tensor, x: Tensor, *parts: Tensor) -> bool:
