@@ -58,7 +58,7 @@ def serve(
     """Serve reward models to OpenRLHF, verl, slime, TRL and others, until SIGTERM."""
     from rmfast.integrations.serve import Limits, create_app
     from rmfast.integrations.serve import serve as run
-    from rmfast.integrations.serve.server import is_loopback
+    from rmfast.integrations.serve.gate import is_loopback
 
     token = _token(token_file)
     limits = Limits(
@@ -72,27 +72,29 @@ def serve(
             if name in models:
                 raise ValueError(f"Expected models of different names, got {name} twice: --model NAME={source}")
             models[name] = _loaded(dataclasses.replace(options, model=source), intervention or [])  # type: ignore[arg-type]
-        if token is None and not is_loopback(host):
+        local = is_loopback(host)
+        if token is None and not local:
             typer.echo(f"rmfast: {host} is open to all who reach it: no token is asked for (--token-file)", err=True)
-        app = create_app(models, limits=limits, token=token, encoding=encoding)
+        app = create_app(models, limits=limits, token=token, loopback=token is None and local, encoding=encoding)
         names = ", ".join(models)
         run(app, host=host, port=port, drain=drain, ready=lambda url: typer.echo(f"rmfast: {names} at {url}", err=True))
     typer.echo("rmfast: all requests are answered, the server has ended", err=True)
 
 
 def _named(given: str) -> tuple[str, str]:
-    """The name of a model, its path or id where it has none of its own, and that path or id."""
+    """The name of a model, by default its id or its folder's last part (clients are told no paths), and its source."""
     name, equals, source = given.partition("=")
-    return (name, source) if equals and name and source and not Path(given).exists() else (given, given)
+    if Path(given).exists():
+        return Path(given).resolve().name or given, given
+    return (name, source) if equals and name and source else (given, given)
 
 
 def _token(file: Path | None) -> str | None:
-    if file is None:
-        return os.environ.get(TOKEN) or None
-    token = file.read_text().strip()
-    if not token:
-        raise ValueError(f"Expected {file} to hold a token, got nothing")
-    return token
+    given = os.environ.get(TOKEN, "") if file is None else file.read_text()
+    token = given.strip()  # of the newline that files and secrets end with: no header can bring it
+    if not token and (given or file is not None):
+        raise ValueError(f"Expected {TOKEN if file is None else file} to hold a token, got nothing")
+    return token or None
 
 
 def _loaded(options: ModelOptions, interventions: list[Path]) -> Any:

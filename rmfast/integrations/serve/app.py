@@ -65,7 +65,7 @@ class Limits:
 
 def create_app(
     models: Mapping[str, Any], *, limits: Limits | None = None, token: str | None = None,
-    encoding: Mapping[str, Any] | None = None,
+    loopback: bool = False, encoding: Mapping[str, Any] | None = None,
 ) -> FastAPI:  # fmt: skip
     """An ASGI application that serves reward models (docs/serve.md).
 
@@ -74,6 +74,7 @@ def create_app(
     Args:
         models: a `rmfast.RewardModel` by each name.
         token: what clients must bring as `Authorization: Bearer TOKEN`, but for /health.
+        loopback: refuse requests whose header Host names another machine: pages in a browser here are kept out.
         encoding: options of `RewardModel.encode` (format, max_length, truncation, chat_template_kwargs, tools) where a
             request has none.
 
@@ -112,6 +113,7 @@ def create_app(
         Gate,
         metrics=metrics,
         token=token,
+        loopback=loopback,
         body=limits.body,
         body_seconds=limits.body_seconds,  # type: ignore[arg-type]
     )

@@ -15,11 +15,15 @@ from rmfast.integrations.serve.refusals import Late, Refused, TooLarge, Unknown
 from rmfast.integrations.serve.scheduler import Ask, Done, Scheduler
 from rmfast.integrations.serve.work import PLAIN, Encoding, Work
 from rmfast.texts.chat import template_kwargs
+from rmfast.texts.forms import BATCH
 
 M = TypeVar("M", bound=BaseModel)
 
 # A body of more bytes is read in another thread: it would hold up the event loop for milliseconds.
 _LARGE = 1 << 16
+
+# What a record may have.
+_KEYS = (*BATCH, "messages", "prompt", "response", "text", "chat_template_kwargs", "tools")
 
 
 class Gone(Exception):
@@ -82,7 +86,7 @@ class Desk:
             if count > self.characters:  # a tokenizer would be at it for seconds
                 raise TooLarge(f"input {i} has {count} characters, over the limit of {self.characters}")
             if isinstance(item, dict):
-                _expect_no_template(i, item)
+                _check_record(i, item)
         answer: asyncio.Future[Any] = asyncio.wrap_future(
             model.scheduler.submit(Ask(work, inputs, encoding, characters))
         )
@@ -111,8 +115,10 @@ def _characters(item: Any) -> int:
     return 0
 
 
-def _expect_no_template(index: int, record: dict[str, Any]) -> None:
-    """Refused for a template of the client's own, which would be a program that runs here."""
+def _check_record(index: int, record: dict[str, Any]) -> None:
+    """Refused for a key that is not heeded, and a template of the client's own, a program that would run here."""
+    if unknown := [key for key in record if key not in _KEYS]:
+        raise Refused(f"input {index}: expected a record with keys of {', '.join(_KEYS)}, got {unknown[0][:200]!r}")
     try:
         given = template_kwargs(record.get("chat_template_kwargs"))
     except ValueError as error:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import hmac
+import ipaddress
 import json
 import logging
+import re
 import time
 from collections.abc import AsyncGenerator
 from contextlib import suppress
@@ -15,7 +17,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from rmfast.integrations.serve.desk import Gone
 from rmfast.integrations.serve.metrics import Metrics
-from rmfast.integrations.serve.refusals import Denied, Refusal, Slow, TooLarge, Unscored
+from rmfast.integrations.serve.refusals import Denied, Elsewhere, Refusal, Slow, TooLarge, Unscored
 
 logger = logging.getLogger("rmfast.serve")
 
@@ -30,13 +32,17 @@ class Gate:
 
     Args:
         token: what clients must bring as `Authorization: Bearer TOKEN`; None for no such demand.
+        loopback: whether the header Host must name this machine.
         body: most bytes of a request's body.
         body_seconds: within which it must have come.
     """
 
-    def __init__(self, app: ASGIApp, *, metrics: Metrics, token: str | None, body: int, body_seconds: float) -> None:
+    def __init__(
+        self, app: ASGIApp, *, metrics: Metrics, token: str | None, loopback: bool, body: int, body_seconds: float
+    ) -> None:
         self.app, self.metrics, self.body, self.body_seconds = app, metrics, body, body_seconds
-        self.token = None if token is None else token.encode()
+        self.token = None if token is None else token.strip().encode()
+        self.loopback = loopback
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -60,7 +66,7 @@ class Gate:
                 logger.error("%s: %s", scope["path"], refusal, exc_info=refusal.__cause__)
             if status:  # the answer has begun
                 raise
-            if isinstance(refusal, TooLarge | Slow | Denied):
+            if isinstance(refusal, TooLarge | Slow | Denied | Elsewhere):
                 refusal.headers["Connection"] = "close"  # of its body there may be more
             await answer(refusal, told)
         finally:
@@ -79,10 +85,12 @@ class Gate:
         try:
             if scope["path"] in _OPEN:
                 return await self._read(scope, parts, 0)
+            if self.loopback and not _names_loopback(scope):
+                raise Elsewhere()
             if self.token is not None:
                 self._check(scope)
             return await self._read(scope, parts, self.body)
-        except (Denied, TooLarge):
+        except (Denied, Elsewhere, TooLarge):
             await self._discard(scope, parts)
             raise
 
@@ -133,6 +141,20 @@ async def _passed(parts: AsyncGenerator[bytes, None], most: int) -> None:
         size += len(part)
         if size > most:
             return
+
+
+def _names_loopback(scope: Scope) -> bool:
+    given = [value.decode("latin-1") for name, value in scope["headers"] if name == b"host"]
+    name = re.sub(r":\d*$", "", given[0]) if len(given) == 1 else ""
+    return is_loopback(name[1:-1] if name[:1] + name[-1:] == "[]" else name.lower())
+
+
+def is_loopback(host: str) -> bool:
+    """Whether only this machine reaches an address."""
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
 
 
 def _too_large(most: int) -> TooLarge:

@@ -48,6 +48,15 @@ class Slow(Refusal):
     status, kind = 408, "request_timeout"
 
 
+class Elsewhere(Refusal):
+    """It was sent to another name than this machine's, as by a web page whose own name was made to lead here."""
+
+    status, kind = 421, "misdirected_request"
+
+    def __init__(self) -> None:
+        super().__init__("expected the header Host to be localhost, 127.0.0.1 or [::1], where no token is asked for")
+
+
 class TooLarge(Refusal):
     """It is over a limit."""
 

@@ -13,9 +13,10 @@ import pytest
 pytest.importorskip("fastapi")
 
 import torch
-from serving import ask, reward_model, served
+from serving import ask, reward_model, running, served
 
 from rmfast.integrations.serve import remote_reward
+from rmfast.integrations.serve.app import create_app
 
 ROUTES = ["/get_reward", "/classify", "/pooling", "/score", "/values", "/steps", "/v1/embeddings", "/", "/remote_rm",
           "/v1/classify", "/v1/pooling", "/v1/score"]  # fmt: skip
@@ -136,6 +137,10 @@ ODD = [
     ("/score", {"inputs": [[272]]}),
     ("/score", {"inputs": [{}]}),
     ("/score", {"inputs": [{"messages": "x"}]}),
+    ("/score", {"inputs": [{"text": "x", "zzz": 1}]}),
+    ("/score", {"inputs": [{"text": "x", "zzz": None}]}),
+    ("/values", {"inputs": [{"text": "x", "chat_template": "y"}]}),
+    ("/steps", {"inputs": [{"text": "x", "max_length": 3}], "activation": "none"}),
     ("/score", {"inputs": [[{"role": "user"}]]}),
     ("/score", {"inputs": [[{"role": 3, "content": "x"}]]}),
     ("/score", {"inputs": [{"messages": [{"role": "user", "content": "x"}], "chat_template_kwargs": 3}]}),
@@ -193,6 +198,26 @@ def test_what_a_route_does_not_know_is_refused_by_name(url, path, body):
     assert answer.status == 400 and answer.message, answer.content
 
 
+def test_records_have_known_keys_alone(rm, url):
+    answer = ask(url, "/score", {"inputs": ["x", {"text": "x", "zzz": 1}]})
+    assert answer.status == 400 and "input 1: expected a record" in answer.message and "got 'zzz'" in answer.message
+    known = [{"text": "x"}, {"prompt": "a", "response": "b"}, {"input_ids": [3, 4], "attention_mask": [1, 1]},
+             {"messages": [{"role": "user", "content": "x"}], "tools": None, "chat_template_kwargs": {}}]  # fmt: skip
+    assert ask(url, "/score", {"inputs": known}).json["rewards"] == rm.score(known).tolist()
+
+
+def test_pages_whose_name_was_made_to_lead_here_are_kept_out(rm):
+    with running(create_app({"m": rm}, loopback=True)) as url:
+        for host in "localhost", "LOCALHOST:8000", "127.0.0.1", "127.0.0.1:80", "[::1]", "[::1]:8000":
+            assert ask(url, "/v1/models", method="GET", Host=host).status == 200, host
+        for host in "evil.example", "evil.example:8000", "127.0.0.1.evil.example", "localhost.evil.example", "x:y", "":
+            answer = ask(url, "/score", {"inputs": ["x"]}, Host=host)
+            assert answer.status == 421 and "Host" in answer.message, host
+        two = talk(url, b"GET /v1/models HTTP/1.0\r\n\r\n")
+        assert two.startswith(b"HTTP/1.1 421 ")
+        assert ask(url, "/health", method="GET", Host="evil.example").status == 200
+
+
 def test_a_template_of_the_clients_is_not_run(url):
     loop = "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}"
     kwargs = {"chat_template": loop}
@@ -221,7 +246,7 @@ def test_texts_that_look_like_something_are_texts(rm, url):
 
 
 def test_a_token_is_asked_for_by_all_but_health(rm):
-    with served(rm, token="sesam") as url:
+    with served(rm, token="sesam\n") as url:
         for headers in (
             {},
             {"Authorization": "Bearer sesa"},

@@ -96,7 +96,7 @@ def test_requests_that_were_sent_are_answered_before_it_ends(folder, start, tmp_
 
 def test_options_become_those_of_the_application(folder, monkeypatch):
     seen = []
-    monkeypatch.setenv("RMFAST_TOKEN", "sesam")
+    monkeypatch.setenv("RMFAST_TOKEN", "sesam\n")
     monkeypatch.setattr(app, "create_app", lambda models, **given: seen.append((models, given)) or "made")
     monkeypatch.setattr(server, "serve", lambda app, **given: given["ready"]("URL") or seen.append((app, given)))
     options = ["--model", folder, "--model", f"b={folder}", "--max-wait", 2, "--max-queue", 9, "--max-texts", 8,
@@ -106,16 +106,24 @@ def test_options_become_those_of_the_application(folder, monkeypatch):
     done = run("serve", *options)
     assert done.exit_code == 0, done.output
     (models_, given), (made, how) = seen
-    assert list(models_) == [str(folder), "b"] and made == "made"
+    assert list(models_) == [folder.name, "b"] and made == "made"
     limits = given["limits"]
     assert (limits.max_wait, limits.queue, limits.texts, limits.tokens) == (0.002, 9, 8, 7)
     assert limits.characters == 3
     assert (limits.body, limits.timeout, limits.drain, limits.batch_tokens) == (6, 5, 4, 64)
-    assert given["token"] == "sesam" and given["encoding"] == {"truncation": "left", "max_length": 9}
+    assert (
+        given["token"] == "sesam"
+        and not given["loopback"]
+        and given["encoding"] == {"truncation": "left", "max_length": 9}
+    )
     assert (how["host"], how["port"], how["drain"]) == ("0.0.0.0", 0, 4)
     assert "token" not in done.output
     monkeypatch.delenv("RMFAST_TOKEN")
     assert "no token is asked for" in run("serve", "--model", folder, "--host", "0.0.0.0").output
+    run("serve", "--model", folder)
+    assert [given["loopback"] for _, given in seen[2::2]] == [False, True]
+    monkeypatch.setenv("RMFAST_TOKEN", "\n")
+    assert "Expected RMFAST_TOKEN to hold a token" in run("serve", "--model", folder).output
 
 
 def test_what_is_wrong_is_said_in_one_line(folder, tmp_path):
@@ -123,6 +131,7 @@ def test_what_is_wrong_is_said_in_one_line(folder, tmp_path):
     for options, said in (
         (["--model", folder, "--token-file", tmp_path / "empty"], "to hold a token"),
         (["--model", f"a={folder}", "--model", f"a={folder}"], "a twice"),
+        (["--model", folder, "--model", f"{folder.name}={folder}"], f"{folder.name} twice"),
         (["--model", tmp_path / "nowhere"], "nowhere"),
         (["--model", folder, "--host", "192.0.2.1"], "192.0.2.1:8000 can't be had"),
     ):
