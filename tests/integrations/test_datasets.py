@@ -96,7 +96,7 @@ def test_the_cache_knows_functions_by_what_they_do_and_not_by_where_they_lie(rm,
     for format in kept[:2]:
         mapped = dataset.map(scorer(rm, format=format), batched=True)
         assert torch.equal(torch.tensor(mapped["reward"]), rm.score(PAIRS, format=format))
-    with pytest.raises(ValueError, match="options of which datasets can make a digest .* new_fingerprint="):
+    with pytest.raises(ValueError, match=r"options of which datasets can make a digest .* new_fingerprint="):
         digest(scorer(rm, tools=(tool for tool in [])))
 
 
