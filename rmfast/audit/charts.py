@@ -13,6 +13,7 @@ from rmfast.plots import needed
 
 _SUBSETS = 60  # that can be read in one chart; the table has all
 _LABEL = 180  # pixels of a name at most
+_NAME = 120  # characters of it: a name may be a text
 _HEIGHT = 260
 
 
@@ -51,7 +52,13 @@ def altair() -> Any:
 def _accuracy(alt: Any, audit: Audit) -> Any:
     found = [row for row in audit.figures if row["measure"] == "accuracy"]
     most = sorted(found, key=lambda row: -row["n"])[:_SUBSETS]
-    rows = [{**row, "name": row["subset"]} for row in found if row in most]
+    rows: list[dict[str, Any]] = []
+    for row in found:
+        if row in most:
+            name = _cut(row["subset"])
+            if any(other["name"] == name for other in rows):  # a line each, also where they begin alike
+                name = f"{name} ({len(rows)})"
+            rows.append({**row, "subset": name, "name": name})
     base = alt.Chart(alt.InlineData(values=rows), width="container", height=24 * len(rows))
     y = alt.Y("name:N", sort=None, title=None, axis=alt.Axis(labelLimit=_LABEL, ticks=False, domain=False))
     x = alt.Scale(domain=[0, 1])
@@ -66,6 +73,11 @@ def _accuracy(alt: Any, audit: Audit) -> Any:
         x=alt.X("value:Q", scale=x, title="accuracy", axis=axis), y=y, tooltip=tip
     )
     return alt.layer(half, lines, points)
+
+
+def _cut(name: str) -> str:
+    """As the page's table cuts it."""
+    return name if len(name) <= _NAME else name[: _NAME - 3] + "..."
 
 
 def _calibration(alt: Any, audit: Audit) -> Any:

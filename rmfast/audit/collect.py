@@ -84,11 +84,13 @@ def collect(
         An `Audit`. A section that this model or these pairs don't allow is missing, and says why.
 
     Raises:
-        ValueError: the scores are of another layout than pairs.
+        ValueError: the scores are of another layout than pairs, or of a single pair.
     """
     arguments.instance("found", found, Evaluation)
     if not isinstance(found.layout, Pairs):
         raise ValueError(f"Expected scores of pairs, got those of the layout {found.layout.name}")
+    if len(found.items) < 2:
+        raise ValueError(f"Expected at least 2 pairs with scores, got {len(found.items)}")
     return _Audited(rm, found, settings or Settings(), kept or Kept(), say, encoding).audit(model, facts or {})
 
 
@@ -137,6 +139,7 @@ class _Audited:
         """A section, or None where the model or the pairs don't allow it: `missing` says why."""
 
         def tried() -> Any:
+            self.rm()  # what loading it raises is no section's
             try:
                 return {"made": make()}
             except (ValueError, ImportError) as error:

@@ -1,6 +1,7 @@
 """`rmfast audit`: preference pairs in; one page that shows what the model does with them, and its data, out."""
 
 import dataclasses
+import itertools
 import shlex
 import sys
 from pathlib import Path
@@ -19,6 +20,8 @@ from rmfast.cli.options import (
 )
 from rmfast.cli.results import claimed
 from rmfast.cli.run import Run
+from rmfast.texts.log import expect_same
+from rmfast.texts.output import Output
 
 _FILES = ("index.html", "audit.json", "data.jsonl")
 
@@ -57,21 +60,24 @@ def audit(
     from rmfast.audit.charts import altair
     from rmfast.cli.benchmark import SCORES, BenchmarkRows, figures_of
     from rmfast.evaluation.layouts import LAYOUTS
+    from rmfast.texts.tables import read_rows
 
     altair()  # what the page needs is missed now, not after minutes
     settings = Settings(show, sweep_pairs, debias, trials, parity, seed, options.batch_tokens)
     layout = LAYOUTS["pairs"]
     reads = [pairs, *files_of_options(options.tools, options.chat_template_kwargs)]
     with claimed(output, _FILES, reads):
+        if sum(1 for _ in itertools.islice(read_rows(pairs), 2)) < 2:
+            raise ValueError(f"Expected at least 2 pairs in {pairs.name}, which an audit compares")
         input_ = pairs if sample is None else _sampled(pairs, sample, seed, output / "data.jsonl")
         own = {field.name: getattr(options, field.name) for field in dataclasses.fields(ModelOptions)}
-        shared: dict[str, Any] = {"on_error": on_error, "window": window, "overwrite": overwrite}
+        shared: dict[str, Any] = {"on_error": on_error, "window": window, "overwrite": overwrite, "shard": "0/1"}
         given = Options(**own, input=input_, output=output / "rows.jsonl", **shared)
         run = _Run("audit", given, SCORES, layout=lambda *_: BenchmarkRows(layout, None), layout_name=layout.name)
         of = dict(run.run)
         run.go(layout.method)
         found = figures_of(layout, given, None, resamples=resamples, confidence=confidence, seed=seed)
-        kept = Kept(output / "sections", of)
+        kept = Kept(output / "sections", [of, run.scored_by()])
         facts = {"command": shlex.join(["rmfast", *sys.argv[1:]]), "pairs": pairs.name}
         facts |= {"SHA-256 of the pairs": of["input_sha256"], "sampled": "all" if sample is None else f"{sample} rows"}
         name = Path(of["model"]).name if Path(options.model).exists() else options.model
@@ -92,11 +98,21 @@ class _Run(Run):
     """A run whose model is loaded once, for the scores or for what comes after them."""
 
     model: Any = None
+    output: Output
 
     def load(self) -> Any:
+        """Raises ValueError where the scores are there, and are of another revision of a model on the hub."""
         if self.model is None:
-            self.model = load_model(self.options)
+            model = load_model(self.options)
+            if self.output.header is not None:
+                expect_same(self.output.path, self.output.header, self.revisions(model))
+            self.model = model
         return self.model
+
+    def scored_by(self) -> dict[str, Any]:
+        """The revisions of the model by which the scores are."""
+        assert self.output.header is not None
+        return {name: self.output.header.get(name) for name in ("model_revision", "adapter_revision")}
 
 
 def _sampled(pairs: Path, count: int, seed: int, path: Path) -> Path:

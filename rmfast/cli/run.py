@@ -75,6 +75,11 @@ class Run:
         """The model."""
         return load_model(self.options)
 
+    def revisions(self, model: Any) -> dict[str, str | None]:
+        """The commits on the hub of which the model is: they may have moved since an earlier run."""
+        base = getattr(model.model.config, "_commit_hash", None)  # an adapter's base's
+        return {"model_revision": base, "adapter_revision": _adapter_revision(self.options)}
+
     def digest_of_model(self, model: str | Path) -> list[str | None]:
         """What a model is: its folder and a digest of its files, or its id on the hub.
 
@@ -120,10 +125,7 @@ class Run:
             from rmfast.interventions import load
 
             model = model.with_interventions(*map(load, self.interventions))
-        self.output.begin(
-            model_revision=getattr(model.model.config, "_commit_hash", None),  # an adapter's base's
-            adapter_revision=_adapter_revision(self.options),
-        )
+        self.output.begin(**self.revisions(model))
         o = self.options
         function = functools.partial(
             getattr(model, method),

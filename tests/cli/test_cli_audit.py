@@ -68,6 +68,41 @@ def test_a_stopped_audit_goes_on(folder, tmp_path, monkeypatch):
     ]
 
 
+def test_another_revision_of_a_model_on_the_hub_is_not_mixed_in(folder, tmp_path, monkeypatch):
+    from rmfast.cli import audit as command
+    from rmfast.cli.options import load_model
+
+    commit = "a"
+
+    def load(options):
+        model = load_model(options)
+        model.model.config._commit_hash = commit
+        return model
+
+    monkeypatch.setattr(command, "load_model", load)
+    rows = written.pairs(12)
+    done = audited(folder, tmp_path, rows, "--no-debias")
+    assert done.exit_code == 0, done.output
+    (tmp_path / "out" / "sections" / "parity.json").unlink()
+    commit = "b"
+    mixed = audited(folder, tmp_path, rows, "--no-debias")
+    assert mixed.exit_code == 1 and "model_revision 'a' and now it is 'b'" in mixed.stderr
+    done = audited(folder, tmp_path, rows, "--no-debias", "--overwrite")
+    assert done.exit_code == 0, done.output
+    assert {"rmfast: facts", "rmfast: tokens", "rmfast: lens", "rmfast: parity"} <= set(done.stderr.splitlines())
+
+
+def test_an_audit_is_of_all_pairs_under_a_launcher_and_names_may_be_long(folder, tmp_path, monkeypatch):
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    rows = [{**row, "subset": "s" * 100_000 + str(i % 2)} for i, row in enumerate(written.pairs(12))]
+    done = audited(folder, tmp_path, rows, "--no-debias", "--sweep-pairs", 0)
+    assert done.exit_code == 0, done.output
+    assert Audit.load(tmp_path / "out" / "audit.json").pairs == 12
+    page = (tmp_path / "out" / "index.html").read_text()
+    assert len(page) < 1.5e6 and "s" * 117 + "..." in page and "s" * 121 not in page
+
+
 def test_a_sample_of_any_kind_of_file(folder, tmp_path):
     rows = written.pairs(30)
     done = audited(folder, tmp_path, rows, "--sample", 20, "--no-debias", name="pairs.csv")
@@ -91,9 +126,10 @@ def test_bad_rows_stop_the_run_or_are_left_out(folder, tmp_path):
 @pytest.mark.parametrize(
     ("rows", "more", "message"),
     [
-        ([{"text": "a"}], [], "chosen"),
+        ([{"text": "a"}] * 2, [], "chosen"),
         (written.pairs(4), ["--confidence", "2"], "--confidence to be in (0, 1)"),
         (written.rewardbench2(2, 0), [], "chosen"),
+        (written.pairs(1), [], "at least 2 pairs in pairs.jsonl"),
     ],
 )
 def test_what_is_wrong_is_named_in_one_line(folder, tmp_path, rows, more, message):

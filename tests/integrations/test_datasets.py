@@ -84,7 +84,7 @@ def test_the_cache_knows_model_and_options(rm, dataset):
 
 
 def ended(mark: str) -> Any:
-    return lambda item: f"{item[0]}{mark}{item[1]}"
+    return lambda item: f"{item['prompt']}{mark}{item['response']}"
 
 
 def test_the_cache_knows_functions_by_what_they_do_and_not_by_where_they_lie(rm, dataset):
@@ -92,7 +92,7 @@ def test_the_cache_knows_functions_by_what_they_do_and_not_by_where_they_lie(rm,
     kept = [ended("!"), ended("?"), ended("!")]  # at three addresses
     first, other, again = (digest(scorer(rm, format=format)) for format in kept)
     assert first == again != other
-    assert first != digest(scorer(rm, format=lambda item: f"{item[1]}!{item[0]}"))
+    assert first != digest(scorer(rm, format=lambda item: f"{item['response']}!{item['prompt']}"))
     for format in kept[:2]:
         mapped = dataset.map(scorer(rm, format=format), batched=True)
         assert torch.equal(torch.tensor(mapped["reward"]), rm.score(PAIRS, format=format))
@@ -110,8 +110,8 @@ def test_a_function_at_the_address_of_another_is_another(rm):
         def __repr__(self) -> str:
             return "<function at 0x1>"
 
-        def __call__(self, item: tuple[str, str]) -> str:
-            return f"{item[0]}{self.mark}{item[1]}"
+        def __call__(self, item: dict[str, str]) -> str:
+            return f"{item['prompt']}{self.mark}{item['response']}"
 
     digest = datasets.fingerprint.Hasher.hash
     assert digest(scorer(rm, format=Format("!"))) != digest(scorer(rm, format=Format("?")))

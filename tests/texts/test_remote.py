@@ -190,9 +190,9 @@ def test_a_folder_is_never_taken_for_an_output(overwrite):
     path = Remote("memory://folders/rewards.parquet")
     part = Remote(f"{path}/part-0.parquet")
     part.write(b"mine")
-    with pytest.raises(ValueError, match=r"rewards.parquet to be a file, but it is a folder"):
+    with pytest.raises(ValueError, match=r"rewards\.parquet to be a file, but it is a folder"):
         go_on(path, kind="parquet", overwrite=overwrite)
-    with pytest.raises(ValueError, match=r"rewards.parquet to be a file, but it is a folder"):
+    with pytest.raises(ValueError, match=r"rewards\.parquet to be a file, but it is a folder"):
         write_whole(path, [WHOLE], overwrite=overwrite)
     log = Remote("memory://folders/o.jsonl.run.jsonl/mine")
     log.write(b"mine")
