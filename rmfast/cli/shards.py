@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import TypeVar
 
@@ -67,7 +67,8 @@ def shards_of(output: Location) -> list[Location]:
     Raises ValueError where there are none, or some of runs with different numbers of shards.
     """
     found: dict[int, list[tuple[int, Location]]] = {}
-    for path in output.beside() if isinstance(output, Remote) else output.parent.glob("*.jsonl"):
+    beside: Iterable[Location] = output.beside() if isinstance(output, Remote) else output.parent.glob("*.jsonl")
+    for path in beside:
         named = _NAMED.fullmatch(path.name.removeprefix(output.stem)) if path.name.startswith(output.stem) else None
         if named:
             found.setdefault(int(named[2]), []).append((int(named[1]), path))
