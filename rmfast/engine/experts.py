@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from rmfast.binding.compute import holds, is_ours
-from rmfast.binding.modules import is_plain, is_readable
+from rmfast.binding.modules import is_plain, is_readable, is_transformers
 from rmfast.binding.session import replaced_forward
 from rmfast.ops import linear
 
@@ -58,7 +58,14 @@ def is_experts(module: Any) -> bool:
         weights += [getattr(module, f"{name}_bias", None) for name in names]
     own = list(module.parameters(recurse=False))
     known = all(isinstance(weight, nn.Parameter) for weight in weights) and len(own) == len(weights)
-    return known and is_plain(module) and is_readable(module) and not getattr(module, "_is_expert_parallel", False)
+    # A class that overrides a part may do more than what is known here.
+    return (
+        known
+        and is_transformers(module)
+        and is_plain(module)
+        and is_readable(module)
+        and not getattr(module, "_is_expert_parallel", False)
+    )
 
 
 @contextmanager

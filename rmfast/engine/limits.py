@@ -10,7 +10,7 @@ from rmfast.binding.binding import Binding
 
 
 def position_table(binding: Binding) -> int | None:
-    """Most tokens that a table of learned positions has rows for: beyond it the model would crash."""
+    """Most tokens that a table of positions, learned or of biases, has rows for: beyond it the model would crash."""
     rows = []
     for name, module in binding.body.named_modules():
         if not isinstance(module, nn.Embedding):
@@ -20,6 +20,8 @@ def position_table(binding: Binding) -> int | None:
             rows.append(module.num_embeddings - (0 if module.padding_idx is None else module.padding_idx + 1))
         elif name.endswith(("wpe", "embed_positions")):
             rows.append(module.num_embeddings - int(getattr(module, "offset", 0)))  # OPT's table begins at row 2
+    if getattr(getattr(binding.config, "attn_config", None), "alibi", False):  # MPT's table of biases
+        rows.append(binding.config.max_seq_len)
     return min(rows, default=None)
 
 

@@ -84,6 +84,7 @@ class Engine:
         self._options: dict[nn.Module, dict[str, Any]] = {}
         self._tiles: dict[tuple, int | str] = {}  # by the number of threads, and whether products are ours
         self._moves: dict[tuple, str | None] = {}
+        self.experts = experts_of(binding.body)
         with binding.session(clamped=False):
             self.written = alibi.find(binding)
             precise = binding.stream_dtype in (torch.float32, torch.float64)
@@ -161,8 +162,12 @@ class Engine:
         found = self._tile() if self.invariant else 1
         return 1 if isinstance(found, str) else found
 
+    @property
+    def _stored(self) -> torch.dtype:
+        return next(p.dtype for p in self.binding.root.parameters() if p.is_floating_point())
+
     def _tile(self) -> int | str:
-        key = torch.get_num_threads(), holds()
+        key = torch.get_num_threads(), holds(), self.binding.device, self._stored
         if key not in self._tiles:
             self._tiles[key] = tile_of(self.binding.body)
         return self._tiles[key]
@@ -187,7 +192,7 @@ class Engine:
         attention = _backends.runs("suffix_attention", self.binding.device.type)
         if attention == "eager":
             return "eager attention goes through the BLAS"
-        key = attention, torch.get_num_threads(), self.binding
+        key = attention, torch.get_num_threads(), self.binding, self.binding.device, self._stored
         if key not in self._moves:
             with self.binding.session():
                 self._moves[key] = self._moved_bits()
@@ -216,6 +221,7 @@ class Engine:
         made.binding = binding
         if copies is not None:
             made._options = {copies[module]: options for module, options in self._options.items()}
+            made.experts = [copies[module] for module in self.experts]
             made.written = {copies[module]: how for module, how in self.written.items()}
             made.layers = [(copies[module], layer.moved(copies)) for module, layer in self.layers]
         return made

@@ -423,7 +423,11 @@ class Scorer:
 
     def _settings(self, engine: Engine | str) -> list[Any]:
         """What the engine has taken from the model's configuration and its layers: scales, windows."""
-        return [*settings_of(self.binding.config), *([] if isinstance(engine, str) else settings(engine.layers))]
+        held = settings_of(self.binding.config)
+        if isinstance(engine, str):
+            return held
+        replaced = [*engine.written, *engine.experts]  # whose own forwards do not run
+        return [*held, *settings(engine.layers), *(leaf for module in replaced for leaf in settings_of(module))]
 
     def _is_as_tried(self, parts: tuple) -> bool:
         """Whether the model is as the engine was made for; `parts` are its own now."""

@@ -72,10 +72,8 @@ def _expect_fit(path: Any, shared: dict[str, Any], options: dict[str, Any], pool
     rows = getattr(config.get_text_config(), "vocab_size", None)
     if not isinstance(pooling, str) and rows is not None and not 0 <= pooling < rows:
         raise ValueError(f"Expected pooling to be a token id in [0, {rows}), got {pooling}")
-    quantised = options.get("quantization_config") or getattr(config, "quantization_config", None)
-    if compute == "fp32" and (quantised or options["dtype"] == torch.float64):
-        what = "quantised, and multiply by themselves" if quantised else "float64"
-        raise ValueError(f'Expected compute to be "native" or "auto", got "fp32": its weights are {what}')
+    if compute == "fp32" and options["dtype"] == torch.float64:  # quantised weights may be dequantised as they load
+        raise ValueError('Expected compute to be "native" or "auto", got "fp32": its weights are float64')
 
 
 def _load_tokenizer(path: Any, shared: dict[str, Any]) -> Any:

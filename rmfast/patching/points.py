@@ -144,11 +144,9 @@ PLACES: dict[str, Sequence[tuple[str, Side]]] = {
         ("attention.output.dense", "in"),
         ("attention.out_lin", "in"),
         ("attention.dense", "in"),
-        ("self_attention.dense", "in"),
         ("attn.out_proj", "in"),
         ("attn.Wo", "in"),
         ("attn.c_proj", "in"),
-        ("attn.out_proj", "in"),
     ],
     "mlp_neuron": [
         ("mlp.down_proj", "in"),

@@ -154,4 +154,4 @@ def test_attention_of_another_formula_that_keeps_its_heads_to_itself_is_not_take
     for layer in model.transformer.h:
         layer.self_attention.__class__ = Backwards
     rm = RewardModel(model.to(dtype).eval())
-    assert "attention outputs of layer 0 differ from the model's own by" in rm.explain()
+    assert "engine: padded" in rm.explain() and "Backwards is not transformers' own" in rm.explain()

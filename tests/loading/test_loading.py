@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import models as M
 import pytest
 import torch
@@ -68,7 +70,6 @@ def test_load_without_a_tokenizer_takes_token_ids_only(tmp_path):
     [
         ({"compute": "bf16"}, "compute"),
         ({"compute": "fp32", "dtype": torch.float64}, "its weights are float64"),
-        ({"compute": "fp32", "quantization_config": {"quant_method": "fp8"}}, "its weights are quantised"),
         ({"invariant": 1}, "invariant"),
         ({"pooling": "first"}, "pooling"),
         ({"pooling": 1000}, r"pooling to be a token id in \[0, \d+\), got 1000"),
@@ -90,6 +91,17 @@ def test_load_checks_its_arguments_before_it_reads_weights(tmp_path, monkeypatch
     monkeypatch.setattr(transformers.PreTrainedModel, "from_pretrained", reads)
     with pytest.raises((ValueError, TypeError, RuntimeError, AssertionError), match=error):
         rmfast.load(tmp_path, **options)
+
+
+@pytest.mark.filterwarnings("ignore:No tokenizer")
+def test_weights_that_transformers_dequantises_are_run_in_fp32(tmp_path):
+    model = M.decoder("llama")
+    save(tmp_path, model)
+    config = json.loads((tmp_path / "config.json").read_text())
+    config["quantization_config"] = {"quant_method": "mxfp4", "dequantize": True}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    rm = rmfast.load(tmp_path, compute="fp32")
+    torch.testing.assert_close(rm.score([[5, 6, 7]]), M.own(model, [[5, 6, 7]]), rtol=1e-4, atol=1e-5)
 
 
 def test_load_refuses_a_language_model(tmp_path):
