@@ -128,7 +128,7 @@ class Engine:
         cu, none = (torch.tensor(x, dtype=torch.int32, device=device) for x in ([0, len(tokens)], [0]))
         run = Recorded(cu, none, none, lambda key, k, v: (k[:0], v[:0]))
         with seen_in(watched(layers)) as seen:
-            own = self._padded(tokens, positions) if hidden else self.body(tokens, positions, run, [], 0)
+            states = self._padded(tokens, positions) if hidden else self.body(tokens, positions, run, [], 0)
         if (problem := by_run(layers, seen)) is not None:
             return problem
         for _, fused in layers:
@@ -144,7 +144,7 @@ class Engine:
             layers[-1][1].keeps_rows = True
             error = self._probe(limit)
         if not isinstance(error, str):
-            far = error_of(self.body(tokens, positions, run, [fused for _, fused in layers], 0), own)
+            far = error_of(self.body(tokens, positions, run, [fused for _, fused in layers], 0), states)
             error = far if far <= limit else f"they differ from the model's own by {far:.1e} at its last positions"
         return f"fused layers: {error}" if isinstance(error, str) else None
 
