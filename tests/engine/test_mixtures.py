@@ -258,3 +258,23 @@ def test_activations_are_alike_wherever_a_number_stands(dtype):
                 assert torch.equal(way(x[first : first + count].clone()), whole[first : first + count])
         eps = torch.finfo(dtype).eps
         torch.testing.assert_close(whole, way(x), rtol=4 * eps, atol=16 * eps)
+
+
+def test_a_scale_of_biased_attention_set_later_takes_part():
+    model = made("bloom")
+    rm = RewardModel(model)
+    rm.score(TEXTS)
+    for layer in layers(model):
+        layer.self_attention.inv_norm_factor *= 2
+    M.assert_rewards(rm.score(TEXTS), M.own(model, TEXTS), scale(model))
+
+
+def test_mpt_has_no_more_positions_than_its_table_of_biases():
+    assert RewardModel(made("mpt", max_seq_len=64, max_position_embeddings=64)).max_length == 64
+
+
+def test_experts_whose_class_overrides_transformers_promise_no_bits():
+    model = made("mixtral")
+    for module in experts.experts_of(model):
+        module.__class__ = type("Halved", (type(module),), {"__module__": "elsewhere"})
+    assert experts.experts_of(model) == [] and experts.unknown_experts(model) == "Halved"
