@@ -15,7 +15,7 @@ READY = $(VENV)/.ready
 # What is never imported need not be compiled to bytecode.
 INSTALL = $(BIN)/pip install -q --no-compile -c constraints.txt
 
-.PHONY: demo docs help test test-interpreter test-models test-reward-lens test-clients fuzz bench lint format build libraries wheel kernel-tree gpu-check clean
+.PHONY: demo docs help test test-interpreter test-models test-reward-lens test-clients fuzz bench lint format build libraries wheel kernel-tree test-ray gpu-check clean
 
 demo: $(TORCHED)  ## real text, scored by a real model, beside plain transformers
 	@$(MAKE) --no-print-directory -j 2 $(DEMO) libraries
@@ -93,6 +93,11 @@ kernel-tree: build  ## the ops as a tree that Hugging Face's kernels loads, in b
 		kernels-data==0.16.2
 	$(BIN)/python setup.py -q kernel_tree
 	PYTHONPATH=build/kernels-package $(BIN)/python tests/packaging/kernel_tree.py build/kernel-tree
+
+# A cluster of its own processes: beside other tests on two cores it takes minutes, so it is asked for by name.
+test-ray: build  ## Ray Data on a local Ray of two actors, one of which is killed
+	$(BIN)/python -c "import ray.data" 2>/dev/null || $(INSTALL) "ray[data]"
+	$(PYTEST) tests/integrations/test_ray.py tests/docs/test_snippets.py -k "ray or scale or machines"
 
 # The same tests run in `make test`, with few examples that are always the same.
 MINUTES ?= 10

@@ -24,7 +24,7 @@ def hub(tmp_path_factory):
 
 
 @pytest.mark.parametrize("page", CODE)
-def test_snippets_run(page, hub, monkeypatch):
+def test_snippets_run(page, hub, monkeypatch, request):
     monkeypatch.chdir(hub)
     if "reward_lens" in page:
         pytest.importorskip("reward_lens")
@@ -33,7 +33,7 @@ def test_snippets_run(page, hub, monkeypatch):
         init = partialmethod(theirs.RewardConfig.__init__, **names.CPU)
         monkeypatch.setattr(theirs.RewardConfig, "__init__", init)
     if "ray.data" in CODE[page].read_text():
-        pytest.importorskip("ray")
+        request.addfinalizer(pytest.importorskip("ray").shutdown)
     text = names.here(CODE[page].read_text())
     scope = names.of(page)
     for found in SNIPPET.finditer(text):
