@@ -29,7 +29,7 @@ NAMES = ("cuda", "triton", "cpp", "eager")
 _PREFERENCE = {"cuda": ("triton", "cuda", "eager"), "cpu": ("cpp", "eager")}
 
 # Of the compiled libraries' ops, as csrc/include/rmfast/interface.h has it.
-_INTERFACE = 1
+_INTERFACE = 2
 
 _requested: ContextVar[str | None] = ContextVar("rmfast_backend", default=None)
 _ops: dict[str, dict[str, Callable[[], Callable]]] = {}
