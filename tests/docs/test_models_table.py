@@ -14,7 +14,7 @@ make_models = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(make_models)
 
 
-@pytest.mark.parametrize("family", ["llama", "gemma2", "bert"])
+@pytest.mark.parametrize("family", ["llama", "gemma2", "gpt2", "falcon", "bloom", "bert"])
 def test_a_row_is_what_a_run_gives(family):
     (found,) = make_models.tried([family])
     assert found.row() in TABLE, f"run python docs/site/make_models.py: {found.row()} {found.notes()}"
