@@ -84,7 +84,7 @@ wheel: build  ## a pure wheel and a compiled manylinux one, in build/wheel, each
 	rm -rf build/wheel
 	RMFAST_BUILD_EXT=0 $(BIN)/pip wheel -q --no-build-isolation --no-deps -w build/wheel .
 	RMFAST_BUILD_EXT=1 $(BIN)/pip wheel -q --no-build-isolation --no-deps -w build/wheel/raw .
-	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/auditwheel -q repair --exclude 'libtorch*' --exclude 'libc10*' \
+	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/auditwheel repair --exclude 'libtorch*' --exclude 'libc10*' --exclude 'libcuda*' \
 		-w build/wheel build/wheel/raw/*.whl
 	$(BIN)/python tests/packaging/wheel.py build/wheel/*.whl
 

@@ -43,7 +43,7 @@ def test_a_page_and_its_data_are_written_and_made_again_without_a_model(folder, 
     page = (out / "index.html").read_text()
     assert page.startswith("<!doctype html>") and "Audit of tiny" in page
     facts = dict(audit.facts["run"])
-    assert facts["command"].startswith("rmfast ") and len(facts["SHA-256 of the pairs"]) == 64
+    assert facts["command"].startswith("rmfast") and len(facts["SHA-256 of the pairs"]) == 64
     monkeypatch.setattr(rmfast, "load", None)
     (out / "index.html").unlink()
     again = audited(folder, tmp_path, rows)

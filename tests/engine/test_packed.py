@@ -270,7 +270,9 @@ def test_a_model_whose_layers_look_right_but_are_not_is_found_out():
         layer.mlp.__class__ = Odd
     rm, inputs = RewardModel(model), texts(2)
     packed = rm.packed_engine()
-    assert isinstance(packed, Engine) and packed.mode == "modules" and "MLPs of layer 0 differ" in packed.why
+    assert (
+        isinstance(packed, Engine) and packed.mode == "modules" and "its Odd holds twice beside its parts" in packed.why
+    )
     M.assert_rewards(rm.score(inputs), truths(model, inputs)[:, 0], M.reward_scale(model))
 
 

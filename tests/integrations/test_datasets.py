@@ -95,7 +95,8 @@ def test_the_cache_knows_functions_by_what_they_do_and_not_by_where_they_lie(rm,
     assert first != digest(scorer(rm, format=lambda item: f"{item['response']}!{item['prompt']}"))
     for format in kept[:2]:
         mapped = dataset.map(scorer(rm, format=format), batched=True)
-        assert torch.equal(torch.tensor(mapped["reward"]), rm.score(PAIRS, format=format))
+        records = [{"prompt": prompt, "response": response} for prompt, response in PAIRS]
+        assert torch.equal(torch.tensor(mapped["reward"]), rm.score(records, format=format))
     with pytest.raises(ValueError, match=r"options of which datasets can make a digest .* new_fingerprint="):
         digest(scorer(rm, tools=(tool for tool in [])))
 

@@ -25,6 +25,8 @@ logger = logging.getLogger("rmfast.serve")
 _OPEN = ("/health",)
 # Of a body that is refused, most that is read, in times of the limit.
 _DISCARDED = 4
+# Seconds within which its next part must come: a client that sends no more is waiting for the answer.
+_NEXT_PART = 1.0
 
 
 class Gate:
@@ -137,9 +139,10 @@ async def _whole(parts: AsyncGenerator[bytes, None], most: int) -> bytes:
 
 async def _passed(parts: AsyncGenerator[bytes, None], most: int) -> None:
     size = 0
-    async for part in parts:
-        size += len(part)
-        if size > most:
+    while size <= most:
+        try:
+            size += len(await asyncio.wait_for(anext(parts), _NEXT_PART))
+        except StopAsyncIteration:
             return
 
 
