@@ -257,7 +257,7 @@ _OF: dict[str, Any] = {
     "docs/losses.md": _values,
     "docs/op.md": _op,
     "docs/probes.md": lambda: {"rm": _load(), "pairs": _preferences(40)},
-    "docs/reward_lens.md": lambda: {},
+    "docs/reward_lens.md": lambda: {"model": _load().model, "tokenizer": _load().tokenizer},
     "docs/reward_model.md": _scoring,
     "docs/scale.md": _scale,
     "docs/steps.md": _steps,
