@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 
 import typer
 
-from rmfast.cli.options import ModelOptions, Options, files_of_options, other_than, with_options
+from rmfast.cli.options import Against, Interventions, ModelOptions, Options, files_of_options, other_than, with_options
 from rmfast.cli.results import claimed, save_plot, write_csv
 
 _FILES = (
@@ -45,14 +45,8 @@ def evaluate(
     threshold: Annotated[
         float | None, typer.Option(help="Of processbench: a step of a lower value is wrong; default 0.5.")
     ] = None,
-    intervention: Annotated[
-        list[Path] | None,
-        typer.Option(help="A folder with an intervention on the model; several add up.", exists=True, file_okay=False),
-    ] = None,
-    against: Annotated[
-        str | None,
-        typer.Option(help="Another model, or a folder with an intervention on this one: paired differences to it."),
-    ] = None,
+    intervention: Interventions = None,
+    against: Against = None,
     parity: Annotated[
         int | None,
         typer.Option(min=1, help="Also score so many texts alone, in batches and by transformers, and compare."),

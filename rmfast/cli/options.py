@@ -22,6 +22,16 @@ from rmfast.texts.columns import Columns
 from rmfast.texts.files import STANDARD
 from rmfast.texts.remote import Location, location
 
+# What `evaluate` and `probe` run, and compare it with (`other_than`).
+Interventions = Annotated[
+    list[Path] | None,
+    typer.Option(help="A folder with an intervention on the model; several add up.", exists=True, file_okay=False),
+]
+Against = Annotated[
+    str | None,
+    typer.Option(help="Another model, or a folder with an intervention on this one: paired differences to it."),
+]
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ModelOptions:

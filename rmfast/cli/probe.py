@@ -7,6 +7,8 @@ from typing import Annotated, Any
 import typer
 
 from rmfast.cli.options import (
+    Against,
+    Interventions,
     ModelOptions,
     chosen_backend,
     encoding_of,
@@ -33,14 +35,8 @@ def probe(
     probes: Annotated[str | None, typer.Option(help="Like bold,typos; default: all.")] = None,
     most: Annotated[int, typer.Option(min=1, help="Responses at most for each probe.")] = 300,
     level: Annotated[float, typer.Option(help="Of the tests, over all probes together.")] = 0.05,
-    intervention: Annotated[
-        list[Path] | None,
-        typer.Option(help="A folder with an intervention on the model; several add up.", exists=True, file_okay=False),
-    ] = None,
-    against: Annotated[
-        str | None,
-        typer.Option(help="Another model, or a folder with an intervention on this one: paired differences to it."),
-    ] = None,
+    intervention: Interventions = None,
+    against: Against = None,
     seed: Annotated[int, typer.Option(min=0, help="Of the draws.")] = 0,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Start anew where the output exists.")] = False,
 ) -> None:

@@ -7,17 +7,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from texts_windows import RUN, WINDOWS
 
 from rmfast.texts.output import Output
 from rmfast.texts.tables import Row, read_rows
-
-RUN = {"run": 1}
-WINDOWS: list[tuple[list[bytes], list[int]]] = [  # lines, and which rows are left out
-    ([b'{"id": 0}\n', b'{"id": 2}\n'], [1]),
-    ([], [3, 4]),
-    ([b'{"id": 5}\n', b'{"id": 6}\n'], []),
-    ([b'{"id": 7}\n'], [8]),
-]
 
 
 def go_on(path: Path, kind: str = "jsonl", windows: int = len(WINDOWS), **kw: Any) -> Output:

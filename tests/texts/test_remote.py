@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 from stored import store  # noqa: F401  a fixture
+from texts_windows import RUN, WINDOWS
 
 from rmfast.texts.files import Source
 from rmfast.texts.output import opened, write_whole
@@ -15,13 +16,6 @@ from rmfast.texts.remote import Remote, location
 from rmfast.texts.remote_output import RemoteOutput
 from rmfast.texts.tables import Row, read_rows
 
-RUN = {"run": 1}
-WINDOWS: list[tuple[list[bytes], list[int]]] = [  # lines, and which rows are left out
-    ([b'{"id": 0}\n', b'{"id": 2}\n'], [1]),
-    ([], [3, 4]),
-    ([b'{"id": 5}\n', b'{"id": 6}\n'], []),
-    ([b'{"id": 7}\n'], [8]),
-]
 WHOLE = b"".join(line for lines, _ in WINDOWS for line in lines)
 
 
