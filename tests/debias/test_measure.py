@@ -123,7 +123,6 @@ def test_report_prints_and_draws(rm):
     assert [tick.get_text() for tick in axes[0].get_xticklabels()] == ["length", "bold"]
     assert axes[0].patches[0].get_height() == report["length", "spearman"].value
     assert len(report.plot()) == 2
-    pyplot.close("all")
 
 
 def test_report_as_a_dataframe(rm):

@@ -144,7 +144,6 @@ def test_contributions_are_drawn_by_layer():
     assert every.plot("embedding").images[0].get_array().shape == (1, 3)
     with pytest.raises(ValueError, match="Expected a component to draw at every token: embedding, head_out, attn_bias"):
         every.plot()
-    matplotlib.pyplot.close("all")
 
 
 @pytest.mark.parametrize("sites", [["attn_out", "mlp_out"], "head_out"])

@@ -278,10 +278,7 @@ def test_a_result_shows_itself():
 
 
 def test_a_result_draws_itself():
-    matplotlib = pytest.importorskip("matplotlib")
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
+    pytest.importorskip("matplotlib").use("Agg")
     rm = rmfast.RewardModel(model(labels=2), M.tokenizer())
     texts = [f"{a}{b}" for a in "abcdefghijk" for b in "xy"]
     lens = rm.lens(texts)
@@ -300,7 +297,6 @@ def test_a_result_draws_itself():
         lens.plot(text=22)
     image = rm.lens(texts[:2], positions="all").plot(text=1, label=1).images[0]
     assert image.get_array().shape == (4, 3)
-    pyplot.close("all")
 
 
 def test_no_texts_give_an_empty_result():

@@ -259,8 +259,7 @@ def pyplot():
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    yield pyplot
-    pyplot.close("all")
+    return pyplot
 
 
 def drawn(axis: Any) -> np.ndarray:
