@@ -1,7 +1,7 @@
 """Nodes: the parts of a decoder that write to the residual stream and those that read it.
 
-A sender writes, a receiver reads what all senders of earlier layers (and attention of its own) have written; an *edge* is
-a pair of them. The words for each:
+A sender writes, a receiver reads what all senders of earlier layers (and attention of its own) have written; an *edge*
+is a pair of them. The words for each:
 
     embedding     sender     what the first layer is given
     head_out      sender     a query head's part of what attention adds to the stream, through the output projection

@@ -1,1 +1,1 @@
-"""Concepts: directions of the residual stream that stand for an attribute, and the reward along them and without them."""
+"""Concepts: directions of the residual stream for an attribute, and the reward along them and without them."""
