@@ -220,7 +220,8 @@ def _left_out(group: str, row: dict[str, Any]) -> bool:
 def _summary(contender: Contender) -> dict[str, Any]:
     out: dict[str, Any] = {"error": contender.error if math.isfinite(contender.error or 0) else str(contender.error)}
     if contender.samples:
-        low, _, high = statistics.quantiles(contender.samples, n=4, method="inclusive")
+        samples = contender.samples * 2 if len(contender.samples) == 1 else contender.samples
+        low, _, high = statistics.quantiles(samples, n=4, method="inclusive")
         out |= {"ms": contender.ms, "quartiles_ms": [low, high], "samples": len(contender.samples)}
     if contender.failure:
         out["failure"] = contender.failure

@@ -15,7 +15,7 @@ _SAME = 1e-9  # sums of the same numbers in another order
 
 def intervals(
     values: Sequence[Value], of: np.ndarray, resamples: int, confidence: float, seed: int,
-    where: Sequence[np.ndarray] | None = None,
+    where: Sequence[np.ndarray] | None = None, differences: bool = False,
 ) -> np.ndarray:  # fmt: skip
     """(2, F): the percentiles of each value's resamples, of those that hold some of its items.
 
@@ -23,6 +23,9 @@ def intervals(
         where: of values that are proportions, the items (n,) bool of each. Where all resamples of one are equal, as
             where all items are right, percentiles would claim certainty: its interval is Clopper and Pearson's for so
             many prompts, also where it combines several subsets.
+        differences: the values are of two models' proportions, one less the other. Of equal resamples of n prompts that
+            says, by the same bound, that the share of prompts of any other difference is below 1 - tail^(1/n): there
+            one model's proportion may be higher by as much, and the other's lower.
     """
     each = [np.stack([value(weights) for value in values], axis=1) for weights in drawn(of, resamples, seed)]
     drawn_values, tail = np.concatenate(each), (1 - confidence) / 2
@@ -32,7 +35,13 @@ def intervals(
     for place, items in enumerate(where or []):
         there = drawn_values[~np.isnan(drawn_values[:, place]), place]
         if there.size and np.ptp(there) < _SAME:
-            found[:, place] = _clopper_pearson(float(np.clip(there[0], 0, 1)), len(set(of[items].tolist())), tail)
+            value, count = float(there[0]), len(set(of[items].tolist()))
+            if differences:
+                off = 1 - tail ** (1 / count)
+                reach = off if abs(value) < _SAME else 2 * off
+                found[:, place] = max(value - reach, -1.0), min(value + reach, 1.0)
+            else:
+                found[:, place] = _clopper_pearson(min(max(value, 0.0), 1.0), count, tail)
     return found
 
 

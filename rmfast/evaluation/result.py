@@ -146,7 +146,8 @@ class Evaluation(Table[Figure]):
         of = clusters([item.prompt for item in items])
         once = np.ones((1, len(items)))
         changes = [_less(a.value, b.value) for a, b in zip(first, second)]
-        low, high = intervals(changes, of, self.resamples, self.confidence, self.seed)
+        places = [measure.where for measure in first]
+        low, high = intervals(changes, of, self.resamples, self.confidence, self.seed, places, differences=True)
         rows = [
             Change(
                 a.subset, a.measure, float(a.value(once)[0]), float(b.value(once)[0]), float(change(once)[0]),

@@ -77,13 +77,23 @@ def test_differences_are_paired():
     second[5] = [0.0, 1.0]
     a, b = (evaluated(of, items, scores) for scores in (first, second))
     same = a.minus(a)
-    assert all(row[4:7] == (0, 0, 0) for row in same.rows)
+    for row in same.rows:  # that no prompt of n differs bounds the share of those that would
+        most = 1 - 0.025 ** (1 / row.prompts)
+        assert row[4:7] == (0, pytest.approx(-most), pytest.approx(most))
     change = a.minus(b)["all", "accuracy"]
     assert change.difference == pytest.approx(a["all", "accuracy"].value - b["all", "accuracy"].value)
     assert change.value == a["all", "accuracy"].value and change.other == b["all", "accuracy"].value
     # One pair of 60 differs: the paired interval is far narrower than that of either accuracy.
     assert change.high - change.low < 0.1 < a["all", "accuracy"].high - a["all", "accuracy"].low
     assert "difference" in str(a.minus(b)).splitlines()[0]
+
+
+def test_models_that_differ_on_every_pair_are_not_certain_to():
+    of, items = read_items(Row(i + 1, row) for i, row in enumerate(written.pairs(60)))
+    right, wrong = (evaluated(of, items, [scores] * 60) for scores in ([1.0, 0.0], [0.0, 1.0]))
+    change = right.minus(wrong)["all", "accuracy"]
+    assert change.difference == change.high == 1
+    assert change.low == pytest.approx(1 - 2 * (1 - 0.025 ** (1 / change.prompts)))
 
 
 def test_differences_are_over_the_rows_that_both_have():
