@@ -18,12 +18,13 @@ from rmfast.binding.products import row_product as linear
 __all__ = ["each", "linear", "softmax", "total"]
 
 _VECTORS = 64  # numbers: a whole number of unrolled vectors of every instruction set, in fp32 and fp64
+_ROUNDED_ONCE = (torch.relu, functional.leaky_relu)  # a product at most: the same in all code
 _TOGETHER = 256  # of these at once: torch divides what is larger among its threads, at any place
 
 
 def each(function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
     """An element-wise function of x, of any shape."""
-    if x.device.type != "cpu":
+    if x.device.type != "cpu" or function in _ROUNDED_ONCE:
         return function(x)
     flat = functional.pad(x.reshape(-1), (0, -x.numel() % _VECTORS)).reshape(-1, _VECTORS)
     return torch.cat([function(part) for part in flat.split(_TOGETHER)]).reshape(-1)[: x.numel()].reshape(x.shape)
