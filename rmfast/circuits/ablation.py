@@ -40,7 +40,7 @@ class Ablation:
     def rewards(self, kept: Tensor) -> Tensor:
         """Rewards (C, K) on the CPU of circuits (C, U, V) bool, of which edges that the model has not count for none."""
         parts, tokens = self.parts, len(self.text)
-        kept = (kept & parts.edges()).to(parts.like)
+        kept = (kept & parts.edges().to(kept.device)).to(parts.like)
         size = min(_ELEMENTS // (len(parts.senders) * tokens * parts.width), _ROWS // tokens)
         with torch.no_grad():
             return torch.cat([_Run(self, some).rewards().cpu() for some in kept.split(max(1, size))])
