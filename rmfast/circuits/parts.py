@@ -153,8 +153,9 @@ class Parts:
             self.senders.append(Node("mlp_out", index))
         self.receivers.append(Node("reward"))
         self.sees.append(len(self.senders))
-        with self.binding.session(grad=True):
-            self._check_biases()
+        self._made: dict[nn.Module, tuple[Tensor, Tensor]] = {}
+        with self.binding.session(grad=True), torch.no_grad():
+            self._look()
 
     @property
     def width(self) -> int:
@@ -176,10 +177,16 @@ class Parts:
         start = 1 + layer + sum(each.projections.count for each in self.layers[:layer])
         return slice(start, start + self.layers[layer].projections.count), start + self.layers[layer].projections.count
 
-    def _check_biases(self) -> None:
+    def _look(self) -> None:
+        """Makes the maps of modules whose weights can't be read, and refuses biases that belong to no head."""
         for index, layer in enumerate(self.layers):
+            widths = {**dict.fromkeys(layer.projections.modules, layer.width), layer.o_proj: self._inner(index)}
+            for module, width in widths.items():
+                plain = active(module)
+                if type(plain) not in (nn.Linear, Conv1D) or not is_untouched(plain) or not is_readable(plain):
+                    self._made[module] = self._by_units(module, width)
             norm = self.norm(index, "after_attn")
-            if norm.eps is not None and (norm.bias is not None or self._linear(layer.o_proj, self._inner(index))[1].any()):
+            if norm.eps is not None and (norm.bias is not None or self._linear(layer.o_proj)[1].any()):
                 raise ValueError(
                     "Expected layers whose attention adds no bias before or in the norm behind it, got those of "
                     f"{type(self.binding.root).__name__}: what it adds belongs to no head"
@@ -196,47 +203,45 @@ class Parts:
 
         A head is this map of the stream times the norm's scale, and `offset`.
         """
-        return NormMap.of(self.layers[index].before_attn, self.like).fold(self._projections(index)[0])
+        return self.norm(index, "before_attn").fold(self._projections(index, 0))
 
     def offset(self, index: int) -> Tensor:
         """(V, D), what q, k and v heads of a layer are where the norm gives its bias alone."""
-        norm = NormMap.of(self.layers[index].before_attn, self.like)
-        weight, bias = self._projections(index)
-        return bias if norm.bias is None else bias + weight @ norm.bias
+        norm, bias = self.norm(index, "before_attn"), self._projections(index, 1)[..., 0]
+        return bias if norm.bias is None else bias + self._projections(index, 0) @ norm.bias
 
-    def _projections(self, index: int) -> tuple[Tensor, Tensor]:
-        """(V, D, d) and (V, D)."""
+    def _projections(self, index: int, which: int) -> Tensor:
+        """Weights (V, D, d), or biases (V, D, 1), of q, k and v heads."""
         layer = self.layers[index]
-        heads = layer.projections
-        weights, biases = zip(*(self._linear(module, layer.width) for module in heads.modules))
-        weight = torch.cat(heads.parted([each.T for each in weights]), 1)
-        bias = torch.cat(heads.parted([each[None] for each in biases]), 1)
-        return weight.permute(1, 2, 0), bias[0]
+        made = [self._linear(module)[which] for module in layer.projections.modules]
+        rows = [x.T if which == 0 else x[None] for x in made]
+        return torch.cat(layer.projections.parted(rows), 1).permute(1, 2, 0)
 
     def writes(self, index: int) -> Tensor:
         """How heads of a layer write to the stream: (H, D, d), the gain of a norm behind them in it."""
         layer = self.layers[index]
         heads = layer.projections
-        weight, _ = self._linear(layer.o_proj, self._inner(index))
-        return NormMap.of(layer.after_attn, self.like).fold(weight.T.unflatten(0, (heads.count, heads.size)))
+        weight, _ = self._linear(layer.o_proj)
+        return self.norm(index, "after_attn").fold(weight.T.unflatten(0, (heads.count, heads.size)))
 
     def norm(self, index: int, place: str) -> NormMap:
         """Of "before_attn", "after_attn", "before_mlp"."""
         return NormMap.of(getattr(self.layers[index], place), self.like)
 
-    def _linear(self, module: nn.Module, width: int) -> tuple[Tensor, Tensor]:
-        """A linear module's weight (out, width) and bias (out,)."""
+    def _linear(self, module: nn.Module) -> tuple[Tensor, Tensor]:
+        """A linear module's weight (out, in) and bias (out,)."""
+        if module in self._made:
+            return self._made[module]
         plain: Any = active(module)
-        if type(plain) in (nn.Linear, Conv1D) and is_untouched(plain) and is_readable(plain):
-            weight = plain.weight if type(plain) is nn.Linear else plain.weight.T
-            weight = weight.detach().to(self.like)
-            return weight, weight.new_zeros(len(weight)) if plain.bias is None else plain.bias.detach().to(weight)
-        # Adapters, quantised weights: what the module makes of the unit vectors.
+        weight = (plain.weight if type(plain) is nn.Linear else plain.weight.T).detach().to(self.like)
+        return weight, weight.new_zeros(len(weight)) if plain.bias is None else plain.bias.detach().to(weight)
+
+    def _by_units(self, module: nn.Module, width: int) -> tuple[Tensor, Tensor]:
+        """The same of adapters and quantised weights: what the module makes of unit vectors."""
         held = next((p for p in module.parameters() if not p.is_meta), self.like)
-        with torch.no_grad():
-            unit = torch.eye(width, device=held.device, dtype=self.dtype)
-            bias = module(torch.zeros_like(unit[:1]))
-            return (module(unit) - bias).T.to(self.like), bias[0].to(self.like)
+        unit = torch.eye(width, device=held.device, dtype=self.dtype)
+        bias = module(torch.zeros_like(unit[:1]))
+        return (module(unit) - bias).T.to(self.like), bias[0].to(self.like)
 
     # Runs -------------------------------------------------------------------------------------------------------------
 
