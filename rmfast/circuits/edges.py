@@ -216,7 +216,7 @@ def _slopes(parts: Parts, seen: Seen, output: Tensor) -> tuple[list[_Slopes], Te
     """By layer, and (T, d) of the reward."""
     if not output.requires_grad:
         raise ValueError("Expected metric to return a number that depends on the rewards")
-    keys = [key for key in seen if key[0] in ("projected", "mlp_in", "end")]
+    keys = [key for key in seen if key[0].startswith(("projected", "mlp_in", "end"))]
     tensors = [x for key in keys for x in seen[key]]
     # A receiver that the reward does not depend on: of rows that are not read, in the last layer.
     grads = torch.autograd.grad(output, tensors, allow_unused=True)
@@ -228,14 +228,16 @@ def _slopes(parts: Parts, seen: Seen, output: Tensor) -> tuple[list[_Slopes], Te
             heads = layer.projections
             norm, stream = parts.norm(index, "before_attn"), parts.rows(seen, "stream", index)
 
-            def split(some: list[Tensor], stream: Tensor = stream, heads: Any = heads) -> Tensor:  # (n, T, V, D)
-                flat = [x.detach().reshape(-1, x.size(-1)).to(stream) for x in some]
+            def split(some: Seen, index: int = index, stream: Tensor = stream, heads: Any = heads) -> Tensor:
+                """(n, T, V, D)."""
+                made = (some[f"projected {which}", index][0] for which in range(len(heads.modules)))
+                flat = [x.detach().reshape(-1, x.size(-1)).to(stream) for x in made]
                 return torch.cat(heads.parted(flat), 1).unflatten(0, stream.shape[:2])
 
-            slope, scale = split(slopes["projected", index]), norm.scale(stream)
+            slope, scale = split(slopes), norm.scale(stream)
             inward = None
             if norm.eps is not None:
-                unbiased = split(seen["projected", index]) - parts.offset(index)
+                unbiased = split(seen) - parts.offset(index)
                 inward = scale.square() / parts.width * (slope * unbiased).sum(-1)
             given = sum(x.detach().to(stream).reshape(stream.shape) for x in slopes["mlp_in", index])
             mlp = parts.norm(index, "before_mlp").back(parts.mlp_stream(seen, index), given)
@@ -252,19 +254,22 @@ def _add_scores(
     written = parts.written(change, at)
     _check_sum(written, change.streams[-1][at])
 
-    def add(columns: slice, slope: Tensor) -> None:  # (v, t, d)
-        senders = parts.sees[columns.start]
-        some = written[:senders]
+    def add(start: int, *slopes: Tensor) -> None:  # (v, t, d) of receivers from the start on
+        slope = torch.cat(slopes)
+        columns = slice(start, start + len(slope))
+        some = written[: parts.sees[columns.stop - 1]]
+        into = total[:, : len(some), columns]
         if len(total) == 1:
-            total[0, :senders, columns] += some.flatten(1) @ slope.flatten(1).T
+            into[0] += some.flatten(1) @ slope.flatten(1).T
         else:
-            total[:, :senders, columns] += torch.bmm(some.transpose(0, 1), slope.permute(1, 2, 0))
+            into += torch.bmm(some.transpose(0, 1), slope.permute(1, 2, 0))
 
+    # An MLP goes with the next layer's heads, so that what senders write is read once; its score with itself is dropped.
+    mlp: list[Tensor] = []
     for index, each in enumerate(layers):
-        heads, mlp = parts.receivers_of(index)
-        add(heads, each.of_heads(parts.reads(index), at))
-        add(slice(mlp, mlp + 1), each.mlp[None, at])
-    add(slice(len(parts.receivers) - 1, len(parts.receivers)), end[None, at])
+        add(parts.receivers_of(index)[0].start - len(mlp), *mlp, each.of_heads(parts.reads(index), at))
+        mlp = [each.mlp[None, at]]
+    add(len(parts.receivers) - 2, *mlp, end[None, at])
 
 
 def _check_sum(written: Tensor, stream: Tensor) -> None:

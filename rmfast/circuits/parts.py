@@ -280,8 +280,8 @@ class Parts:
             tap(self.patcher.modules[0], "in", enter)
             for index, (module, layer) in enumerate(zip(self.patcher.modules, self.layers)):
                 tap(module, "in", kept("stream", index))
-                for projection in layer.projections.modules:
-                    tap(projection, "out", kept("projected", index))
+                for which, projection in enumerate(layer.projections.modules):
+                    tap(projection, "out", kept(f"projected {which}", index))
                 tap(layer.o_proj, "in", kept("heads", index))
                 if layer.after_attn is not None:
                     tap(layer.after_attn.module, "in", kept("attended", index))
