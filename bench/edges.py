@@ -37,7 +37,11 @@ class Split:
     def __init__(self, model: Any) -> None:
         self.model, self.blocks = model, model.model.layers
         config = model.config
-        self.heads, self.kv, self.size = config.num_attention_heads, config.num_key_value_heads, self.blocks[0].self_attn.head_dim
+        self.heads, self.kv, self.size = (
+            config.num_attention_heads,
+            config.num_key_value_heads,
+            self.blocks[0].self_attn.head_dim,
+        )
         self.each = self.heads + 2 * self.kv  # receivers of a layer's attention
 
     def run(
@@ -54,7 +58,9 @@ class Split:
         with ExitStack() as stack:
 
             def on(module: Any, hook: Any, before: bool = False) -> None:
-                stack.callback((module.register_forward_pre_hook if before else module.register_forward_hook)(hook).remove)
+                stack.callback(
+                    (module.register_forward_pre_hook if before else module.register_forward_hook)(hook).remove
+                )
 
             def enter(module: Any, args: Any) -> Any:
                 x = args[0] if embedding is None else embedding[None]

@@ -246,9 +246,7 @@ def _slopes(parts: Parts, seen: Seen, output: Tensor) -> tuple[list[_Slopes], Te
     return layers, end.sum(0)
 
 
-def _add_scores(
-    parts: Parts, change: Sent, slopes: tuple[list[_Slopes], Tensor], at: slice, total: Tensor
-) -> None:
+def _add_scores(parts: Parts, change: Sent, slopes: tuple[list[_Slopes], Tensor], at: slice, total: Tensor) -> None:
     """Adds the part of some tokens to total (1 or t, U, V)."""
     layers, end = slopes
     written = parts.written(change, at)

@@ -131,7 +131,9 @@ class Parts:
         why = engine if isinstance(engine, str) else engine.why
         name = type(rm.binding.root).__name__
         if isinstance(engine, str) or why:
-            raise ValueError(f"Expected a decoder whose layers rmfast takes apart into heads and MLPs, got {name}: {why}")
+            raise ValueError(
+                f"Expected a decoder whose layers rmfast takes apart into heads and MLPs, got {name}: {why}"
+            )
         if rm.binding.clamps_last:
             raise ValueError('Expected a model without clamps of positions="last", which are no part of any edge')
         self.patcher = LayersPatcher(_precise(rm.binding))

@@ -170,9 +170,7 @@ def scores(model: Any, clean: Sequence[int], corrupted: Sequence[int], way: Sequ
     start, step = own[Node("embedding")], other[Node("embedding")] - own[Node("embedding")]
     each = [gradients(model, clean, start + share * step) for share in way]
     mean = {node: sum(g[node] for g in each) / len(each) for node in each[0]}
-    return {
-        (u, v): float(((other[u] - own[u]) * mean[v]).sum()) for u in own for v in mean if sees(model, u, v)
-    }
+    return {(u, v): float(((other[u] - own[u]) * mean[v]).sum()) for u in own for v in mean if sees(model, u, v)}
 
 
 def ablated(model: Any, clean: Sequence[int], other: dict[Node, Tensor], rest: Tensor, kept: set) -> Tensor:
