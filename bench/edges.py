@@ -121,7 +121,7 @@ class Split:
         return x.expand(self.each, -1, -1) if place == "heads" else x
 
     def circuit(self, ids: np.ndarray, other: Tensor, kept: Tensor) -> Tensor:
-        """The reward of a text of which receivers read kept (U, V) senders, and of the others what they write elsewhere."""
+        """The reward of a text whose receivers read kept (U, V) senders, and of others what they write elsewhere."""
         now = torch.empty_like(other)
         done = [0]
 

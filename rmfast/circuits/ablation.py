@@ -1,7 +1,7 @@
-"""A model run as a circuit: each receiver reads kept senders as they are in this run, the others as in another run.
+"""A model run as a circuit: each receiver reads kept senders as they are in this run, all others as in another.
 
-Receiver v reads Σ_u kept z_u + Σ_u excluded z'_u, where z_u is what u writes in this very run, in which its own receivers
-read so as well, and z'_u what it wrote in the other run. With z − z' by sender that is the other run's stream and one
+Receiver v reads Σ_u kept z_u + Σ_u excluded z'_u, where z_u is what u writes in this very run, whose receivers read
+so as well, and z'_u what it wrote in the other run. With z − z' by sender that is the other run's stream and one
 matrix product of the kept edges with it, for all heads of a layer and several circuits at once; the model's own modules
 do all else.
 """
@@ -38,7 +38,7 @@ class Ablation:
         self.parts, self.text, self.read, self.own, self.other = parts, text, read, own, other
 
     def rewards(self, kept: Tensor) -> Tensor:
-        """Rewards (C, K) on the CPU of circuits (C, U, V) bool, of which edges that the model has not count for none."""
+        """Rewards (C, K) on the CPU of circuits (C, U, V) bool, whatever they say of edges that there are not."""
         parts, tokens = self.parts, len(self.text)
         kept = (kept & parts.edges().to(kept.device)).to(parts.like)
         size = min(_ELEMENTS // (len(parts.senders) * tokens * parts.width), _ROWS // tokens)

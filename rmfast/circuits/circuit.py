@@ -1,4 +1,4 @@
-"""`Circuit`: some edges of a model, chosen by their scores so that all lie on paths from the embedding to the reward."""
+"""`Circuit`: some edges of a model, chosen by their scores, that lie on paths from the embedding to the reward."""
 
 from __future__ import annotations
 
@@ -93,7 +93,16 @@ class Circuit:
             ax.plot([x0, x1], [y0, y1], color=colour, linewidth=0.3 + 3 * abs(edge.score) / largest, alpha=0.6)
         for node, (x, y) in at.items():
             name = str(node).replace("_input", "")
-            ax.text(x, y, name, ha="center", va="center", fontsize=8, bbox={"facecolor": "white", "edgecolor": "0.6"})
+            ax.text(
+                x,
+                y,
+                name,
+                ha="center",
+                va="center",
+                fontsize=8,
+                bbox={"facecolor": "white", "edgecolor": "0.6"},
+            ).set_in_layout(False)
+        ax.set_xlim(0, 1)
         ax.set_axis_off()
         return ax
 
@@ -167,15 +176,16 @@ class _Graph:
         into: dict[Node, list[Node]] = {}
         for edge in edges:
             into.setdefault(edge.receiver, []).append(edge.sender)
-        live, needed_ones = {Node("embedding")}, set()
+        live: set[Node] = {Node("embedding")}
+        heeded: set[Node] = set()
         for receiver in self.scores.receivers:  # a receiver comes behind all that it reads
             if any(sender in live for sender in into.get(receiver, ())):
                 live.update(self.feeds[receiver])
         wanted = {Node("reward")}
         for receiver in reversed(self.scores.receivers):
-            if receiver in wanted or any(sender in needed_ones for sender in self.feeds[receiver]):
+            if receiver in wanted or any(sender in heeded for sender in self.feeds[receiver]):
                 wanted.add(receiver)
-                needed_ones.update(into.get(receiver, ()))
+                heeded.update(into.get(receiver, ()))
         return [edge for edge in edges if edge.sender in live and edge.receiver in wanted]
 
     def greedy(self, n: int) -> list[Edge]:
@@ -190,7 +200,7 @@ class _Graph:
                     heapq.heappush(heap, (-abs(float(value)), row, column))
 
         open_up(Node("reward"))
-        opened, found = {Node("reward")}, []
+        opened, found = {Node("reward")}, list[Edge]()
         while heap and len(found) < n:
             _, row, column = heapq.heappop(heap)
             sender, receiver = self.scores.senders[row], self.scores.receivers[column]

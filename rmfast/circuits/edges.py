@@ -1,10 +1,10 @@
-"""Edge attribution patching: what patching each edge of a model would do to its reward, all edges from one backward.
+"""Edge attribution patching: what a patch of each edge would do to the reward, all edges from one backward.
 
 The score of sender u and receiver v is (z'_u − z_u) · ∇_v L: what u would write in the corrupted run less what it
 writes in the clean one, times the gradient of the reward L in what v reads (Syed, Rager and Conmy 2023, arXiv
-2310.10348). EAP-IG takes the gradient's mean over runs whose embeddings lie between those of both texts (Hanna, Pezzelle
-and Belinkov 2024, arXiv 2403.17806; its variant of inputs). Both are sums over tokens of matrix products of all senders
-with all receivers of a layer, some tokens at a time, so that no array is of edges by tokens by d.
+2310.10348). EAP-IG takes the mean gradient over runs whose embeddings lie between those of both texts (Hanna,
+Pezzelle and Belinkov 2024, arXiv 2403.17806; its variant of inputs). Both are sums over tokens of matrix products of all
+senders with all receivers of a layer, some tokens at a time, so that no array is of edges by tokens by d.
 """
 
 from __future__ import annotations
@@ -239,7 +239,7 @@ def _slopes(parts: Parts, seen: Seen, output: Tensor) -> tuple[list[_Slopes], Te
             if norm.eps is not None:
                 unbiased = split(seen) - parts.offset(index)
                 inward = scale.square() / parts.width * (slope * unbiased).sum(-1)
-            given = sum(x.detach().to(stream).reshape(stream.shape) for x in slopes["mlp_in", index])
+            given = torch.stack([x.detach().to(stream).reshape(stream.shape) for x in slopes["mlp_in", index]]).sum(0)
             mlp = parts.norm(index, "before_mlp").back(parts.mlp_stream(seen, index), given)
             layers.append(_Slopes((scale[..., None] * slope).sum(0), inward, norm.centre(stream), mlp.sum(0)))
         end = slopes["end", 0][0].detach().to(parts.like)
@@ -262,7 +262,7 @@ def _add_scores(parts: Parts, change: Sent, slopes: tuple[list[_Slopes], Tensor]
         else:
             into += torch.bmm(some.transpose(0, 1), slope.permute(1, 2, 0))
 
-    # An MLP goes with the next layer's heads, so that what senders write is read once; its score with itself is dropped.
+    # An MLP goes with the next layer's heads, so that what senders write is read once; with itself it has no edge.
     mlp: list[Tensor] = []
     for index, each in enumerate(layers):
         add(parts.receivers_of(index)[0].start - len(mlp), *mlp, each.of_heads(parts.reads(index), at))

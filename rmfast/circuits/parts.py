@@ -1,4 +1,4 @@
-"""A decoder as senders and receivers: the linear maps by which heads read and write the stream, and runs that show both.
+"""A decoder as senders and receivers: how heads read and write the stream, and runs that show both.
 
 A head of queries, keys or values reads W (γ⊙x) s, with s the scale of the norm before attention, so that its map of the
 stream is one matrix γ⊙W but for s; a head writes s' W_O x_h with W_O⊙γ', where a norm stands behind attention (Gemma).
@@ -248,7 +248,7 @@ class Parts:
     # Runs -------------------------------------------------------------------------------------------------------------
 
     def run(self, text: Encoded, read: int, embedding: Tensor | None = None) -> tuple[Seen, Tensor]:
-        """The model's own run of a text alone: what came by, and its rewards (1, K); inside `binding.session(grad=True)`.
+        """The model's own run of a text alone: what came by, and its rewards (1, K); in a session with gradients.
 
         Where autograd is on, "mlp_in" and "end" are branches of what is read there: their gradients are those of these
         receivers alone. The graph begins at "embedding".
@@ -260,7 +260,7 @@ class Parts:
         tracks = torch.is_grad_enabled()
 
         def kept(*key: Any) -> Callable[[Tensor], None]:
-            return lambda x: seen[key].append(x)
+            return lambda x: seen[key].append(x.detach().clone())  # a layer may go on to change it (Falcon)
 
         def branched(*key: Any) -> Callable[[Tensor], Tensor]:
             def use(x: Tensor) -> Tensor:
@@ -283,7 +283,7 @@ class Parts:
             for index, (module, layer) in enumerate(zip(self.patcher.modules, self.layers)):
                 tap(module, "in", kept("stream", index))
                 for which, projection in enumerate(layer.projections.modules):
-                    tap(projection, "out", kept(f"projected {which}", index))
+                    tap(projection, "out", seen[f"projected {which}", index].append)
                 tap(layer.o_proj, "in", kept("heads", index))
                 if layer.after_attn is not None:
                     tap(layer.after_attn.module, "in", kept("attended", index))

@@ -1,7 +1,7 @@
 """Edges as anyone would run them: hooks on the unmodified model, one head at a time, sums of senders written out.
 
-The truth that edge attribution and circuits are judged by: nothing here comes from rmfast but the words for nodes. Parts
-are named class by class.
+The truth that edge attribution and circuits are judged by: nothing here is from rmfast but the words for nodes.
+Parts are named class by class.
 """
 
 from __future__ import annotations
