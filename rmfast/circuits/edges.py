@@ -3,7 +3,7 @@
 The score of sender u and receiver v is (z'_u − z_u) · ∇_v L: what u would write in the corrupted run less what it
 writes in the clean one, times the gradient of the reward L in what v reads (Syed, Rager and Conmy 2023, arXiv
 2310.10348). EAP-IG takes the mean gradient over runs whose embeddings lie between those of both texts (Hanna,
-Pezzelle and Belinkov 2024, arXiv 2403.17806; its variant of inputs). Both are sums over tokens of matrix products of all
+Pezzelle and Belinkov 2024, arXiv 2403.17806; the variant of inputs). Both are sums over tokens of products of all
 senders with all receivers of a layer, some tokens at a time, so that no array is of edges by tokens by d.
 """
 
