@@ -20,6 +20,7 @@ from torch import Tensor
 from rmfast import arguments
 from rmfast.circuits.parts import Parts, Seen, Sent
 from rmfast.circuits.scores import EdgeScores
+from rmfast.engine.options import Encoding, takes
 from rmfast.engine.scorer import Scorer
 from rmfast.patching.pairs import Align, Pair
 from rmfast.patching.request import Request
@@ -28,14 +29,13 @@ from rmfast.texts.inputs import words
 if TYPE_CHECKING:
     from typing_extensions import Unpack
 
-    from rmfast.engine.options import Encoding
-
 Metric = Callable[[Tensor], Any]
 
 _ELEMENTS = 1 << 26  # of what senders write, at once: 256 MiB
 _ROWS = 3072  # tokens of the runs that go backward together
 
 
+@takes(Encoding)
 def edge_attribution(
     rm: Scorer,
     clean: Any,
@@ -76,6 +76,7 @@ def edge_attribution(
         ValueError, TypeError: an argument is wrong, texts do not differ, or the model is no decoder whose layers rmfast
             takes apart into heads and MLPs.
     """
+    arguments.instance("rm", rm, Scorer)
     steps = steps if steps is None else arguments.whole("steps", steps, 1)
     arguments.word("rule", rule, ("midpoint", "left"))
     every = arguments.word("positions", positions, ("joint", "all")) == "all"

@@ -24,6 +24,7 @@ from rmfast.circuits.ablation import Ablation
 from rmfast.circuits.circuit import Circuit
 from rmfast.circuits.edges import Metric, aligned_sent, checked_metric, measured
 from rmfast.circuits.parts import Parts, Sent
+from rmfast.engine.options import Encoding, takes
 from rmfast.engine.scorer import Scorer
 from rmfast.patching.pairs import Align, Pair
 from rmfast.patching.request import Request
@@ -32,8 +33,6 @@ from rmfast.resampling import clusters, drawn
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
-
-    from rmfast.engine.options import Encoding
 
 
 class Share(NamedTuple):
@@ -125,11 +124,12 @@ class Faithfulness:
         """Shares, numbers of all pairs and levels as JSON."""
         about = {name: getattr(self, name) for name in ("ablation", "confidence", "resamples", "seed")}
         numbers = {name: getattr(self, name).tolist() for name in ("circuit", "rest", "model", "none")}
-        shares = [{k: None if v != v else v for k, v in share._asdict().items()} for share in self.shares]
+        shares = [{k: v if np.isfinite(v) else None for k, v in share._asdict().items()} for share in self.shares]
         text = json.dumps({**about, "shares": shares, **numbers}, indent=1)
         arguments.path("path", path).write_text(text + "\n", encoding="utf-8")
 
 
+@takes(Encoding)
 def faithfulness(
     rm: Scorer,
     circuits: Circuit | Sequence[Circuit],
@@ -169,6 +169,7 @@ def faithfulness(
     Raises:
         ValueError, TypeError: as `edge_attribution`; edges that the model lacks.
     """
+    arguments.instance("rm", rm, Scorer)
     arguments.word("ablation", ablation, ("resample", "mean"))
     confidence = arguments.number("confidence", confidence, 0, 1, above=True, below=True)
     arguments.whole("resamples", resamples, 1)
