@@ -39,11 +39,13 @@ class Circuit:
     def mask(self, senders: Sequence[Node], receivers: Sequence[Node]) -> Tensor:
         """(U, V) bool of a model's senders and receivers; ValueError where it lacks one of the circuit's."""
         rows, columns = ({node: i for i, node in enumerate(nodes)} for nodes in (senders, receivers))
-        kept = torch.zeros(len(rows), len(columns), dtype=torch.bool)
+        at = []
         for edge in self.edges:
             if edge.sender not in rows or edge.receiver not in columns:
                 raise ValueError(f"Expected edges between senders and receivers of this model, got {edge}")
-            kept[rows[edge.sender], columns[edge.receiver]] = True
+            at.append((rows[edge.sender], columns[edge.receiver]))
+        kept = torch.zeros(len(rows), len(columns), dtype=torch.bool)
+        kept[tuple(torch.tensor(at, dtype=torch.int64).reshape(-1, 2).T)] = True
         return kept
 
     def __repr__(self) -> str:
