@@ -69,7 +69,7 @@ def reproduce(data: Data, model: Path, folds: int, trials: int) -> dict[str, Any
     costs, drawn, at = (rewards[1 + len(ks)], rewards[2 + len(ks) : 2 + len(ks) + CONTROLS], rewards[-len(curve) :])
     read = read_pairs(data.test)
     attributes, of = attributes_of_pairs(read, data.attributes), prompts_of(read)
-    kw = {"found": attributes, "of": of, "confidence": CONFIDENCE}
+    kw: dict[str, Any] = {"found": attributes, "of": of, "confidence": CONFIDENCE}
     rows = [*gains(before, costs, **kw), *over_random(before, costs, list(drawn), of, CONFIDENCE)]
     by_rule = {rule: gains(before, each, **kw)[0] for rule, each in after.items()}
     by_share = {share: gains(before, each, **kw)[0] for share, each in zip(debias.SHARES, at)}

@@ -187,7 +187,8 @@ def localised(
             own = every if len(index) == len(every) else every[some.to(every.device)]
             rho, middle = neuron_stats(own, values[some].to(every.device))
             column.append((rho.float().cpu().nan_to_num(0.0), middle.float().cpu()))  # NaN: of one that overflows
-    return [
-        Neurons(found.names, sizes, *(torch.cat(side).numpy() for side in zip(*column)), rm.fingerprint)
-        for column in columns
-    ]
+    found_of = []
+    for column in columns:
+        spearman, median = (torch.cat(side).numpy() for side in zip(*column))
+        found_of.append(Neurons(found.names, sizes, spearman, median, rm.fingerprint))
+    return found_of

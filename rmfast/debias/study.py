@@ -88,7 +88,7 @@ class Study:
     def clamp(self, ks: Mapping[str, int], without: frozenset[int] = NONE, **metadata: Any) -> NeuronClamp:
         """Of the neurons as ranked without these folds; an attribute that is constant in the others is left alone."""
         neurons = self._neurons[without]
-        varies = dict(zip(neurons.attributes, neurons.spearman.any(axis=0)))
+        varies = dict(zip(neurons.attributes, np.any(neurons.spearman, axis=0).tolist()))
         return neurons.clamp({name: k if varies[name] else 0 for name, k in ks.items()}, self.positions, **metadata)
 
     def rewards(self, part: int, clamp: NeuronClamp) -> np.ndarray:

@@ -96,37 +96,40 @@ def test_pairs_of_one_prompt_stay_in_one_fold(rm):
     assert all(len(part) in (12, 16) and len(set(part // 4)) == len(part) / 4 for part in study.parts)
 
 
-@pytest.mark.parametrize("head", ["linear", "gated"])
-def test_where_nothing_is_planted_a_gain_is_claimed_at_the_stated_rate(head):
-    """Labels by chance: of 40 seeds 2.5% are expected, and more than 4 have a probability of 0.3%."""
-    body, gate = models.decoder("llama"), heads.Layers([torch.randn(3, 48)], [None])
-    given = heads.Gated(weight=torch.randn(3, 48), gate=gate) if head == "gated" else None
-    rm = rmfast.RewardModel(body if given is None else body.model, models.tokenizer(), head=given)
+def gated(plain: rmfast.RewardModel, weight: torch.Tensor) -> rmfast.RewardModel:
+    """ArmoRM's kind: objectives, weighted by a gate that reads the prompt's end, here at its colon."""
+    draw, n = torch.Generator().manual_seed(0), len(weight)
+    gate = heads.Layers(weights=[torch.randn(n, weight.size(1), generator=draw)], biases=[None])
+    colon = (plain.tokenizer.convert_tokens_to_ids(":"),)
+    head = heads.Gated(weight=weight, transform=torch.eye(n), gate=gate, pattern=colon)
+    return rmfast.RewardModel(plain.model.model, plain.tokenizer, head=head)
+
+
+@pytest.mark.parametrize(("head", "seeds", "most"), [("linear", 30, 3), ("gated", 4, 1)])
+def test_where_labels_are_chance_a_gain_is_claimed_at_the_stated_rate(head, seeds, most):
+    """2.5% of the seeds are expected; more than 3 of 30 have a probability of 0.7%, as more than 1 of 4 has 0.4%."""
+    rm = rmfast.RewardModel(models.decoder("llama"), models.tokenizer())
+    rm = rm if head == "linear" else gated(rm, torch.randn(3, 48, generator=torch.Generator().manual_seed(1)))
     claimed, moved = 0, 0
-    for seed in range(40 if head == "linear" else 6):
+    for seed in range(seeds):
         rng = np.random.default_rng(seed)
         texts = ["".join(rng.choice([*"abcdef "], size=int(rng.integers(5, 20)))) + "." for _ in range(48)]
-        found = debias.validate(
-            rm, [(f"q{i % 10}", *texts[2 * i : 2 * i + 2]) for i in range(24)], attributes=["length"], k=20, folds=2,
-            controls=0, seed=seed,
-        )  # fmt: skip
+        given = [(f"q{i % 10}:", *texts[2 * i : 2 * i + 2]) for i in range(24)]
+        found = debias.validate(rm, given, attributes=["length"], k=20, folds=2, controls=0, seed=seed)
         claimed += found.reliable
         moved += bool((right(found.after) != right(found.before)).any())
-    assert moved > 4
-    assert claimed <= 4
+    assert moved > seeds / 2
+    assert claimed <= most
 
 
 def test_a_bias_behind_a_gate_is_found():
-    """ArmoRM's kind: objectives weighted by a gate that reads the prompt's end; one of them likes length."""
+    """One of two objectives likes length."""
     plain = biased()
-    d = plain.binding.width
-    weight = torch.zeros(2, d)
+    weight = torch.zeros(2, plain.binding.width)
     weight[0, :2], weight[1, 1] = torch.tensor([-800.0, 1.0]), 1.0
-    gate = heads.Layers([torch.randn(2, d, generator=torch.Generator().manual_seed(0))], [None])
-    rm = rmfast.RewardModel(plain.model.model, plain.tokenizer, head=heads.Gated(weight=weight, gate=gate))
-    found = debias.validate(rm, pairs(45), **QUICK)
+    found = debias.validate(gated(plain, weight), pairs(45), **QUICK)
     assert found.reliable
-    assert ("layers.0.self_attn.o_proj", 0) in where(found.clamp)
+    assert any(name.endswith("layers.0.self_attn.o_proj") and i == 0 for name, i in where(found.clamp))
     assert found["gain_over_random"].low > 0
 
 
@@ -171,7 +174,7 @@ def test_shares_are_of_all_neurons(rm):
     neurons = debias.localise(rm, pairs(12), attributes=["length"])
     assert len(neurons.clamp(0.25)) == 2 * round(0.25 * 192 / 2)
     assert len(neurons.clamp(1e-6)) == 2
-    clamp = debias.fit(rm, pairs(12), attributes=["length"], choices=(0.01, 0.02, 4), rule="one_se", folds=2)
+    clamp = debias.fit(rm, pairs(20), attributes=["length"], choices=(0.01, 0.02, 4), rule="one_se", folds=2)
     assert clamp.metadata["search"] | {"seed": 0} == {
         "trials": 100, "settings": 3, "choices": [1, 2, 4], "seed": 0, "rule": "one_se", "folds": 2,
     }  # fmt: skip
