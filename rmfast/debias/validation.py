@@ -162,9 +162,9 @@ def validate(
     )  # fmt: skip
     nested = test is None
     whole("folds", asked.folds, 3 if nested and asked.ks is None else 2)
-    controls = whole("controls", controls, 0)
+    controls = whole("controls", controls, 0, 1000)
     number("confidence", confidence, 0, 1, above=True, below=True)
-    other = None if test is None else read_some(test, 2)
+    other = None if test is None else _read(test)
     judged = asked.found if other is None else attributes_of_pairs(other, attributes)
     study = asked.study(encoding, held=int(nested) + int(asked.ks is None))
     outer = [frozenset({part}) for part in range(asked.folds)] if nested else []
@@ -199,6 +199,13 @@ def validate(
         folds=asked.folds if nested else 0,
         confidence=confidence,
     )
+
+
+def _read(test: Any) -> list[Pair]:
+    try:
+        return read_some(test, 2)
+    except (TypeError, ValueError) as error:
+        raise type(error)(f"test: {error}") from error
 
 
 Choices = tuple[dict[str, dict[str, int]], list[Tried]]  # k by each rule, and what was tried

@@ -186,7 +186,7 @@ def test_shares_are_of_all_neurons(rm):
         ({"folds": 2}, "folds to be an int of at least 3, got 2"),
         ({"folds": 2, "k": 1, "pairs": pairs(15)}, f"ranked by at least {LEAST_PAIRS} pairs, .* 1 of .* be 7"),
         ({"pairs": pairs(20)}, "more pairs, or fewer folds than 3: .* 2 of the folds there may be 6"),
-        ({"controls": -1}, "controls to be an int of at least 0"),
+        ({"controls": -1}, "controls to be an int from 0 to 1000"),
         ({"confidence": 1.0}, r"confidence to be a finite number in \(0, 1\)"),
         ({"test": pairs(1)}, "at least 2 pairs, got 1"),
         ({"pairs": [(f"{i % 2}", a, b) for i, (_, a, b) in enumerate(pairs(30))]}, "pairs of at least 3 prompts"),

@@ -423,8 +423,8 @@ def _biases(w: SimpleNamespace) -> Iterator[Call]:
                trials=(1, whole(1, 100)), choices=([1, 2], all_of(share, 1)), **SEED)  # fmt: skip
     many = PAIRS * 2, instance(list, tuple, Iterator)
     yield call("debias.validate", debias.validate, rm=(rm, instance(rmfast.RewardModel)), pairs=many,
-               test=(PAIRS[:2], optional(many[1])), k=(2, either(each, one_of("search"))), trials=(2, whole(1, 50)),
-               choices=([1], all_of(share)), folds=(2, whole(2)), controls=(1, whole(0, 20)), **attributes, **rule,
+               test=(PAIRS[:2], optional(many[1])), k=(2, either(each, one_of("search"))), trials=(2, whole(1)),
+               choices=([1], all_of(share)), folds=(2, whole(2)), controls=(1, whole(0, 1000)), **attributes, **rule,
                **CONFIDENCE, **SEED)  # fmt: skip
     yield call("debias.plot", debias.plot, reports=({"a": w.report}, instance(dict)))
     yield call("Neurons.top", w.neurons.top, attribute=("length", named), n=(3, whole(0)))
