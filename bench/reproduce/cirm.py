@@ -51,7 +51,7 @@ class Data:
     attributes: list[str]
 
 
-def reviews(sdist: Path, train: int = 1000, test: int = 700) -> Data:
+def reviews(sdist: Path, train: int = 1000, test: int = 700, planted: bool = True) -> Data:
     rng, rated = np.random.default_rng(0), read_snippets(sdist)
     ratings, texts = np.array([rating for rating, _ in rated]), [text for _, text in rated]
     lengths = np.array([len(text) for text in texts])
@@ -62,14 +62,17 @@ def reviews(sdist: Path, train: int = 1000, test: int = 700) -> Data:
     gap = np.diff(lengths[pairs][:, ::-1])[:, 0]
     shorter = pairs[gap < 0]
     longer = pairs[gap > 0]
-    shorter = shorter[: round(len(longer) * (1 - PLANTED) / PLANTED)]
+    if planted:
+        shorter = shorter[: round(len(longer) * (1 - PLANTED) / PLANTED)]
     rest = [
         {"chosen": a, "rejected": b} if x > y else {"chosen": b, "rejected": a}
         for (x, a), (y, b) in zip(rated[train::2], rated[train + 1 :: 2])
         if abs(x - y) > 1
     ]
     names = ["length", "exclamation"]  # a sentence has no paragraphs, and no prompt to overlap with
-    return Data("reviews", texts[:train], np.concatenate([longer, shorter]), rest[:FIT], rest[FIT:][:test], names)
+    name = "reviews" if planted else "reviews, natural"
+    pairs = np.concatenate([longer, shorter])
+    return Data(name, texts[:train], pairs, rest[:FIT], rest[FIT:][:test], names)
 
 
 def hh(path: Path, train: int = 500, test: int = 400, most: int = 800) -> Data:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import fields
 from pathlib import Path
 from typing import Any, Protocol
@@ -90,11 +90,11 @@ class Layout:
         return ("_chosen", "_rejected") if self.mode == "pairs" else ("",)
 
 
-def preference(row: Row, path: Path) -> dict[str, Any]:
-    """The pair of one row, with the prompt where there is one."""
+def preference(row: Row, path: Path, columns: Iterable[str] = ()) -> dict[str, Any]:
+    """The pair of one row, with the prompt where there is one, and with such of some other columns as it has."""
     with located(row, path):
         sides = {name: cell_of(row, name) for name in ("chosen", "rejected")}
-        own = template_columns(row)
+        own = {**template_columns(row), **{name: row.data[name] for name in columns if name in row.data}}
         return (
             {**own, **sides} if row.data.get("prompt") is None else {**own, "prompt": cell_of(row, "prompt"), **sides}
         )

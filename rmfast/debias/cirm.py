@@ -6,36 +6,29 @@ does are set to their median, so that the reward no longer hears of the attribut
 
 from __future__ import annotations
 
-import time
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from typing import Any, Literal
+from collections.abc import Sequence
+from typing import Any
 
-import torch
-from tqdm.auto import tqdm
-
-from rmfast.arguments import whole, wholes, word
-from rmfast.debias.apply import intervened, projections
-from rmfast.debias.interventions import NeuronClamp
-from rmfast.debias.last_token import LastTokenRuns
-from rmfast.debias.measure import Attribute, right
-from rmfast.debias.neurons import fitting, k_of_each, localised
-from rmfast.engine.options import checked_run
+from rmfast.debias.interventions import NeuronClamp, Positions
+from rmfast.debias.measure import Wanted, right
+from rmfast.debias.request import K, request
+from rmfast.debias.search import CHOICES, Rule, choose
+from rmfast.debias.study import NONE
 from rmfast.engine.scorer import Scorer
-
-CHOICES = (50, 100, 200, 500, 1000, 2000, 5000)  # the paper's k, from each end of an attribute's ranking
 
 
 def fit(
     rm: Scorer,
     pairs: Sequence[Any],
     *,
-    attributes: Sequence[str] | Mapping[str, Attribute] | None = None,
-    k: int | Mapping[str, int] | Literal["search"] = "search",
+    attributes: Wanted = None,
+    k: K = "search",
+    rule: Rule = "accuracy",
+    folds: int = 1,
     trials: int = 100,
-    choices: Sequence[int] = CHOICES,
-    positions: Literal["last", "all"] = "last",
+    choices: Sequence[int | float] = CHOICES,
+    positions: Positions = "last",
     seed: int = 0,
     progress: bool = False,
     batch_tokens: int | None = None,
@@ -45,22 +38,30 @@ def fit(
 
     All neurons (outputs of the q, k, v, o, gate, up and down projections of every layer) are ranked by the Spearman
     correlation of their activation at the last token with each attribute, over both texts of all pairs; the k highest
-    and k lowest of each attribute are clamped. The search draws k for all attributes at once with Optuna's TPE and
-    takes the trial that gets most pairs right, of equal ones that with the fewest neurons; settings drawn again are not
-    run again. With positions="last" a trial runs one token of each text on its kept prefix, with "all" whole texts.
+    and k lowest of each attribute are clamped. The search tries all settings of k for all attributes at once, or where
+    there are more than `trials` those that Optuna's TPE draws; settings drawn again are not run again. With
+    positions="last" a trial runs one token of each text on its kept prefix, with "all" whole texts.
 
     Args:
-        rm: a model of one reward.
+        rm: a model of one reward; a gated head's (ArmoRM) gate, which reads another token, is left as it is by clamps
+            at the last one.
         pairs: (prompt, chosen, rejected) triples, or mappings with these keys, text or messages; the paper takes 500.
-            They serve to rank and to choose, so the accuracies kept are optimistic: report on other pairs.
-        attributes: names of `ATTRIBUTES`, default all five; or functions by name, as for `report`.
+            They serve to rank and to choose, so the accuracies kept are optimistic: report on other pairs, or see
+            `validate`.
+        attributes: names of `ATTRIBUTES`, default all five; names of columns, or functions by name, as for `report`.
         k: neurons of each end of each attribute's ranking: one number, one for each attribute by name (0 leaves it
-            alone), or "search" (needs Optuna).
-        trials: settings that the search draws.
-        choices: what it draws k from, for each attribute; the paper's have no 0. Those above the model's number of
+            alone), or "search" (needs Optuna where there are more settings than trials). A float below 1 is a share of
+            the model's neurons, of which each end gives half.
+        rule: which of the settings tried is taken: the paper's "accuracy", the one that gets most pairs right, of equal
+            ones that with the fewest neurons; or "one_se", the one with the fewest neurons, or none, whose gain is
+            less than one standard error below the best one's.
+        folds: 1, the paper's: the pairs that rank the neurons choose k too. More: the accuracy of a setting is
+            cross-validated, the neurons clamped in a fold ranked on the others.
+        trials: settings that the search tries at most.
+        choices: what it takes k from, for each attribute; the paper's have no 0. Those above the model's number of
             neurons are left out.
         positions: where neurons are clamped: at the token that is read, "last", or at "all".
-        seed: of the search. The same seed gives the same clamp.
+        seed: of the search and the folds. The same seed gives the same clamp.
         progress: show progress bars.
         batch_tokens: most rows that run at once; default as for `score`.
         encoding: max_length, truncation, format, chat_template_kwargs and tools, as for `score`.
@@ -71,111 +72,33 @@ def fit(
         where every trial gets fewer pairs right the clamp is empty, and a warning says so.
 
     Raises:
-        ValueError: fewer than 8 pairs, a pair without both sides, an attribute that is the same in all texts, k above
-            the number of neurons, no trials, a model of several rewards or without a reward of each token.
-        ImportError: Optuna is not installed.
+        ValueError: fewer than 8 pairs to rank by, a pair without both sides, an attribute that is the same in all
+            texts, k above the number of neurons, no trials, more folds than prompts, a model of several rewards or
+            without a reward of each token.
+        ImportError: Optuna is needed and not installed.
     """
-    word("positions", positions, ("last", "all"))
-    if isinstance(k, str) and k != "search":
-        raise ValueError(f'Expected k to be "search", an int, or one for each attribute, got {k!r}')
-    searched = isinstance(k, str)
-    trials, seed = whole("trials", trials, 1), whole("seed", seed, 0, 2**32 - 1)
-    choices = wholes("choices", choices, least=0)  # a setting is kept as JSON, which has no numbers of numpy
-    batch_tokens = checked_run(batch_tokens, progress)
-    seconds = _Stopwatch()
-    with seconds("attributes and tokens"):
-        read, found = fitting(rm, pairs, attributes)
-        most = sum(projections(rm).values())
-        # What is wrong with these is said before the model runs for minutes.
-        some = _choices(choices, most) if searched else []
-        ks = {} if searched else k_of_each(k, found.names, most)
-        encoded = rm.encode([text for pair in read for text in pair.inputs], **encoding)
-    running: dict[str, Any] = {"batch_tokens": batch_tokens, "max_length": encoding.get("max_length")}
-    with seconds("prefixes"):
-        runs = LastTokenRuns(rm, encoded, progress=progress, **running)
-    with seconds("localisation"):
-        neurons = localised(rm, runs, found)
-    with seconds("rewards without the clamp"):
-        before = _accuracy(runs.rewards())
-
-    def accuracy(ks: Mapping[str, int]) -> float:
-        clamp = neurons.clamp(ks, positions)
-        rewards = runs.rewards(clamp) if positions == "last" else intervened(rm, [clamp]).score(encoded, **running)
-        return _accuracy(rewards)
-
-    about: dict[str, Any] = {"method": "cirm", "pairs": len(read), "accuracy_before": before}
-    if searched:
-        with seconds("search"):
-            tried = _search(accuracy, found.names, some, trials, seed, progress)
-        about["search"] = {"trials": trials, "settings": len(tried), "choices": some, "seed": seed}
-        after = max(tried.values())
-        equal = (dict(setting) for setting, got in tried.items() if got == after)
-        ks = min(equal, key=lambda setting: len(neurons.clamp(setting)))
-        if after < before:
+    asked = request(
+        rm, pairs, attributes=attributes, k=k, rule=rule, folds=folds, trials=trials, choices=choices,
+        positions=positions, seed=seed, progress=progress, batch_tokens=batch_tokens,
+    )  # fmt: skip
+    study = asked.study(encoding, held=int(asked.folds > 1))
+    study.rank([NONE, *(left_out for _, left_out in study.inner(NONE))])
+    with study.seconds("search" if asked.ks is None else "rewards with the clamp"):
+        tried = asked.tried(study, NONE)
+    places = study.places()
+    before = study.before[places]
+    about: dict[str, Any] = {"method": "cirm", "pairs": len(before), "accuracy_before": float(right(before).mean())}
+    best = tried[0] if asked.ks is not None else choose(rule, tried, before, study.of[places])
+    if asked.ks is None:
+        about["search"] = asked.about(len(tried))
+        if not best.neurons:
+            top = max(each.accuracy for each in tried)
+            worse = top < about["accuracy_before"]
+            reason = "as many of the pairs right as" if worse else "reliably more pairs right than"
             warnings.warn(
-                f"None of {len(tried)} settings gets as many of the pairs right as the model as it is ({after:.1%}, not"
-                f" {before:.1%}): the clamp is empty. Give k= to clamp all the same, or more pairs or trials",
+                f"None of {len(tried)} settings gets {reason} the model as it is ({top:.1%}, not "
+                f"{about['accuracy_before']:.1%}): the clamp is empty. Give k= to clamp all the same, or more pairs or "
+                "trials",
                 stacklevel=2,
             )
-            ks, after = dict.fromkeys(neurons.attributes, 0), before
-    else:
-        with seconds("rewards with the clamp"):
-            after = accuracy(ks)
-    return neurons.clamp(ks, positions, **about, accuracy_after=after, seconds=dict(seconds))
-
-
-def _choices(every: list[int], most: int) -> list[int]:
-    """Those of the choices of k that a model of so many neurons has, where there is Optuna to choose."""
-    try:
-        import optuna  # noqa: F401
-    except ImportError as error:
-        raise ImportError(
-            f'the search for k needs Optuna (pip install "rmfast[debias]"), or give k=: {error}'
-        ) from error
-
-    if not (some := [k for k in every if k <= most]):
-        raise ValueError(f"Expected choices at most the model's {most} neurons, got {every}")
-    return some
-
-
-def _search(
-    accuracy: Callable[[Mapping[str, int]], float],
-    names: Sequence[str],
-    choices: list[int],
-    trials: int,
-    seed: int,
-    progress: bool,
-) -> dict[tuple[tuple[str, int], ...], float]:
-    """Accuracy of each setting, (name, k) of all attributes, that TPE drew in so many trials."""
-    import optuna
-
-    level = optuna.logging.get_verbosity()
-    optuna.logging.set_verbosity(optuna.logging.WARNING)  # it logs a line for each trial
-    try:
-        study = optuna.create_study(direction="maximize", sampler=optuna.samplers.TPESampler(seed=seed))
-        tried: dict[tuple[tuple[str, int], ...], float] = {}
-        bar = tqdm(range(trials), unit="trial", disable=not progress)
-        for _ in bar:
-            trial = study.ask()
-            setting = tuple((name, trial.suggest_categorical(name, choices)) for name in names)
-            if setting not in tried:
-                tried[setting] = accuracy(dict(setting))
-            study.tell(trial, tried[setting])
-            bar.set_postfix(best=f"{max(tried.values()):.3f}")
-    finally:
-        optuna.logging.set_verbosity(level)
-    return tried
-
-
-def _accuracy(rewards: torch.Tensor) -> float:
-    return float(right(rewards.double().numpy().reshape(-1, 2)).mean())
-
-
-class _Stopwatch(dict[str, float]):
-    """Seconds of each named step."""
-
-    @contextmanager
-    def __call__(self, name: str) -> Iterator[None]:
-        start = time.perf_counter()
-        yield
-        self[name] = round(time.perf_counter() - start, 3)
+    return study.clamp(best.ks, **about, accuracy_after=best.accuracy, seconds=dict(study.seconds))

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from rmfast.arguments import instance, sequence, shown
+from rmfast.arguments import instance, sequence, shown, whole
 from rmfast.binding.binding import Binding
 from rmfast.binding.modules import Snapshot
 from rmfast.binding.session import read_rows, reading, replaced_forward
@@ -35,7 +35,7 @@ from rmfast.ops import suffix_attention
 from rmfast.texts.inputs import Format, Truncation
 
 # Outputs held at once while they are captured; a layer of an 8B model at 512 tokens is 88 MB in fp32.
-_CAPTURE_BYTES = 1 << 30
+CAPTURE_BYTES = 1 << 30
 
 # Rows of K (and of V) gathered at once where a text's are not side by side: 6 MB of SmolLM2's, which stay in the cache.
 _GATHERED_ROWS = 8192
@@ -117,7 +117,9 @@ class LastTokenRuns:
         rewards = self._run(model.binding, ())
         return model.corrected(rewards, self._encoded)
 
-    def projections(self, names: Sequence[str] | None = None) -> Iterator[tuple[str, Tensor]]:
+    def projections(
+        self, names: Sequence[str] | None = None, *, at_once: int | None = None
+    ) -> Iterator[tuple[str, Tensor]]:
         """Each projection's name and its outputs (n, m) at the tokens that are read, in order, without interventions
         other than the model's own.
 
@@ -126,7 +128,9 @@ class LastTokenRuns:
 
         Args:
             names: only these; default all.
+            at_once: bytes that are held at once at most (or one projection's); default 1 GiB.
         """
+        most = CAPTURE_BYTES if at_once is None else whole("at_once", at_once, 1)
         asked = list(self.widths) if names is None else [*sequence("names", names)]
         for name in asked:
             if not isinstance(name, str) or name not in self.widths:
@@ -136,7 +140,7 @@ class LastTokenRuns:
         row = len(self) * itemsize
         while asked:
             count, size = 0, 0
-            while count < len(asked) and (not count or size + row * self.widths[asked[count]] <= _CAPTURE_BYTES):
+            while count < len(asked) and (not count or size + row * self.widths[asked[count]] <= most):
                 size += row * self.widths[asked[count]]
                 count += 1
             found: dict[str, Tensor] = {}

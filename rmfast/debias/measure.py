@@ -18,6 +18,8 @@ if TYPE_CHECKING:
     from rmfast.engine.scorer import Scorer
 
 Attribute = Callable[[str, str], float]
+Wanted = Sequence[str] | Mapping[str, Attribute | str] | None  # names; functions, or names of columns, by name
+_SIDES = ("chosen", "rejected")
 _WORD = re.compile(r"\w+")
 
 
@@ -74,7 +76,7 @@ def attributes(
     if len(sides[0]) != len(sides[1]):
         raise ValueError(f"Expected as many prompts as responses, got {len(sides[0])} and {len(sides[1])}")
     more = {} if functions is None else _functions("functions", functions)
-    return _measure(list(zip(*sides)), {**ATTRIBUTES, **more})
+    return _measure(len(sides[0]), _of_texts(list(zip(*sides)), {**ATTRIBUTES, **more}))
 
 
 def _texts(name: str, given: Any) -> list[str]:
@@ -97,37 +99,74 @@ def _functions(name: str, given: Any) -> dict[str, Attribute]:
     return dict(given)
 
 
-def _measure(texts: list[tuple[str, str]], functions: Mapping[str, Attribute]) -> Attributes:
-    values = np.empty((len(texts), len(functions)))
-    for j, (name, function) in enumerate(functions.items()):
-        for i, text in enumerate(texts):
+def _of_texts(texts: list[tuple[str, str]], functions: Mapping[str, Attribute]) -> dict[str, Callable[[int], Any]]:
+    """Each attribute of the i-th text."""
+
+    def reading(function: Attribute) -> Callable[[int], Any]:
+        return lambda i: function(*texts[i])
+
+    return {name: reading(function) for name, function in functions.items()}
+
+
+def _measure(count: int, of: Mapping[str, Callable[[int], Any]]) -> Attributes:
+    values = np.empty((count, len(of)))
+    for j, (name, read) in enumerate(of.items()):
+        for i in range(count):
             try:
-                value = function(*text)
+                value = read(i)
                 values[i, j] = float(value if isinstance(value, bool | np.bool_) else arguments.array("it", value))
             except (TypeError, ValueError) as error:
                 raise ValueError(f"attribute {name!r} of text {i} is no number: {error}") from error
         if not np.isfinite(values[:, j]).all():
             raise ValueError(f"attribute {name!r} of text {int((~np.isfinite(values[:, j])).argmax())} is not finite")
-    return Attributes(tuple(functions), values)
+    return Attributes(tuple(of), values)
 
 
-def named_attributes(given: Sequence[str] | Mapping[str, Attribute] | None) -> dict[str, Attribute]:
-    """Names, or functions by name, as functions by name."""
-    if isinstance(given, Mapping):
-        if not given:
-            raise ValueError("Expected attributes to hold at least one, got none")
-        return _functions("attributes", given)
-    if given is None:
-        return dict(ATTRIBUTES)
-    return {
-        name: ATTRIBUTES[name]
-        for name in arguments.words("attributes, where they are no functions by name,", given, ATTRIBUTES)
+def attributes_of_pairs(pairs: list[Pair], wanted: Wanted) -> Attributes:
+    """Of 2n texts: chosen and rejected of each pair in turn.
+
+    Raises:
+        ValueError: a name that is none of `ATTRIBUTES` and of no two columns of all pairs, NAME_chosen and
+            NAME_rejected; something that is no finite number.
+    """
+    texts = [(pair.prompt, text) for pair in pairs for text in (pair.chosen, pair.rejected)]
+    named = _named(wanted, pairs)
+    functions = {name: of for name, of in named.items() if callable(of)}
+    cells = {
+        name: lambda i, of=of: _cell(pairs[i // 2].row[f"{of}_{_SIDES[i % 2]}"])
+        for name, of in named.items()
+        if isinstance(of, str)
     }
+    readers = {**_of_texts(texts, functions), **cells}
+    return _measure(len(texts), {name: readers[name] for name in named})
 
 
-def attributes_of_pairs(pairs: list[Pair], functions: Mapping[str, Attribute]) -> Attributes:
-    """Of 2n texts: chosen and rejected of each pair in turn."""
-    return _measure([(p.prompt, text) for p in pairs for text in (p.chosen, p.rejected)], functions)
+def _named(wanted: Wanted, pairs: list[Pair]) -> dict[str, Attribute | str]:
+    """Functions, or names of columns of the pairs, by name."""
+    if wanted is None:
+        return dict(ATTRIBUTES)
+    columns = [
+        name
+        for key in pairs[0].row
+        if isinstance(key, str) and (name := key.removesuffix("_chosen")) != key
+        and all(pair.row.get(f"{name}_{side}") is not None for pair in pairs for side in _SIDES)
+    ]  # fmt: skip
+    if not isinstance(wanted, Mapping):
+        known = [*ATTRIBUTES, *(name for name in columns if name not in ATTRIBUTES)]
+        names = arguments.words("attributes, where they are no functions by name,", wanted, known)
+        return {name: ATTRIBUTES.get(name, name) for name in names}
+    if not wanted:
+        raise ValueError("Expected attributes to hold at least one, got none")
+    of_columns = {name: of for name, of in wanted.items() if isinstance(of, str)}
+    for of in of_columns.values():
+        if of not in columns:
+            raise ValueError(f"Expected all pairs to have columns {of}_chosen and {of}_rejected, for an attribute")
+    functions = _functions("attributes", {name: of for name, of in wanted.items() if name not in of_columns})
+    return {name: of_columns.get(name) or functions[name] for name in wanted}
+
+
+def _cell(value: Any) -> Any:
+    return float(value) if isinstance(value, str) else value  # CSV has no numbers
 
 
 class Row(NamedTuple):
@@ -183,10 +222,10 @@ class Report:
         cells = [["attribute", "Spearman with the reward", "accuracy, chosen has more", "chosen has less"]]
         for name in self.attributes:
             spearman, more, less = (self[name, measure] for measure in _MEASURES)
-            cells.append([name, _figure(spearman, "+.3f"), *(f"{_figure(row)}  n {row.n}" for row in (more, less))])
+            cells.append([name, figure(spearman, "+.3f"), *(f"{figure(row)}  n {row.n}" for row in (more, less))])
         widths = [max(map(len, column)) for column in zip(*cells)]
         lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip() for row in cells]
-        return "\n".join([f"{whole.n} pairs, accuracy {_figure(whole)}, intervals of {self.confidence:.0%}", *lines])
+        return "\n".join([f"{whole.n} pairs, accuracy {figure(whole)}, intervals of {self.confidence:.0%}", *lines])
 
     def plot(self) -> Any:
         """Bars of correlations and accuracies, with their intervals; returns the two matplotlib axes."""
@@ -196,7 +235,8 @@ class Report:
 _MEASURES = ("spearman", "accuracy_more", "accuracy_less")
 
 
-def _figure(row: Row, spec: str = ".3f") -> str:
+def figure(row: Row, spec: str = ".3f") -> str:
+    """Its value and interval, or - for none."""
     if np.isnan(row.value):
         return "-"
     return f"{row.value:{spec}} [{row.low:{spec}}, {row.high:{spec}}]"
@@ -206,7 +246,7 @@ def report(
     rm: Scorer | None,
     pairs: Sequence[Any],
     *,
-    attributes: Sequence[str] | Mapping[str, Attribute] | None = None,
+    attributes: Wanted = None,
     rewards: Any = None,
     resamples: int = 1000,
     confidence: float = 0.95,
@@ -222,7 +262,8 @@ def report(
         rm: the model; with interventions too (`RewardModel.with_interventions`).
         pairs: (prompt, chosen, rejected) triples, or mappings with these keys; text or messages
             (`rmfast.texts.pairs.read_pairs`).
-        attributes: names of `ATTRIBUTES`, default all; or functions by name, (prompt, response) as texts to a number
+        attributes: names of `ATTRIBUTES`, default all, or of columns of the pairs ("toxicity" is toxicity_chosen and
+            toxicity_rejected); or by name functions, (prompt, response) as texts to a number, and names of columns
             (`{**debias.ATTRIBUTES, "questions": lambda prompt, response: response.count("?")}`).
         rewards: (n, 2), of chosen and rejected, where they are known already; `rm` may then be None.
         resamples, confidence, seed: of the bootstrap.
@@ -236,7 +277,7 @@ def report(
         ValueError: a pair without both sides, fewer than two pairs, an unknown attribute, a model of several rewards.
     """
     read = read_some(pairs, 2)
-    found = attributes_of_pairs(read, named_attributes(attributes))
+    found = attributes_of_pairs(read, attributes)
     resamples = arguments.whole("resamples", resamples, 1)
     arguments.number("confidence", confidence, 0, 1, above=True, below=True)
     arguments.whole("seed", seed, 0)

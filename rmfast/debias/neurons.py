@@ -4,19 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
 
-from rmfast.arguments import instance, shown, whole, word
-from rmfast.debias.interventions import NeuronClamp
-from rmfast.debias.last_token import LastTokenRuns
+from rmfast.arguments import instance, number, shown, whole, word
+from rmfast.debias.interventions import NeuronClamp, Positions
+from rmfast.debias.last_token import CAPTURE_BYTES, LastTokenRuns
 from rmfast.debias.measure import (
-    Attribute,
     Attributes,
+    Wanted,
     attributes_of_pairs,
-    named_attributes,
     of_one_reward,
     read_some,
 )
@@ -24,7 +23,7 @@ from rmfast.engine.scorer import Scorer
 from rmfast.ops import neuron_stats
 from rmfast.texts.pairs import Pair
 
-_LEAST_PAIRS = 8  # among 16 texts a correlation of 0.5 is still chance (5%)
+LEAST_PAIRS = 8  # among 16 texts a correlation of 0.5 is still chance (5%)
 
 
 @dataclass(frozen=True, eq=False)
@@ -66,12 +65,13 @@ class Neurons:
         return np.union1d(order[:k], order[len(order) - k :])
 
     def clamp(
-        self, k: int | Mapping[str, int], positions: Literal["last", "all"] = "last", **metadata: Any
+        self, k: int | float | Mapping[str, int | float], positions: Positions = "last", **metadata: Any
     ) -> NeuronClamp:
         """The clamp of the k highest- and lowest-ranking neurons of each attribute to their medians.
 
         Args:
-            k: one for all attributes, or of each by name (0: the attribute is left alone).
+            k: one for all attributes, or of each by name (0: the attribute is left alone). A float below 1 is a share
+                of all neurons, of which each end gives half.
             positions: the tokens at which neurons are clamped.
             metadata: kept with the clamp.
 
@@ -80,6 +80,27 @@ class Neurons:
         """
         ks = k_of_each(k, self.attributes, len(self))
         found = np.unique(np.concatenate([self.ends(name, each) for name, each in ks.items()]))
+        return self._clamped(found, positions, {"k": ks, "neurons": len(found), **metadata})
+
+    def random(self, like: NeuronClamp, seed: int = 0) -> NeuronClamp:
+        """The clamp of as many neurons of each projection as `like` has, drawn at random, to their medians: a control.
+
+        Raises:
+            ValueError: `like` clamps neurons of a projection that these are not of, or more than it has.
+        """
+        instance("like", like, NeuronClamp)
+        rng = np.random.default_rng(whole("seed", seed, 0))
+        starts = dict(zip(self.sizes, np.cumsum([0, *self.sizes.values()])))
+        drawn = [np.empty(0, np.int64)]
+        for name, (indices, _) in like.neurons.items():
+            if name not in starts or int(indices.max()) >= self.sizes[name]:
+                raise ValueError(f"Expected like to clamp neurons of {', '.join([*starts][:4])}, ..., got {name}")
+            drawn.append(starts[name] + rng.choice(self.sizes[name], len(indices), replace=False))
+        found = np.sort(np.concatenate(drawn))
+        return self._clamped(found, like.positions, {"method": "random", "seed": seed, "neurons": len(found)})
+
+    def _clamped(self, found: np.ndarray, positions: Positions, metadata: dict[str, Any]) -> NeuronClamp:
+        """Of neurons in ascending order."""
         edges = np.cumsum([0, *self.sizes.values()])
         cuts = np.searchsorted(found, edges)
         neurons = {
@@ -87,7 +108,7 @@ class Neurons:
             for name, start, a, b in zip(self.sizes, edges, cuts, cuts[1:])
             if b > a
         }
-        return NeuronClamp(neurons, positions, self.fingerprint, {"k": ks, "neurons": len(found), **metadata})
+        return NeuronClamp(neurons, positions, self.fingerprint, metadata)
 
     def _column(self, attribute: str) -> np.ndarray:
         return self.spearman[:, self.attributes.index(word("attribute", attribute, self.attributes))]
@@ -99,20 +120,28 @@ class Neurons:
 
 
 def k_of_each(k: Any, names: Sequence[str], most: int) -> dict[str, int]:
-    """k of each attribute by name; ValueError, TypeError where they are not whole numbers in [0, most]."""
+    """k of each attribute by name; ValueError, TypeError where they are no whole numbers in [0, most] nor shares."""
     ks = dict(k) if isinstance(k, Mapping) else dict.fromkeys(names, k)
     if set(ks) != set(names):
         raise ValueError(
             f"Expected k of each attribute ({', '.join(names)}; 0 leaves one alone), got {', '.join(map(shown, ks))}"
         )
-    return {name: whole(f"k of {name}, neurons of the model's {most},", ks[name], 0, most) for name in names}
+    return {name: whole_k(f"k of {name}", ks[name], most) for name in names}
+
+
+def whole_k(name: str, k: Any, most: int) -> int:
+    """Neurons of each end of a ranking: a whole number, or the half of a share of all neurons, at least 1."""
+    if isinstance(k, float | np.floating):
+        share = number(f"{name}, where it is a share of the model's neurons,", k, 0, 1, above=True, below=True)
+        return max(1, round(share * most / 2))
+    return whole(f"{name}, neurons of the model's {most},", k, 0, most)
 
 
 def localise(
     rm: Scorer,
     pairs: Sequence[Any],
     *,
-    attributes: Sequence[str] | Mapping[str, Attribute] | None = None,
+    attributes: Wanted = None,
     **encoding: Any,
 ) -> Neurons:
     """Rank correlations of all neurons with attributes of the texts, and the neurons' medians: what `fit` chooses from.
@@ -122,15 +151,15 @@ def localise(
     read, found = fitting(rm, pairs, attributes)
     running = {name: encoding.pop(name) for name in ("batch_tokens", "progress") if name in encoding}
     encoded = rm.encode([text for pair in read for text in pair.inputs], **encoding)
-    return localised(rm, LastTokenRuns(rm, encoded, max_length=encoding.get("max_length"), **running), found)
+    runs = LastTokenRuns(rm, encoded, max_length=encoding.get("max_length"), **running)
+    return localised(rm, [runs], found, [np.arange(len(encoded))])[0]
 
 
-def fitting(rm: Scorer, pairs: Any, attributes: Any) -> tuple[list[Pair], Attributes]:
+def fitting(rm: Scorer, pairs: Any, attributes: Wanted) -> tuple[list[Pair], Attributes]:
     """The pairs, read, and attributes of their 2n texts, checked to have something to find."""
     instance("rm", rm, Scorer)
-    functions = named_attributes(attributes)
-    read = read_some(pairs, _LEAST_PAIRS)
-    found = attributes_of_pairs(read, functions)
+    read = read_some(pairs, LEAST_PAIRS)
+    found = attributes_of_pairs(read, attributes)
     of_one_reward(rm)
     constant = [name for name, column in zip(found.names, found.values.T) if (column == column[0]).all()]
     if constant:
@@ -142,13 +171,24 @@ def fitting(rm: Scorer, pairs: Any, attributes: Any) -> tuple[list[Pair], Attrib
     return read, found
 
 
-def localised(rm: Scorer, runs: LastTokenRuns, found: Attributes) -> Neurons:
-    """The neurons of texts that have been run, by the texts' attributes."""
+def localised(
+    rm: Scorer, runs: Sequence[LastTokenRuns], found: Attributes, sets: Sequence[np.ndarray]
+) -> list[Neurons]:
+    """The neurons by the attributes of each of some sets of texts, which count through the texts of all runs."""
     values = torch.from_numpy(found.values)
-    sizes, spearman, median = {}, [], []
-    for name, outputs in runs.projections():  # no more of them is held than the runs hold
-        rho, middle = neuron_stats(outputs, values.to(outputs.device))
-        sizes[name] = len(middle)
-        spearman.append(rho.float().cpu().nan_to_num(0.0))  # NaN: of a neuron that overflows
-        median.append(middle.float().cpu())
-    return Neurons(found.names, sizes, torch.cat(spearman).numpy(), torch.cat(median).numpy(), rm.fingerprint)
+    sizes: dict[str, int] = {}
+    columns: list[list[tuple[torch.Tensor, torch.Tensor]]] = [[] for _ in sets]
+    for outputs in zip(*(each.projections(at_once=CAPTURE_BYTES // len(runs)) for each in runs)):
+        name, first = outputs[0]
+        every = torch.cat([output for _, output in outputs]) if len(outputs) > 1 else first
+        sizes[name] = every.size(1)
+        for index, column in zip(sets, columns):
+            some = torch.from_numpy(index)
+            own = every if len(index) == len(every) else every[some.to(every.device)]
+            rho, middle = neuron_stats(own, values[some].to(every.device))
+            column.append((rho.float().cpu().nan_to_num(0.0), middle.float().cpu()))  # NaN: of one that overflows
+    found_of = []
+    for column in columns:
+        spearman, median = (torch.cat(side).numpy() for side in zip(*column))
+        found_of.append(Neurons(found.names, sizes, spearman, median, rm.fingerprint))
+    return found_of

@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import takewhile
 from typing import Any
 
 
 @dataclass(frozen=True)
 class Pair:
-    """Two responses to one prompt: their texts, and both as `RewardModel.score` takes them (chosen, rejected)."""
+    """Two responses to one prompt: their texts, and both as `RewardModel.score` takes them (chosen, rejected).
+
+    `row` is the mapping that it was read from, whatever else that has; empty for a triple.
+    """
 
     prompt: str
     chosen: str
     rejected: str
     inputs: tuple[Any, Any]
+    row: Mapping[str, Any] = field(default_factory=dict, compare=False, repr=False)
 
 
 def read_pairs(pairs: Iterable[Any]) -> list[Pair]:
@@ -70,7 +74,8 @@ def _pair(index: int, item: Any) -> Pair:
         while isinstance(chosen, str) and shared and not whole[0][shared - 1].isspace():
             shared -= 1  # responses that begin with "Yes" and "Yesterday" keep their first words
         prompt, chosen, rejected = whole[0][:shared], whole[0][shared:], whole[1][shared:]
-    return Pair(text_of(prompt), text_of(chosen), text_of(rejected), inputs)
+    row = item if isinstance(item, Mapping) else {}
+    return Pair(text_of(prompt), text_of(chosen), text_of(rejected), inputs, row)
 
 
 def join(prompt: Any, response: Any) -> Any:

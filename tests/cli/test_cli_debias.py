@@ -33,13 +33,14 @@ def write(path: Path, given: list[tuple[str, str, str]]) -> Path:
 
 
 def fitted(folder: Path, tmp_path: Path, *args: Any) -> Any:
-    given = write(tmp_path / "pairs.jsonl", pairs(20))
-    return run("debias", "--model", folder, "--pairs", given, "--output", tmp_path / "out", *args)
+    given = write(tmp_path / "pairs.jsonl", pairs(30))
+    more = ["--controls", 1, "--choices", "1,2"]
+    return run("debias", "--model", folder, "--pairs", given, "--output", tmp_path / "out", *more, *args)
 
 
 def test_intervention_reports_and_plot_are_written(folder, tmp_path):
     pytest.importorskip("matplotlib")
-    test = write(tmp_path / "test.jsonl", pairs(20, seed=1))
+    test = write(tmp_path / "test.jsonl", pairs(30, seed=1))
     done = fitted(folder, tmp_path, "--attributes", "length", "--k", 1, "--test", test)
     assert done.exit_code == 0, done.output
     assert {path.name for path in (tmp_path / "out").iterdir()} == {
@@ -47,24 +48,66 @@ def test_intervention_reports_and_plot_are_written(folder, tmp_path):
     }  # fmt: skip
     rm, clamp = rmfast.load(folder), NeuronClamp.load(tmp_path / "out")
     assert clamp.metadata["k"] == {"length": 1}
+    found = debias.validate(rm, pairs(30), test=pairs(30, seed=1), attributes=["length"], k=1, controls=1)
     before, after = (
-        debias.report(m, pairs(20, seed=1), attributes=["length"]) for m in (rm, rm.with_interventions(clamp))
+        debias.report(None, pairs(30, seed=1), rewards=rewards, attributes=["length"])
+        for rewards in (found.before, found.after)
     )
     assert f"before: {before}\n\nafter: {after}" in done.stdout
-    assert done.stdout.startswith("2 neurons clamped, k: length 1\nreports on test.jsonl\n")
+    assert done.stdout.startswith(f"{found}\n\nthe clamp of all pairs: 2 neurons, k: length 1\n")
     with (tmp_path / "out" / "report.csv").open(newline="") as file:
         rows = list(csv.DictReader(file))
-    assert [float(row["value"]) for row in rows] == [row.value for row in (*before.rows, *after.rows)]
-    assert [row["model"] for row in rows] == ["before"] * 4 + ["after"] * 4
+    every = [*before.rows, *after.rows, *found.rows]
+    assert [float(row["value"] or "nan") for row in rows] == pytest.approx([row.value for row in every], nan_ok=True)
+    assert [row["model"] for row in rows] == ["before"] * 4 + ["after"] * 4 + ["gain"] * len(found.rows)
+
+
+def test_without_a_reliable_gain_no_clamp_is_written_unless_asked(folder, tmp_path):
+    """Where the longer text is right, the planted taste is no fault: clamping loses pairs."""
+    longer = [("q", "a" * (n + 20), "a" * n) for n in range(10, 40)]
+    given = write(tmp_path / "longer.jsonl", longer)
+    args = ["debias", "--model", folder, "--pairs", given, "--output", tmp_path / "out", "--attributes", "length"]
+    args += ["--k", 1, "--folds", 3]
+    done = run(*args)
+    assert done.exit_code == 0, done.output
+    assert done.stdout.startswith(("worse: -", "no reliable gain: "))
+    assert "no intervention is written (--anyway writes it)" in done.stdout
+    files = tmp_path / "out"
+    assert (files / "report.csv").exists() and not (files / "intervention.json").exists()
+    done = run(*args, "--anyway")
+    assert done.exit_code == 0 and "no intervention is written" not in done.stdout
+    assert len(NeuronClamp.load(files)) == 2
+    assert run(*args, "--overwrite").exit_code == 0  # what an earlier run wrote, this one does not bear out
+    assert not (files / "intervention.json").exists() and not (files / "intervention.safetensors").exists()
+    empty = run(*args[:-4], "--choices", "1", "--folds", 3, "--anyway")
+    assert empty.exit_code == 0, empty.output
+    assert "it is empty, give --k for another" in empty.stdout
 
 
 def test_the_search_runs_from_the_command_line(folder, tmp_path):
     pytest.importorskip("optuna")
-    done = fitted(folder, tmp_path, "--attributes", "length,exclamation", "--trials", 2, "--seed", 3)
+    args = ["--attributes", "length,exclamation", "--trials", 2, "--seed", 3, "--rule", "accuracy"]
+    done = fitted(folder, tmp_path, *args)
     assert done.exit_code == 0, done.output
-    assert "which flatter it" in done.stdout
+    assert "each under a clamp fitted without it (5 folds)" in done.stdout
     search = NeuronClamp.load(tmp_path / "out").metadata["search"]
-    assert (search["trials"], search["seed"]) == (2, 3)
+    assert (search["trials"], search["seed"], search["choices"], search["rule"]) == (2, 3, [1, 2], "accuracy")
+
+
+def test_columns_of_the_file_are_attributes(folder, tmp_path):
+    rows = [
+        {"prompt": p, "chosen": a, "rejected": b, "size_chosen": len(a), "size_rejected": len(b)}
+        for p, a, b in pairs(30)
+    ]
+    given = tmp_path / "columns.csv"
+    with given.open("w", newline="") as file:
+        writer = csv.DictWriter(file, list(rows[0]))
+        writer.writeheader()
+        writer.writerows(rows)
+    args = ["debias", "--model", folder, "--pairs", given, "--output", tmp_path / "out", "--k", "size=0.01"]
+    done = run(*args, "--attributes", "size", "--controls", 0)
+    assert done.exit_code == 0, done.output
+    assert NeuronClamp.load(tmp_path / "out").metadata["k"] == {"size": 1}
 
 
 def test_score_applies_interventions(folder, tmp_path):
@@ -76,7 +119,7 @@ def test_score_applies_interventions(folder, tmp_path):
     done = run(*args, "--intervention", tmp_path / "out", "--intervention", tmp_path / "penalty")
     assert done.exit_code == 0, done.output
     rm = rmfast.load(folder).with_interventions(NeuronClamp.load(tmp_path / "out"), penalty)
-    expected = rm.score([(prompt, chosen) for prompt, chosen, _ in pairs(20)])
+    expected = rm.score([(prompt, chosen) for prompt, chosen, _ in pairs(30)])
     rows = [json.loads(line) for line in (tmp_path / "scored.jsonl").read_text().splitlines()]
     assert [row["reward_chosen"] for row in rows] == pytest.approx(expected.tolist(), abs=1e-4)
     again = run(*args, "--intervention", tmp_path / "out")
@@ -98,8 +141,9 @@ def test_a_folder_with_an_intervention_is_replaced_only_when_asked(folder, tmp_p
     [
         (["--attributes", "size"], "to be of length, paragraphs"),
         (["--attributes", "length", "--k", "many"], 'Expected --k to be "search", a number, or like length=500'),
-        (["--attributes", "length,bold", "--k", "1"], "bold is the same in all 40"),
+        (["--attributes", "length,bold", "--k", "1"], "bold is the same in all 60"),
         (["--attributes", "length", "--k", "9999"], "an int from 0 to 192"),
+        (["--attributes", "length", "--choices", "1,x"], "Expected --choices to be numbers like 50,0.01, got 'x'"),
     ],
 )
 def test_what_is_wrong_is_named_in_one_line(folder, tmp_path, args, message):

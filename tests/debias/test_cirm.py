@@ -106,9 +106,9 @@ def test_a_setting_is_run_once(rm, monkeypatch):
         return run(self, clamp)
 
     monkeypatch.setattr(LastTokenRuns, "rewards", counted)
-    clamp = searched(rm, trials=30)
+    clamp = searched(rm, trials=8)
     settings = clamp.metadata["search"]["settings"]
-    assert settings <= 9  # of 2 attributes and 3 choices
+    assert settings <= 8  # of the 9 of 2 attributes and 3 choices
     assert len(calls) == settings + 1  # and the model as it is
 
 
@@ -139,7 +139,7 @@ def test_texts_longer_than_the_models_own_limit_take_a_max_length(rm, positions,
 @pytest.mark.parametrize("kw", [{"k": 10_000}, {"k": {"size": 1}}, {"choices": (5000,)}])
 def test_what_is_wrong_with_k_is_said_before_the_model_runs(rm, kw, monkeypatch):
     pytest.importorskip("optuna")
-    monkeypatch.setattr("rmfast.debias.cirm.LastTokenRuns", None)
+    monkeypatch.setattr("rmfast.debias.study.LastTokenRuns", None)
     with pytest.raises(ValueError, match=r"Expected (k|choices)"):
         debias.fit(rm, pairs(8), attributes=["length"], **kw)
 
@@ -178,8 +178,12 @@ def test_what_was_found_is_saved_with_the_clamp(rm, tmp_path):
         ({"k": "all"}, 'k to be "search"'),
         ({"trials": 0}, "trials to be a positive int, got 0"),
         ({"choices": (5000,)}, "choices at most the model's 192 neurons"),
-        ({"choices": (0.5, 1)}, "choices to be an int of at least 0, got 0.5"),
-        ({"choices": 50}, "choices to be a sequence of ints, got 50"),
+        ({"choices": (1.5, 1)}, r"choices, where it is a share .* in \(0, 1\), got 1.5"),
+        ({"k": 2.0}, r"k of length, where it is a share .* in \(0, 1\), got 2.0"),
+        ({"choices": 50}, "choices to be a sequence of ints, .*, got 50"),
+        ({"rule": "best"}, 'rule to be "accuracy" or "one_se"'),
+        ({"folds": 0}, "folds to be a positive int, got 0"),
+        ({"folds": 9}, "pairs of at least 9 prompts|least that rank neurons"),
         ({"positions": "first"}, 'positions to be "last" or "all"'),
     ],
 )
@@ -198,7 +202,7 @@ def test_a_model_of_several_rewards_is_refused():
 def test_without_optuna_the_search_says_what_to_install(rm, monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "optuna", None)
     with pytest.raises(ImportError, match=r"rmfast\[debias\]"):
-        searched(rm)
+        searched(rm, trials=2)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert len(searched(rm, k=1)) > 0

@@ -29,7 +29,7 @@ def test_projections_at_the_last_token_are_what_hooks_see(family, monkeypatch):
     model = PER_TOKEN[family]()
     rm = RewardModel(model)
     monkeypatch.setattr(
-        "rmfast.debias.last_token._CAPTURE_BYTES", 4 * len(TEXTS) * 200
+        "rmfast.debias.last_token.CAPTURE_BYTES", 4 * len(TEXTS) * 200
     )  # a run for every few projections
     found = dict(LastTokenRuns(rm, TEXTS).projections())
     assert list(found) == list(I.projections(rm))

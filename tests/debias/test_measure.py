@@ -146,3 +146,26 @@ def test_report_as_a_dataframe(rm):
 def test_report_refuses(rm, given, kw, message):
     with pytest.raises(ValueError, match=message):
         debias.report(rm, given, **kw)
+
+
+def test_columns_of_the_pairs_are_attributes_too():
+    given, rewards = toy()
+    lengths = [[len(text) for text in pair[1:]] for pair in given]
+    rows = [
+        {"prompt": p, "chosen": a, "rejected": b, "size_chosen": str(x), "size_rejected": y}  # CSV has texts alone
+        for (p, a, b), (x, y) in zip(given, lengths)
+    ]
+    kw = {"rewards": rewards, "resamples": 10}
+    want = debias.report(None, given, attributes=["length"], **kw)
+    found = debias.report(None, rows, attributes=["size"], **kw)
+    assert [row[1:] for row in found.rows] == [row[1:] for row in want.rows]
+    both = debias.report(None, rows, attributes={"mine": "size", "n": lambda prompt, text: len(text)}, **kw)
+    assert both.attributes == ["mine", "n"]
+    assert both["mine", "spearman"][2:] == both["n", "spearman"][2:] == want["length", "spearman"][2:]
+    with pytest.raises(ValueError, match="columns toxicity_chosen and toxicity_rejected"):
+        debias.report(None, rows, attributes={"mine": "toxicity"}, **kw)
+    with pytest.raises(ValueError, match="to be of length, paragraphs, overlap, exclamation, bold, size, got"):
+        debias.report(None, rows, attributes=["toxicity"], **kw)
+    rows[3]["size_rejected"] = "many"
+    with pytest.raises(ValueError, match="'size' of text 7 is no number"):
+        debias.report(None, rows, attributes=["size"], **kw)

@@ -391,7 +391,7 @@ def _biases(w: SimpleNamespace) -> Iterator[Call]:
     rm, pairs = w.rm, {"pairs": (PAIRS, instance(list, tuple, Iterator))}
     named = one_of(*debias.ATTRIBUTES)
 
-    def attribute(x: Any) -> bool:
+    def attribute(x: Any) -> bool:  # no pairs here have columns of their own
         functions = isinstance(x, Mapping) and all(isinstance(k, str) and callable(v) for k, v in x.items())
         return x is None or functions or named(x) or all_of(named, 1)(x)
 
@@ -412,17 +412,25 @@ def _biases(w: SimpleNamespace) -> Iterator[Call]:
                rewards=(np.arange(20.0).reshape(10, 2), array))  # fmt: skip
     yield call("debias.localise", debias.localise, rm=(rm, instance(rmfast.RewardModel)), **pairs, **attributes,
                **ENCODING)  # fmt: skip
-    each = either(whole(0), lambda x: isinstance(x, Mapping) and all(is_whole(k) for k in x.values()))
+    share = either(whole(0), lambda x: isinstance(x, float | np.floating) and 0 < x < 1)
+    each = either(share, lambda x: isinstance(x, Mapping) and all(map(share, x.values())))
+    rule = {"rule": ("accuracy", one_of("accuracy", "one_se"))}
     yield call("debias.fit", debias.fit, rm=(rm, instance(rmfast.RewardModel)), **pairs, **attributes,
-               k=(2, either(each, one_of("search"))), trials=(2, whole(1)), choices=([1, 2], all_of(whole(0))),
-               **LAST_OR_ALL, **SEED, **OPTIONS)  # fmt: skip
+               k=(2, either(each, one_of("search"))), trials=(2, whole(1)), choices=([1, 2], all_of(share)),
+               folds=(1, whole(1)), **rule, **LAST_OR_ALL, **SEED, **OPTIONS)  # fmt: skip
     yield call("debias.fit, a search", debias.fit, rm=(rm, instance(rmfast.RewardModel)),
                pairs=(PAIRS[:8], instance(list, tuple, Iterator)), k=("search", either(each, one_of("search"))),
-               trials=(1, whole(1, 100)), choices=([1, 2], all_of(whole(0), 1)), **SEED)  # fmt: skip
+               trials=(1, whole(1, 100)), choices=([1, 2], all_of(share, 1)), **SEED)  # fmt: skip
+    many = PAIRS * 2, instance(list, tuple, Iterator)
+    yield call("debias.validate", debias.validate, rm=(rm, instance(rmfast.RewardModel)), pairs=many,
+               test=(PAIRS[:2], optional(many[1])), k=(2, either(each, one_of("search"))), trials=(2, whole(1)),
+               choices=([1], all_of(share)), folds=(2, whole(2)), controls=(1, whole(0, 1000)), **attributes, **rule,
+               **CONFIDENCE, **SEED)  # fmt: skip
     yield call("debias.plot", debias.plot, reports=({"a": w.report}, instance(dict)))
     yield call("Neurons.top", w.neurons.top, attribute=("length", named), n=(3, whole(0)))
     yield call("Neurons.ends", w.neurons.ends, attribute=("length", named), k=(3, whole(0)))
     yield call("Neurons.clamp", w.neurons.clamp, k=(2, each), **LAST_OR_ALL)
+    yield call("Neurons.random", w.neurons.random, like=(w.clamp, instance(rmfast.NeuronClamp)), **SEED)
     yield call("LastTokenRuns", last_token.LastTokenRuns, rm=(rm, instance(rmfast.RewardModel)), inputs=(TEXTS, texts),
                **OPTIONS)  # fmt: skip
     yield call("LastTokenRuns.projections", lambda names: list(w.runs.projections(names)),
