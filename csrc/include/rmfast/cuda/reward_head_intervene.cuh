@@ -34,7 +34,7 @@ __device__ __forceinline__ acc_t<T>* rewards_of(const Intervene<T>& q, int64_t p
   return q.p.out + (q.first_row * (q.p.index ? 1 : q.p.I) + pair) * q.p.K;
 }
 
-// A warp takes kPairs pairs through the matrix [G; U], which costs J (J + K) of the GPU's FMAs a pair; each of its
+@@ [G; U], which costs J (J + K) of the GPU's FMAs a pair; each of its
 // elements is loaded once for all of them. No order of additions depends on kPairs.
 template <typename T, int kPairs>
 __global__ __launch_bounds__(kThreads, 1) void intervene_kernel(const Intervene<T> q, int warps) {
