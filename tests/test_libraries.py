@@ -58,7 +58,7 @@ def test_a_refused_call_goes_to_the_next_backend_and_says_why_where_it_was_asked
     try:
         assert backends.choose("made up", "cpu", (2,))(2) == "cuda"
         assert backends.choose("made up", "cpu", (3,))(3) == "eager"
-        with backends.backend("cuda"), pytest.raises(backends.BackendError, match="does not run this call.*n is odd"):
+        with backends.backend("cuda"), pytest.raises(backends.BackendError, match=r"does not run this call.*n is odd"):
             backends.choose("made up", "cpu", (3,))
     finally:
         backends._default.cache_clear()

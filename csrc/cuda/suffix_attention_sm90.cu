@@ -41,7 +41,9 @@ cudaError_t run(cuda::SuffixAttention<E> a, const Tensor& k, const Tensor& v, co
   // PyTorch's allocator keeps freed memory for its stream: the kernels may still read it when this returns.
   Tensor redo = torch::stable::new_empty(k, {a.kv_heads, tiles}, ScalarType::Int);
   const dim3 blocks(static_cast<unsigned>(tiles), static_cast<unsigned>(a.kv_heads));
-  const cudaError_t error = cuda::launch(cuda::suffix_attention_sm90_kernel<E, D>, blocks, Tile::kThreads, Tile::kShared,
+  const auto kernel = a.softcap != 0 ? cuda::suffix_attention_sm90_kernel<E, D, true>
+                                     : cuda::suffix_attention_sm90_kernel<E, D, false>;
+  const cudaError_t error = cuda::launch(kernel, blocks, Tile::kThreads, Tile::kShared,
                                          stream, a, maps, static_cast<int*>(redo.data_ptr()));
   if (error != cudaSuccess) return error;
   a.redo = static_cast<const int*>(redo.data_ptr());

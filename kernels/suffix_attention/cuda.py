@@ -57,7 +57,7 @@ def forward(
     *,
     wgmma: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    """wgmma: by the kernel for compute capability 9.0 alone, which no GPU has run yet: the default is one for 8.0 on."""
+    """wgmma: by the kernel for compute capability 9.0, which no GPU has run yet; else by that for 8.0 and later."""
     index = (cu_seqlens, cu_queries, prefix_start, prefix_len)
     sizes = (q.size(0), k.size(0), 0 if prefix_k is None else prefix_k.size(0))
     seen = seen_keys(index, sizes, causal, window)

@@ -263,7 +263,8 @@ def _suffix_attention(
     acc = _reference.accumulator(q.dtype)
     sinks, alibi = (None if each is None else each.to(acc).contiguous() for each in (sinks, alibi))
     args = (
-        q, k, v, cu_seqlens, cu_queries, prefix_k, prefix_v, start, length, scale, causal, softcap, window, sinks, alibi,
+        q, k, v, cu_seqlens, cu_queries, prefix_k, prefix_v, start, length, scale, causal, softcap, window, sinks,
+        alibi,
     )  # fmt: skip
     return _backends.choose("suffix_attention", q.device.type, args)(*args)
 

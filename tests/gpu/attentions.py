@@ -36,9 +36,7 @@ class Case:
     shared: int
 
     @classmethod
-    def of(
-        cls, work: str, d: int, heads: int, kv_heads: int, device: torch.device, *, small: bool
-    ) -> Case:
+    def of(cls, work: str, d: int, heads: int, kv_heads: int, device: torch.device, *, small: bool) -> Case:
         count, n, shared = (8, 2048, 0) if work == "whole texts" else (16, 512, 2048)
         if small:
             count, n, shared, heads, kv_heads = 2, 8, shared // 128, 4, 1

@@ -12,6 +12,7 @@ builds it. `--rehearse` runs all of it on the CPU, small: every line that is not
 from __future__ import annotations
 
 import argparse
+import contextlib
 import os
 import shutil
 import signal
@@ -141,10 +142,8 @@ def run(step: Step, seconds: float, record: Record, *, rehearsal: bool = False) 
         except subprocess.TimeoutExpired:
             failed = f"killed after {seconds:.0f} s"
         finally:
-            try:  # what it left running, too
+            with contextlib.suppress(ProcessLookupError):  # what it left running, too
                 os.killpg(process.pid, signal.SIGKILL)
-            except ProcessLookupError:
-                pass
             process.wait()
     record.add(Row(step.name, "whole", time.monotonic() - begin, "s", failed=failed))
     if failed:

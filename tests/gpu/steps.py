@@ -1,7 +1,7 @@
 """The checks that are Python of their own, a function a step: `python tests/gpu/steps.py STEP --out DIR`.
 
-`check.py` starts each in a process of its own. With --rehearse it runs on the CPU, small, with the CPU's backends in
-place of the GPU's: the same lines, so that no slip of the pen is found on a GPU.
+`check.py` starts each in a process of its own, with the checkout on its path. With --rehearse it runs on the CPU,
+small, with the CPU's backends in place of the GPU's: the same lines, so that no slip of the pen is found on a GPU.
 """
 
 from __future__ import annotations
@@ -15,11 +15,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-
-sys.path[:0] = [str(Path(__file__).resolve().parents[2]), str(Path(__file__).resolve().parent)]
-
 import attentions
+import torch
 from record import Record, Row
 
 import rmfast

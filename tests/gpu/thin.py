@@ -9,7 +9,7 @@ from collections import defaultdict
 
 
 def pytest_addoption(parser):
-    parser.addoption("--thin", type=int, default=0, metavar="N", help="keep N parameters of each GPU test, and no other")
+    parser.addoption("--thin", type=int, default=0, metavar="N", help="N parameters of each GPU test alone")
 
 
 def needs_a_gpu(item) -> bool:

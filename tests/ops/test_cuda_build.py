@@ -138,7 +138,8 @@ def test_the_library_loads_where_torch_has_no_cuda():
     code = (
         "import torch, rmfast.ops\n"
         f"torch.ops.load_library({str(path)!r})\n"
-        "for op in ('patch_rows', 'reward_head', 'suffix_seen_keys', 'suffix_attention_seen', 'suffix_attention_wgmma'):\n"
+        "attention = ['suffix_seen_keys', 'suffix_attention_seen', 'suffix_attention_wgmma']\n"
+        "for op in ['patch_rows', 'reward_head', *attention]:\n"
         "    assert torch._C._dispatch_has_kernel_for_dispatch_key('rmfast_native::' + op, 'CUDA')\n"
         f"print({torch.cuda.is_available()})"
     )

@@ -7,18 +7,20 @@ import re
 import pytest
 from test_cuda_build import Kernel, build, named
 
-SOURCE = """
+SOURCE = r"""
 #include "rmfast/cuda/suffix_attention_sm90.cuh"
 namespace rmfast::cuda {
 template cudaError_t suffix_attention(const SuffixAttention<bf16>&, cudaStream_t);
-static_assert(SuffixTile<64>::kShared <= 99 * 1024 && SuffixTile<128>::kShared <= 99 * 1024 &&
-              SuffixTile<256>::kShared <= 99 * 1024, "the smallest shared memory of a GPU from sm_80 on");
+static_assert(SuffixTile<64, false>::kShared <= 99 * 1024 && SuffixTile<128, false>::kShared <= 99 * 1024 &&
+              SuffixTile<256, false>::kShared <= 99 * 1024, "the smallest shared memory of a GPU from sm_80 on");
 static_assert(HopperTile<64>::kShared <= 227 * 1024 && HopperTile<128>::kShared <= 227 * 1024 &&
               HopperTile<256>::kShared <= 227 * 1024, "that of sm_90");
 #ifdef WITH_WGMMA
-template __global__ void suffix_attention_sm90_kernel<bf16, 64>(const SuffixAttention<bf16>, const Maps, int*);
-template __global__ void suffix_attention_sm90_kernel<bf16, 128>(const SuffixAttention<bf16>, const Maps, int*);
-template __global__ void suffix_attention_sm90_kernel<bf16, 256>(const SuffixAttention<bf16>, const Maps, int*);
+#define WGMMA(...) template __global__ void suffix_attention_sm90_kernel<__VA_ARGS__>( \
+    const SuffixAttention<bf16>, const __grid_constant__ Maps, int*)
+WGMMA(bf16, 64, false);
+WGMMA(bf16, 128, false);
+WGMMA(bf16, 256, true);
 #endif
 }
 """
@@ -31,7 +33,7 @@ def kernels(request, tmp_path_factory) -> list[Kernel]:
 
 
 def width(kernel: Kernel) -> int:
-    return int(re.search(r", (\d+)>", kernel.name)[1])
+    return int(re.search(r", (\d+), ", kernel.name)[1])
 
 
 def test_no_kernel_spills(kernels):
@@ -46,7 +48,8 @@ def test_two_blocks_of_mma_fit_a_multiprocessor(kernels):
 
 def test_each_product_is_one_instruction_and_each_copy_16_bytes(kernels):
     for kernel in named(kernels, "suffix_attention_kernel<"):
-        d, keys = width(kernel), 64
+        d = width(kernel)
+        keys = 64 if d == 64 else 32 if "true" in kernel.name else 48
         strips = 2 if d <= 128 else 1
         # Q K^T and P V of a warp: m16n8k16 each.
         assert kernel.count(r"HMMA\.16816\.F32") == 2 * strips * (d // 16) * (keys // 8), kernel.name

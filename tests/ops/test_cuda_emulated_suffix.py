@@ -73,19 +73,24 @@ def test_every_option_agrees_with_dense_attention(options, dtype, emulator):
     contract.check(got, contract.case_bounds("prefixes", options, dtype), dtype)
 
 
-@pytest.mark.parametrize("d", [64, 128, 256])
-@pytest.mark.parametrize("options", ["causal", "softcap and window", "sinks and alibi", "bidirectional window"])
+@pytest.mark.parametrize(
+    ("d", "options"),
+    [
+        (64, "softcap and window"), (64, "sinks and alibi"), (64, "bidirectional window"), (128, "causal"),
+        (128, "softcap"), (256, "causal"),
+    ],
+)  # fmt: skip
 def test_prefixes_longer_than_a_tile_of_keys_at_every_width(d, options, emulator):
     # Suffixes in tiles of their own and shared ones; prefixes nested, interleaved, empty and far apart in the pool.
     prefixes = [(0, 200), (0, 131), (300, 90), (0, 200), (300, 64), (5, 0)]
-    case = contract.Case([1, 1, 3, 70, 1, 9], prefixes, heads=6, kv_heads=1, d=d)
+    case = contract.Case([1, 1, 3, 50, 1, 9], prefixes, heads=3, kv_heads=1, d=d)
     args = case.inputs(torch.bfloat16)
     given = contract.given_to(args[0], options)
     got = suffix_attention(*args, **given)
     contract.check(got, contract.bounds(args, given), torch.bfloat16)
 
 
-@pytest.mark.parametrize("options", contract.OPTIONS)
+@pytest.mark.parametrize("options", ["causal", "window", "bidirectional", "sinks and alibi"])
 def test_queries_of_a_suffix_s_last_rows_get_what_they_get_among_all(options, emulator):
     for name in ("prefixes", "short"):
         q, *rest = contract.CASES[name].inputs(torch.float16)
@@ -140,7 +145,7 @@ def test_a_prefix_outside_of_its_pool_is_not_read(emulator, monkeypatch):
 
 
 def test_what_is_seen_is_worked_out_once_for_all_layers(emulator):
-    args = contract.CASES["prefixes"].inputs(torch.bfloat16)
+    args = [arg.contiguous() for arg in contract.CASES["prefixes"].inputs(torch.bfloat16)]
     want = suffix_attention(*args)[0]
     for _ in range(3):  # layers
         suffix_attention(*args)

@@ -208,6 +208,9 @@ __device__ __forceinline__ A warp_sum(A x) {
   return x;
 }
 
+// A value that the compiler knows nothing of.
+__device__ __forceinline__ void opaque(int& x) { asm volatile("" : "+r"(x)); }
+
 __device__ __forceinline__ int min_(int a, int b) { return a < b ? a : b; }
 __device__ __forceinline__ int max_(int a, int b) { return a < b ? b : a; }
 

@@ -25,12 +25,12 @@ struct SuffixAttention {
   const int* redo;             // null, or which tiles of 128 rows to do: (kv_heads, tiles)
 };
 
-template <int D>
+template <int D, bool kCapped>
 struct SuffixTile {
   static constexpr int kWarps = 4;
   static constexpr int kStrips = D <= 128 ? 2 : 1;  // of 16 rows, to a warp: two share each read of K and V
   static constexpr int kRows = kWarps * 16 * kStrips;
-  static constexpr int kKeys = 64;
+  static constexpr int kKeys = D <= 64 ? 64 : kCapped ? 32 : 48;  // what registers hold beside the sums
   static constexpr int kChunks = D / 8;  // 16 bytes each
   static constexpr int kShared = (kRows + 2 * kKeys) * D * 2 + kRows * static_cast<int>(sizeof(SeenKeys)) + kKeys;
 };
@@ -51,11 +51,11 @@ __device__ __forceinline__ bool clear_non_finite(uint32_t& w) {
   return found;
 }
 
-template <typename E, int D>
-__global__ __launch_bounds__(SuffixTile<D>::kWarps* kWarp) void suffix_attention_kernel(const SuffixAttention<E> a) {
-  using Tile = SuffixTile<D>;
+template <typename E, int D, bool kCapped>
+__global__ __launch_bounds__(SuffixTile<D, kCapped>::kWarps* kWarp) void suffix_attention_kernel(const SuffixAttention<E> a) {
+  using Tile = SuffixTile<D, kCapped>;
   constexpr int kStrips = Tile::kStrips, kRows = Tile::kRows, kKeys = Tile::kKeys, kChunks = Tile::kChunks;
-  constexpr int kThreads = Tile::kWarps * kWarp, kNone = 0x7fffffff;
+  constexpr int kThreads = Tile::kWarps * kWarp, kNone = 0x7fffffff, kStrip = 16 * D * 2;
   unsigned char* q_tile = dynamic_shared();        // [kRows, D]
   unsigned char* k_tile = q_tile + kRows * D * 2;  // [kKeys, D]
   unsigned char* v_tile = k_tile + kKeys * D * 2;  // [kKeys, D]
@@ -118,11 +118,13 @@ __global__ __launch_bounds__(SuffixTile<D>::kWarps* kWarp) void suffix_attention
     const E* base = step.part ? own + kv_head * own_head : pool + kv_head * pool_head;
     const int64_t stride = step.part ? own_row : pool_row;
     const int left = (step.part ? last[1] : last[0]) - step.at;
+    const int c = thread % kChunks;
+    const E* from = base + (step.at + thread / kChunks) * stride + c * 8;
 #pragma unroll
-    for (int i = thread; i < kKeys * kChunks; i += kThreads) {
-      const int r = i / kChunks, c = i % kChunks;
+    for (int i = 0; i < kKeys * kChunks / kThreads; ++i, from += kThreads / kChunks * stride) {
+      const int r = thread / kChunks + i * (kThreads / kChunks);
       const bool in = r < left && c * 8 < a.d;
-      async_copy16(to + suffix_chunk<D>(r, c), in ? base + (step.at + r) * stride + c * 8 : base, in ? 16 : 0);
+      async_copy16(to + suffix_chunk<D>(r, c), in ? from : base, in ? 16 : 0);
     }
     async_commit();
   };
@@ -135,6 +137,9 @@ __global__ __launch_bounds__(SuffixTile<D>::kWarps* kWarp) void suffix_attention
 
   // A lane's rows of strip i: warp_row + 16 i + lane / 4, and 8 further on. Its columns: lane % 4 · 2 and the next, of
   // each 8.
+  // Where a lane finds its part of a fragment at the first step of 16 columns; step i is that offset ^ 32 i.
+  int at_q = suffix_chunk<D>(warp_row + lane % 16, lane / 16), at_k = suffix_chunk<D>(lane / 16 * 8 + lane % 8, lane / 8 % 2);
+  int at_v = suffix_chunk<D>(lane % 16, lane / 16);
   const auto row_of = [&](int strip, int half) { return warp_row + strip * 16 + half * 8 + lane / 4; };
   float out[kStrips][D / 8][4], most[kStrips][2], sum[kStrips][2];  // sums of this lane's columns alone
   uint32_t lost = 0;  // rows (bit 2 · strip + half) that see a value which is not finite
@@ -170,6 +175,8 @@ __global__ __launch_bounds__(SuffixTile<D>::kWarps* kWarp) void suffix_attention
       fetch_v(now);
       const Step then = next(now.part, now.at + kKeys);
 
+      // Not known to be the same in each round: else the compiler keeps all of their sums in registers, and spills.
+      opaque(at_q), opaque(at_k), opaque(at_v);
       bool some = false, all = true;
 #pragma unroll
       for (int i = 0; i < 2 * kStrips; ++i) {
@@ -193,12 +200,12 @@ __global__ __launch_bounds__(SuffixTile<D>::kWarps* kWarp) void suffix_attention
           uint32_t rows_q[kStrips][4];
 #pragma unroll
           for (int i = 0; i < kStrips; ++i) {
-            load_matrices(rows_q[i], q_tile + suffix_chunk<D>(warp_row + i * 16 + lane % 16, step * 2 + lane / 16));
+            load_matrices(rows_q[i], q_tile + (at_q ^ 32 * step) + i * kStrip);
           }
 #pragma unroll
           for (int n = 0; n < kKeys / 16; ++n) {
             uint32_t keys[4];
-            load_matrices(keys, k_tile + suffix_chunk<D>(n * 16 + lane / 16 * 8 + lane % 8, step * 2 + lane / 8 % 2));
+            load_matrices(keys, k_tile + (at_k ^ 32 * step) + n * kStrip);
 #pragma unroll
             for (int i = 0; i < kStrips; ++i) {
               matmul_16x8x16<E>(s[i][2 * n], rows_q[i], keys[0], keys[1]);
@@ -212,8 +219,10 @@ __global__ __launch_bounds__(SuffixTile<D>::kWarps* kWarp) void suffix_attention
       if (then.part < 2) fetch_k(then);
 
       if (again) {
+#pragma unroll 1
         for (int i = thread; i < kKeys; i += kThreads) marks[i] = 0;
         __syncthreads();
+#pragma unroll 1
         for (int i = thread; i < kKeys * kChunks; i += kThreads) {
           Vec16* v = reinterpret_cast<Vec16*>(v_tile + suffix_chunk<D>(i / kChunks, i % kChunks));
           for (int w = 0; w < 4; ++w) {
@@ -221,8 +230,10 @@ __global__ __launch_bounds__(SuffixTile<D>::kWarps* kWarp) void suffix_attention
           }
         }
         __syncthreads();
+#pragma unroll 1
         for (int i = 0; i < 2 * kStrips; ++i) {
           const int* b = bounds(row_of(i / 2, i % 2), now.part);
+#pragma unroll 1
           for (int key = 0; key < kKeys; ++key) {
             if (marks[key] && b[0] <= now.at + key && now.at + key < b[1]) lost |= 1u << i;
           }
@@ -232,7 +243,7 @@ __global__ __launch_bounds__(SuffixTile<D>::kWarps* kWarp) void suffix_attention
       if (some) {
 #pragma unroll
         for (int i = 0; i < kStrips; ++i) {
-          weigh_keys<kKeys, D>(s[i], out[i], most[i], sum[i], seen + warp_row + i * 16, logits, now.part, now.at, all);
+          weigh_keys<kKeys, D, kCapped>(s[i], out[i], most[i], sum[i], seen + warp_row + i * 16, logits, now.part, now.at, all);
         }
 #pragma unroll
         for (int step = 0; step < kKeys / 16; ++step) {
@@ -242,7 +253,7 @@ __global__ __launch_bounds__(SuffixTile<D>::kWarps* kWarp) void suffix_attention
 #pragma unroll
           for (int n = 0; n < D / 16; ++n) {
             uint32_t values[4];
-            load_transposed(values, v_tile + suffix_chunk<D>(step * 16 + lane % 16, n * 2 + lane / 16));
+            load_transposed(values, v_tile + (at_v ^ 32 * n) + step * kStrip);
 #pragma unroll
             for (int i = 0; i < kStrips; ++i) {
               matmul_16x8x16<E>(out[i][2 * n], weights[i], values[0], values[1]);
@@ -298,21 +309,26 @@ __global__ __launch_bounds__(SuffixTile<D>::kWarps* kWarp) void suffix_attention
   }
 }
 
-template <typename E, int D>
+template <typename E, int D, bool kCapped>
 cudaError_t launch_suffix_attention(const SuffixAttention<E>& a, cudaStream_t stream) {
-  using Tile = SuffixTile<D>;
+  using Tile = SuffixTile<D, kCapped>;
   const int64_t rows = int64_t{a.queries} * a.group;
   const dim3 blocks(static_cast<unsigned>((rows + Tile::kRows - 1) / Tile::kRows), static_cast<unsigned>(a.kv_heads));
-  return launch(suffix_attention_kernel<E, D>, blocks, Tile::kWarps * kWarp, Tile::kShared, stream, a);
+  return launch(suffix_attention_kernel<E, D, kCapped>, blocks, Tile::kWarps * kWarp, Tile::kShared, stream, a);
 }
 
 // Writes all of out and lse; queries > 0, d a multiple of 8 up to 256, fewer than 2^31 - 256 rows of each tensor and of
 // queries × group.
 template <typename E>
 cudaError_t suffix_attention(const SuffixAttention<E>& a, cudaStream_t stream) {
-  if (a.d <= 64) return launch_suffix_attention<E, 64>(a, stream);
-  if (a.d <= 128) return launch_suffix_attention<E, 128>(a, stream);
-  return launch_suffix_attention<E, 256>(a, stream);
+  if (a.softcap != 0) {
+    return a.d <= 64    ? launch_suffix_attention<E, 64, true>(a, stream)
+           : a.d <= 128 ? launch_suffix_attention<E, 128, true>(a, stream)
+                        : launch_suffix_attention<E, 256, true>(a, stream);
+  }
+  return a.d <= 64    ? launch_suffix_attention<E, 64, false>(a, stream)
+         : a.d <= 128 ? launch_suffix_attention<E, 128, false>(a, stream)
+                      : launch_suffix_attention<E, 256, false>(a, stream);
 }
 
 }  // namespace rmfast::cuda

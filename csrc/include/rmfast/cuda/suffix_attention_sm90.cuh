@@ -59,7 +59,7 @@ __device__ __forceinline__ void load_box(void* to, const CUtensorMap& map, int c
 
 #endif
 
-template <typename E, int D>
+template <typename E, int D, bool kCapped>
 __global__ __launch_bounds__(384, 1) void suffix_attention_sm90_kernel(const SuffixAttention<E> a,
                                                                        const __grid_constant__ Maps maps, int* redo) {
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
@@ -198,7 +198,7 @@ __global__ __launch_bounds__(384, 1) void suffix_attention_sm90_kernel(const Suf
       __syncwarp();
       if (lane == 0) barrier_arrive(k_empty + stage);
 
-      if (some) weigh_keys<kKeys, D>(s, out, most, sum, seen + warp_row, logits, now.part, now.at, all);
+      if (some) weigh_keys<kKeys, D, kCapped>(s, out, most, sum, seen + warp_row, logits, now.part, now.at, all);
       barrier_wait(v_full + stage, parity);
       if (some) {
         uint32_t weights[kKeys / 16][4];

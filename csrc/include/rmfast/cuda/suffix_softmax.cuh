@@ -26,18 +26,18 @@ __device__ __forceinline__ const int* bounds_of(const SeenKeys& seen, int part) 
 __device__ __forceinline__ int self_of(const SeenKeys& seen, int part) { return part ? seen.own_self : seen.pool_self; }
 
 struct Logits {
-  float scale, softcap;  // in base 2; with a softcap, scale gives units of it. softcap 0: none
+  float scale, softcap;  // in base 2; with a softcap, scale gives units of it. softcap for kCapped alone
   bool biased;           // by SeenKeys::slope times the distance
 };
 
 // Products s of keys from row `at` of `part` become weights; out, most and sum are scaled to the new maximum, and the
 // weights are added to sum, this lane's columns alone. whole: all rows see all of the keys.
-template <int kKeys, int D>
+template <int kKeys, int D, bool kCapped>
 __device__ __forceinline__ void weigh_keys(float (&s)[kKeys / 8][4], float (&out)[D / 8][4], float (&most)[2],
                                            float (&sum)[2], const SeenKeys* seen, const Logits& logits, int part, int at,
                                            bool whole) {
   const int lane = threadIdx.x % kWarp, column = at + lane % 4 * 2;
-  if (logits.softcap != 0) {
+  if constexpr (kCapped) {
 #pragma unroll
     for (int n = 0; n < kKeys / 8; ++n) {
 #pragma unroll
