@@ -6,7 +6,7 @@ chosen by activation times norm, clipping and auxiliary loss as SAELens 6 has th
 held dead where shape["dead"] is not 0: they are so again at each call.
 - dense: that step as published, written out in PyTorch (autograd, `torch.topk`, a dense decoder), with Adam as SAELens
   makes it and with torch's fused one;
-- SAELens: `SAETrainer.step` itself where it is installed, with dense activations and with use_sparse_activations.
+- SAELens: `SAETrainer.step` itself where it is installed (its use_sparse_activations has no backward on a CPU).
 In bf16 the rows are bf16 and products rounded to it, for the baselines by autocast, as SAELens' `autocast=True`.
 The machine's limit is the one product that a sparse step can't go without, the encoder's.
 """
@@ -139,40 +139,34 @@ def dense(**adam: Any) -> Maker:
     return lambda p: warmed(p, Dense(p, **adam).step)
 
 
-def saelens(sparse: bool) -> Maker:
-    def make(p: Training) -> Callable[[Tensor], Tensor]:
-        from sae_lens.config import SAETrainerConfig
-        from sae_lens.saes.topk_sae import TopKTrainingSAE, TopKTrainingSAEConfig
-        from sae_lens.training.sae_trainer import SAETrainer
+def saelens(p: Training) -> Callable[[Tensor], Tensor]:
+    from sae_lens.config import SAETrainerConfig
+    from sae_lens.saes.topk_sae import TopKTrainingSAE, TopKTrainingSAEConfig
+    from sae_lens.training.sae_trainer import SAETrainer
 
-        features, d = p.weights["W_dec"].shape
-        device = str(p.device)
-        sae = TopKTrainingSAE(
-            TopKTrainingSAEConfig(d_in=d, d_sae=features, k=p.k, use_sparse_activations=sparse, device=device)
-        )
-        with torch.no_grad():
-            for name, value in p.weights.items():
-                getattr(sae, name).copy_(value)
-        config = SAETrainerConfig(
-            total_training_samples=LONG * len(p.inputs[0]), train_batch_size_samples=len(p.inputs[0]), lr=LR,
-            lr_end=LR, dead_feature_window=p.recipe.dead_after, autocast=p.half, device=device,
-        )  # fmt: skip
-        trainer = SAETrainer(config, sae, iter(p.inputs))
+    features, d = p.weights["W_dec"].shape
+    device = str(p.device)
+    sae = TopKTrainingSAE(TopKTrainingSAEConfig(d_in=d, d_sae=features, k=p.k, device=device))
+    with torch.no_grad():
+        for name, value in p.weights.items():
+            getattr(sae, name).copy_(value)
+    config = SAETrainerConfig(
+        total_training_samples=LONG * len(p.inputs[0]), train_batch_size_samples=len(p.inputs[0]), lr=LR,
+        lr_end=LR, dead_feature_window=p.recipe.dead_after, autocast=p.half, device=device,
+    )  # fmt: skip
+    trainer = SAETrainer(config, sae, iter(p.inputs))
 
-        def step(x: Tensor) -> Tensor:
-            trainer.n_forward_passes_since_fired[p.dead] = p.recipe.dead_after + 1
-            out = trainer.step(x)
-            trainer.n_training_steps += 1
-            both = (out.losses["mse_loss"], out.losses["auxiliary_reconstruction_loss"])
-            return torch.stack([loss.detach().double() for loss in both])
+    def step(x: Tensor) -> Tensor:
+        trainer.n_forward_passes_since_fired[p.dead] = p.recipe.dead_after + 1
+        out = trainer.step(x)
+        trainer.n_training_steps += 1
+        both = (out.losses["mse_loss"], out.losses["auxiliary_reconstruction_loss"])
+        return torch.stack([loss.detach().double() for loss in both])
 
-        return warmed(p, step)
-
-    return make
+    return warmed(p, step)
 
 
-_SAELENS = {"SAELens": {"dense": saelens(False), "sparse": saelens(True)}}
-_PEERS: dict[str, dict[str, Maker]] = _SAELENS if importlib.util.find_spec("sae_lens") else {}
+_PEERS: dict[str, dict[str, Maker]] = {"SAELens": {"": saelens}} if importlib.util.find_spec("sae_lens") else {}
 
 
 def _row(name: str, dtype: str, dead: float = 0.0, least: float = 2.0) -> Benchmark:

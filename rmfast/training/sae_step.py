@@ -192,7 +192,7 @@ class TopKTraining:
         self.idle = (self.idle + 1).masked_fill_(fired, 0)
         self._update(W_enc, b_enc, W_dec, b_dec)
         explained = 1 - squares / spread if spread else torch.nan
-        return StepResult(squares / len(x), float(aux), explained, int(active.sum()) / len(x), len(dead))
+        return StepResult(squares / len(x), aux, explained, int(active.sum()) / len(x), len(dead))
 
     def _encode(self, rows: Tensor, norm: Tensor | None) -> tuple[Tensor, Tensor]:
         """The k activations (B, k) of each row and their features, chosen by activation times norm."""
@@ -206,7 +206,7 @@ class TopKTraining:
     def _add_auxiliary(
         self, dead: Tensor, rows: Tensor, error: Tensor, factor: Tensor, norm: Tensor | None, W_enc: Tensor,
         b_enc: Tensor, W_dec: Tensor,
-    ) -> Tensor:  # fmt: skip
+    ) -> float:  # fmt: skip
         """The auxiliary loss, whose gradients are added; products with all dead latents, of some rows at a time."""
         k_aux = self.recipe.k_aux or max(1, rows.size(1) // 2)
         weight = self.recipe.aux * min(1, len(dead) / k_aux) / len(rows)
@@ -230,7 +230,7 @@ class TopKTraining:
             parts[2].addmm_(h.T, back)
         for total, part in zip((W_enc, b_enc, W_dec), parts):
             total.index_add_(0, dead, part)
-        return loss
+        return float(loss)
 
     def _update(self, *gradients: Tensor) -> None:
         parameters = self.optimizer.param_groups[0]["params"]
@@ -254,7 +254,8 @@ class TopKTraining:
             for moment in ("exp_avg", "exp_avg_sq", "step")
         }  # fmt: skip
         own = {name: getattr(self, name) for name in ("W_enc", "b_enc", "W_dec", "b_dec", "idle")}
-        return {**own, **moments, "scale": torch.tensor(self.scale, dtype=torch.float64), "done": torch.tensor(self.done)}
+        scale, done = torch.tensor(self.scale, dtype=torch.float64), torch.tensor(self.done)
+        return {**own, **moments, "scale": scale, "done": done}
 
     def restore(self, tensors: dict[str, Tensor]) -> None:
         """Goes on from what `tensors` gave."""

@@ -8,7 +8,7 @@ import models as M
 import oracle as O
 import pytest
 import torch
-from test_sae import ARCHITECTURES, D, F, by_formula, config, folder, weights
+from test_sae import ARCHITECTURES, D, by_formula, config, folder, weights
 
 import rmfast
 from rmfast.interpret.sae_metrics import reward_recovered, sae_metrics
@@ -89,7 +89,8 @@ def test_what_is_recovered_goes_from_all_to_none():
 
 
 def test_an_encoder_s_rewards_too():
-    found = reward_recovered(rmfast.RewardModel(M.encoder("ModernBert", task="TokenClassification")), TEXTS, identity(layer=0, site="mlp_out"))
+    rm = rmfast.RewardModel(M.encoder("ModernBert", task="TokenClassification"))
+    found = reward_recovered(rm, TEXTS, identity(layer=0, site="mlp_out"))
     assert found.recovered.tolist() == pytest.approx([1], abs=1e-5)
 
 

@@ -9,8 +9,10 @@ from torch import Tensor
 class DenseTopK:
     """SAELens' TopKTrainingSAE and SAETrainer in one, in any dtype; `unit` is the paper's decoder of unit norm."""
 
-    def __init__(self, tensors: dict[str, Tensor], k: int, *, unit: bool, lr: float, aux: float, dead_after: int,
-                 clip: float = 1.0, apply_b_dec: bool = True, normalize: str = "none", dtype=torch.float64) -> None:  # fmt: skip
+    def __init__(
+        self, tensors: dict[str, Tensor], k: int, *, unit: bool, lr: float, aux: float, dead_after: int, clip: float,
+        apply_b_dec: bool, normalize: str, dtype: torch.dtype = torch.float64,
+    ) -> None:  # fmt: skip
         self.k, self.unit, self.aux, self.dead_after, self.clip = k, unit, aux, dead_after, clip
         self.apply_b_dec, self.normalize = apply_b_dec, normalize
         self.W_enc, self.b_enc, self.W_dec, self.b_dec = self.parameters = [
