@@ -160,7 +160,7 @@ class SAE:
         return self._all(x)
 
     def reconstruct(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """x̂ (N, d) of rows (N, d), in fp32 (fp64 for an fp64 SAE), and in how many of them each feature is active, (F,).
+        """x̂ (N, d) of rows (N, d) in fp32 (fp64 for an fp64 SAE), and how many rows each feature is active in, (F,).
 
         Of "topk" only the k features of a row are decoded.
         """

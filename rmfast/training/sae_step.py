@@ -19,7 +19,8 @@ from torch.nn.functional import embedding_bag
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
 from rmfast.arguments import flag, number, sequence, whole, word
-from rmfast.ops import topk_encode
+from rmfast.backends import fp32_linear_pays
+from rmfast.ops import linear, topk_encode
 from rmfast.patching.normalization import NORMALIZATIONS, normalized
 
 AVERAGE = "expected_average_only_in"
@@ -214,20 +215,20 @@ class TopKTraining:
         parts = torch.zeros_like(encoder), torch.zeros_like(bias), torch.zeros_like(decoder)
         loss, most = rows.new_zeros(()), max(1, _ELEMENTS // len(dead))
         for some, residual, by in zip(rows.split(most), error.split(most), factor.split(most)):
-            h = torch.addmm(bias, some, encoder.T)
+            h = _product(some, encoder).add_(bias)
             if len(dead) > k_aux:
                 best = (h if norm is None else h * norm[dead]).topk(k_aux, sorted=False).indices
                 chosen = torch.zeros_like(h, dtype=torch.bool).scatter_(1, best, True)
                 h *= chosen
-            off = h @ decoder * by + residual  # the residual is −error
+            off = _product(h, decoder, across=True) * by + residual  # the residual is −error
             loss += weight * off.square().sum()
             back = off * (by * (2 * weight))
-            slope = back @ decoder.T
+            slope = _product(back, decoder)
             if len(dead) > k_aux:
                 slope *= chosen
-            parts[0].addmm_(slope.T, some)
+            parts[0].add_(_product(slope.T.contiguous(), some, across=True))
             parts[1].add_(slope.sum(0))
-            parts[2].addmm_(h.T, back)
+            parts[2].add_(_product(h.T.contiguous(), back, across=True))
         for total, part in zip((W_enc, b_enc, W_dec), parts):
             total.index_add_(0, dead, part)
         return float(loss)
@@ -270,7 +271,7 @@ class TopKTraining:
                 }
 
     def inference(self) -> dict[str, Tensor]:
-        """W_enc (d, F), b_enc, W_dec (F, d) with rows of norm 1 / scale, and b_dec: a plain TopK SAE of rows as given."""
+        """W_enc (d, F), b_enc, W_dec (F, d) of norms 1 / scale, and b_dec: a plain TopK SAE of rows as given."""
         norm = self.W_dec.norm(dim=1).clamp(min=1e-8)
         return {
             "W_enc": (self.W_enc * (norm * self.scale)[:, None]).T.contiguous(),
@@ -278,6 +279,13 @@ class TopKTraining:
             "W_dec": self.W_dec / (norm * self.scale)[:, None],
             "b_dec": self.b_dec / self.scale,
         }
+
+
+def _product(x: Tensor, weight: Tensor, across: bool = False) -> Tensor:
+    """x weightᵀ, or x weight; by the op `linear` where torch's own runs below the CPU's rate."""
+    if x.device.type == "cpu" and fp32_linear_pays(torch.float32)[0]:
+        return linear(x, weight, across=across)
+    return x @ (weight if across else weight.T)
 
 
 class _Sorted:

@@ -104,7 +104,7 @@ def test_what_can_not_be_trained_on_is_named(tmp_path):
         train_sae(data, {"features": 3}, tmp_path / "a")
 
 
-# SAELens itself, where it is installed (pip install sae-lens): it is not among what the project's tests need -----------
+# SAELens itself, where it is installed (pip install sae-lens): it is not among what the project's tests need ----------
 
 
 def test_saelens_loads_what_was_trained(tmp_path):
