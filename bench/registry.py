@@ -27,6 +27,7 @@ OPS = (
     "interventions",
     "lens",
     "probes",
+    "sae_training",
     "heads",
     "reward_lens",
     "edges",

@@ -10,14 +10,15 @@ from typing import Any
 import torch
 from safetensors.torch import load_file
 from torch import Tensor
+from torch.nn.functional import embedding_bag
 
 from rmfast.arguments import device as device_of
 from rmfast.arguments import flag, instance, shown, whole, word
 from rmfast.arguments import path as path_of
 from rmfast.ops import topk_encode
+from rmfast.patching.normalization import NORMALIZATIONS, normalized
 
 ARCHITECTURES = ("standard", "topk", "jumprelu")
-SITES = ("resid_pre", "resid_mid", "resid_post", "attn_out", "mlp_out")
 _DTYPES = {str(dtype)[6:]: dtype for dtype in (torch.float64, torch.float32, torch.bfloat16, torch.float16)}
 
 # Names of before SAELens 6, and what their values were by default.
@@ -60,7 +61,7 @@ class SAE:
 
     def __post_init__(self) -> None:
         word("architecture", self.architecture, ARCHITECTURES)
-        word("normalize_activations", self.normalize, ("none", "layer_norm", "constant_norm_rescale"))
+        word("normalize_activations", self.normalize, NORMALIZATIONS)
         flag("apply_b_dec_to_input", self.apply_b_dec_to_input)
         if self.hook_name is not None:
             instance("hook_name", self.hook_name, str)
@@ -152,27 +153,38 @@ class SAE:
 
     def encode(self, x: Tensor) -> Tensor:
         """Features (N, F), in the SAE's dtype (those of "topk" in fp32 for 16 bits), of rows (N, d) of any dtype."""
-        if not isinstance(x, Tensor) or x.dim() != 2 or x.size(1) != self.W_enc.size(0) or x.is_complex() or x.is_meta:
-            raise ValueError(f"Expected x to be a real tensor of shape (N, {self.W_enc.size(0)}), got {shown(x)}")
-        x = self._given(x)[0]
+        x = self._given(self._checked(x))[0]
         if self.architecture == "topk":
             values, indices = self._largest(x)
             return values.new_zeros(x.size(0), self.W_enc.size(1)).scatter_(1, indices, values)
         return self._all(x)
 
+    def reconstruct(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """x̂ (N, d) of rows (N, d) in fp32 (fp64 for an fp64 SAE), and how many rows each feature is active in, (F,).
+
+        Of "topk" only the k features of a row are decoded.
+        """
+        given, factor, summand = self._given(self._checked(x))
+        dtype = torch.promote_types(self.W_dec.dtype, torch.float32)
+        with torch.no_grad():
+            decoder, features = self.W_dec.to(dtype), self.W_enc.size(1)
+            if self.architecture == "topk":
+                values, indices = self._largest(given)
+                decoded = embedding_bag(indices, decoder, mode="sum", per_sample_weights=values)
+                active = torch.bincount(indices[values > 0], minlength=features)
+            else:
+                values = self._all(given).to(dtype)
+                decoded, active = values @ decoder, (values > 0).sum(0)
+            return (decoded + self.b_dec) * factor + summand, active
+
+    def _checked(self, x: Any) -> Tensor:
+        if not isinstance(x, Tensor) or x.dim() != 2 or x.size(1) != self.W_enc.size(0) or x.is_complex() or x.is_meta:
+            raise ValueError(f"Expected x to be a real tensor of shape (N, {self.W_enc.size(0)}), got {shown(x)}")
+        return x
+
     def _given(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """What the encoder gets of rows, less b_dec for it to subtract, and n⁻¹ as a factor and a summand, (N, 1)."""
-        x = x.to(self.W_enc)
-        one, zero = x.new_ones(x.size(0), 1), x.new_zeros(x.size(0), 1)
-        if self.normalize == "layer_norm":
-            mean = x.mean(-1, keepdim=True)
-            x = x - mean
-            deviation = x.std(-1, keepdim=True)
-            return x / (deviation + 1e-5), deviation, mean
-        if self.normalize == "constant_norm_rescale":
-            factor = x.size(-1) ** 0.5 / x.norm(dim=-1, keepdim=True)
-            return x * factor, 1 / factor, zero
-        return x, one, zero
+        return normalized(x.to(self.W_enc), self.normalize)
 
     @property
     def _before(self) -> Tensor | None:

@@ -12,7 +12,6 @@ W_dec a is made once; nothing is decoded, and of a TopK SAE's features only the 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -22,12 +21,12 @@ from torch import Tensor
 
 from rmfast.arguments import whole, word
 from rmfast.binding.compute import outside
-from rmfast.engine.attention import entering, of_rows_read
 from rmfast.engine.scorer import Scorer
 from rmfast.interpret.components import Components
-from rmfast.interpret.sae import SAE, SITES
+from rmfast.interpret.sae import SAE
 from rmfast.ops import reward_head
-from rmfast.patching.points import Point
+from rmfast.patching.sites import STREAM_KINDS
+from rmfast.patching.watched import SiteRows
 from rmfast.plots import axes, figure_size, heat_map, needed
 from rmfast.texts.inputs import Encoded, several, words
 
@@ -182,7 +181,7 @@ def sae_attribution(
     word("norm", norm, ("frozen", "raw"))
     top = None if top is None else whole("top", top, 1)
     layer = None if layer is None else whole("layer", layer)
-    at = _place(sae, layer, site)
+    at = place_of(sae, layer, site)
     many = several(inputs)
     texts = rm.encode(inputs if many else [inputs], **encoding)
     features = _Features(rm, sae, *at, norm, top, batch_tokens, progress)
@@ -190,7 +189,7 @@ def sae_attribution(
     return results if many else results[0]
 
 
-def _place(sae: SAE, layer: int | None, site: str | None) -> tuple[int, str]:
+def place_of(sae: SAE, layer: int | None, site: str | None) -> tuple[int, str]:
     """The layer and site that are asked for, else those of the SAE's hook."""
     found: tuple[int, str] | None = None
     for pattern, kind in _HOOKS:
@@ -198,7 +197,7 @@ def _place(sae: SAE, layer: int | None, site: str | None) -> tuple[int, str]:
             found = int(match[1]), kind or match[2]
             break
     if site is not None:
-        word("site", site, SITES)
+        word("site", site, STREAM_KINDS)
     if layer is None and found is None:
         raise ValueError(
             f"Expected layer, since the SAE's hook_name, {sae.hook_name!r}, names none that rmfast knows: "
@@ -206,7 +205,7 @@ def _place(sae: SAE, layer: int | None, site: str | None) -> tuple[int, str]:
         )
     if site is None and found is None and sae.hook_name:
         raise ValueError(
-            f"Expected site, one of {', '.join(SITES)}, since the SAE's hook_name, {sae.hook_name!r}, names none"
+            f"Expected site, one of {', '.join(STREAM_KINDS)}, since the SAE's hook_name, {sae.hook_name!r}, names none"
         )
     layer = found[0] if layer is None and found is not None else layer
     assert layer is not None
@@ -221,15 +220,13 @@ class _Features:
         batch_tokens: int | None, progress: bool,
     ):  # fmt: skip
         self.sae, self.layer, self.site, self.norm = sae, layer, site, norm
-        # Inside of layers, the packed engine's fused parts pass some sites by.
         self.parts = parts = Components(rm, [], norm, batch_tokens, progress, packed=site.startswith("resid_p"))
         if parts.mixes:
             raise ValueError(
                 f"Expected a head of one direction for all texts, got {parts.binding.program.kind}, which mixes "
                 "attributes, each text in its own way"
             )
-        whole("layer", layer, 0, parts.patcher.layers - 1)
-        parts.patcher.units(site)
+        self.site_rows = SiteRows(parts.patcher, layer, site)
         width = parts.direction.size(-1)
         if sae.W_enc.size(0) != width:
             raise ValueError(
@@ -241,7 +238,6 @@ class _Features:
         device = sae.W_enc.device
         self.dtype = parts.dtype
         self.direction = parts.direction.to(device, self.dtype)
-        self.seen: Tensor | None = None  # the stream at the rows that are read, of the part of a run that is under way
         with torch.no_grad():
             self.projected = reward_head(sae.W_dec.contiguous(), self.direction).to(self.dtype)  # (F, K): W_dec a
             self.bias = self.direction @ sae.b_dec.to(self.dtype)  # (K,)
@@ -253,7 +249,7 @@ class _Features:
         sizes = [m, m, m * labels, *[labels] * 5]
         constant = self.parts.constant.cpu()
         found = []
-        for text, at, values in zip(texts, read, self.parts.run(texts, rows, self._terms, self._taps())):
+        for text, at, values in zip(texts, read, self.parts.run(texts, rows, self._terms, self.site_rows.taps)):
             values = values if every else values[0]
             features, activations, kept, *each = values.split(sizes, -1)
             if labels > 1:
@@ -285,34 +281,10 @@ class _Features:
             )
         return found
 
-    def _taps(self) -> list[tuple[Point, Callable[[Tensor], None]]]:
-        points = self.parts.patcher.points
-        if self.site == "resid_pre":
-            return [(points[self.layer]["resid_pre"], self._enters)]
-        if self.site != "resid_post":
-            return [(points[0]["resid_pre"], self._start), (points[self.layer][self.site], self._at_site)]
-        # What enters the next layer, or after the last one leaves the body.
-        return [(points[self.layer + 1]["resid_pre"], self._enters)] if self.layer + 1 < len(points) else []
-
-    # Copies, since the model may go on to change what it has.
-
-    def _enters(self, x: Tensor) -> None:
-        self.seen = entering(x).clone()
-
-    def _start(self, x: Tensor) -> None:
-        self.seen = None
-
-    def _at_site(self, x: Tensor) -> None:
-        if self.seen is None:  # a module that has several calls: the first one, as the points are tried
-            self.seen = of_rows_read(x).clone()
-
     def _terms(self, stream: Tensor, scale: Tensor, rewards: Tensor) -> Tensor:
         """(m, C) in fp64, which holds the numbers of features: they, f, their terms, the rest's, b_dec's, the error's,
         the total and the rewards."""
-        last = self.site == "resid_post" and self.layer + 1 == self.parts.patcher.layers
-        h = stream if last else self.seen
-        assert h is not None
-        h = h.to(self.direction.device)
+        h = self.site_rows.rows(stream).to(self.direction.device)
         scale = scale.to(self.direction)  # (m, 1)
         with outside():
             features, activations, kept, rest, b_dec = self._features(h)

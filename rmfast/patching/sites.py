@@ -28,6 +28,7 @@ from torch import Tensor
 from rmfast.texts.inputs import Encoded
 
 KINDS = ("resid_pre", "resid_mid", "resid_post", "attn_out", "mlp_out", "head_out", "mlp_neuron", "q", "k", "v")
+STREAM_KINDS = KINDS[:5]  # the stream, and what is added to it: one unit of d values
 UNITS = {"head_out": "head", "mlp_neuron": "neuron", "q": "head", "k": "head", "v": "head"}  # the unit axis' name
 
 # (kind, layer) -> (T, units, width): what replaces the activation at each position of the base run.

@@ -10,9 +10,12 @@ from contextlib import ExitStack, contextmanager
 import numpy as np
 from torch import Tensor
 
+from rmfast.arguments import whole
 from rmfast.binding.binding import Binding
+from rmfast.engine.attention import entering, of_rows_read
 from rmfast.engine.programs import run_gated
 from rmfast.engine.scorer import Scorer
+from rmfast.patching.layers_patcher import LayersPatcher
 from rmfast.patching.points import Point
 from rmfast.texts.inputs import Encoded
 
@@ -60,3 +63,47 @@ def run_watched(
     if scorer.gated:
         return [*run_gated(watched, encoded, read, (batch_tokens, progress, engine), head, told=False)]
     return [(values, None) for values in watched.run(encoded, read, batch_tokens, progress, engine, head)]
+
+
+class SiteRows:
+    """One site of one layer, seen at the rows that are read while texts run under `run_watched`.
+
+    Args:
+        patcher: of the model; its `points` are where the sites lie.
+        layer, site: one of resid_pre, resid_mid, resid_post, attn_out and mlp_out.
+
+    Attributes:
+        packed: whether a run may be the packed engine's, whose fused parts pass sites inside of layers by.
+        taps: for `run_watched`.
+    """
+
+    def __init__(self, patcher: LayersPatcher, layer: int, site: str) -> None:
+        whole("layer", layer, 0, patcher.layers - 1)
+        patcher.units(site)
+        points, self.packed = patcher.points, site.startswith("resid_p")
+        self._last = site == "resid_post" and layer + 1 == patcher.layers
+        self._seen: Tensor | None = None  # of the part of a run that is under way
+        self.taps: list[tuple[Point, Callable[[Tensor], None]]] = []
+        if not self.packed:
+            self.taps = [(points[0]["resid_pre"], self._start), (points[layer][site], self._at_site)]
+        elif not self._last:  # what a layer gives is what enters the next one
+            self.taps = [(points[layer + (site == "resid_post")]["resid_pre"], self._enters)]
+
+    def rows(self, stream: Tensor) -> Tensor:
+        """(m, d) of the rows that are read now; `stream` is what they have after the last layer."""
+        if self._last:
+            return stream
+        assert self._seen is not None
+        return self._seen
+
+    # Copies, since the model may go on to change what it has.
+
+    def _enters(self, x: Tensor) -> None:
+        self._seen = entering(x).clone()
+
+    def _start(self, x: Tensor) -> None:
+        self._seen = None
+
+    def _at_site(self, x: Tensor) -> None:
+        if self._seen is None:  # a module that has several calls: the first one, as the points are tried
+            self._seen = of_rows_read(x).clone()

@@ -127,6 +127,7 @@ def here(text: str) -> str:
 _HERE = {
     '"cuda:0", "cuda:1"': '"cpu", "cpu"', "org/reward-model": "path/or/hub-id",
     "workers=16, num_gpus=1": "workers=1, num_gpus=0",
+    "features=16_384, k=32, steps=20_000": "features=64, k=4, steps=4, batch=16",
 }  # fmt: skip
 
 
@@ -269,6 +270,7 @@ _OF: dict[str, Any] = {
     "docs/probes.md": lambda: {"rm": _load(), "pairs": _preferences(40)},
     "docs/reward_lens.md": lambda: {"model": _load().model, "tokenizer": _load().tokenizer},
     "docs/reward_model.md": _scoring,
+    "docs/sae.md": lambda: {"texts": [f"text {i}" for i in range(20)], "held_out_texts": ["one text", "another"]},
     "docs/scale.md": _scale,
     "docs/steps.md": _steps,
     "docs/training.md": _training,
