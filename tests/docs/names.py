@@ -261,6 +261,7 @@ _OF: dict[str, Any] = {
     "docs/reward_model.md": _scoring,
     "docs/scale.md": _scale,
     "docs/steps.md": _steps,
+    "docs/sweep.md": lambda: _why() | {"texts": [f"text {i}, a film" for i in range(80)]},
     "docs/training.md": _training,
     "docs/tutorials/debias.md": _debias,
     "docs/tutorials/machines.md": _scale,
