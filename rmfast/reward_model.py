@@ -222,7 +222,7 @@ class RewardModel(Scorer):
         neurons: int | Iterable[int] | None = None, align: Any = "auto",
         metric: Callable[[Tensor], Any] | None = None, baseline: Sequence[Any] | None = None, seed: int = 0,
         screen: Literal["atp"] | None = None, top: int | None = None,
-        checkpoint: str | os.PathLike[str] | None = None, **options: Unpack[RunOptions],
+        checkpoint: str | os.PathLike[str] | None = None, reference: Any = None, **options: Unpack[RunOptions],
     ) -> Any:  # fmt: skip
         """Activation patching over a grid of sites: the reward of a run in which one activation is replaced, for each.
 
@@ -249,6 +249,7 @@ class RewardModel(Scorer):
             metric: a function of the rewards (K,) that gives one number, taken in their place.
             screen, top: with "atp", only the `top` sites that `attribution_patch` ranks first are run, others are NaN.
             checkpoint: a file from which an interrupted sweep of the same texts, sites and model goes on.
+            reference: what `rmfast.patching.divergence.fit` gives, to judge how far what is put in is from it.
             options: max_length, truncation, format, batch_tokens, progress (`rmfast.engine.options`). An edited run
                 must fit into batch_tokens, whose default is twice that of `score`.
 
@@ -264,7 +265,7 @@ class RewardModel(Scorer):
         return patch_sweep(
             self, clean, corrupted, mode=mode, sites=sites, layers=layers, positions=positions, heads=heads,
             neurons=neurons, align=align, metric=metric, baseline=baseline, seed=seed, screen=screen, top=top,
-            checkpoint=checkpoint, **options,
+            checkpoint=checkpoint, reference=reference, **options,
         )  # fmt: skip
 
     @takes(Encoding)

@@ -22,9 +22,9 @@ from rmfast.patching.sites import UNITS
 from rmfast.plots import expect_axes, figure_size, heat_map, needed, reach_of, shown_figure
 
 AXES = ("site", "layer", "position", "head", "neuron", "unit", "label")  # the order in any grid
-Value = Literal["effect", "recovered", "rewards"]
+Value = Literal["effect", "recovered", "rewards", "divergence"]
 _VERSION = 1  # of the files that `save` writes
-_TENSORS = ("rewards", "clean_reward", "corrupted_reward")
+_TENSORS = ("rewards", "clean_reward", "corrupted_reward", "divergence")
 
 
 @dataclass(eq=False, repr=False, kw_only=True)
@@ -49,6 +49,10 @@ class PatchSweep:
         engine: "suffix" (layer and prefix reuse) or "layers" (layer reuse alone).
         method: "patching", or "attribution" for linear estimates of the same rewards.
         screen: what chose the sites that were run ({"method", "top", "spearman", "n"}), or None.
+        divergence: as `rewards` without the label axis, where a reference was given (`rmfast.patching.divergence`): how
+            far what is put in is from what the model makes there. Beyond 1 or below −1 it lies outside of what the
+            reference holds. NaN where nothing was run, or the reference cannot tell.
+        reference: of that reference {"level", "texts", "held_out"}, or None.
     """
 
     rewards: Tensor
@@ -66,6 +70,8 @@ class PatchSweep:
     engine: str
     method: str = "patching"
     screen: dict[str, Any] | None = None
+    divergence: Tensor | None = None
+    reference: dict[str, Any] | None = None
 
     def __post_init__(self) -> None:
         if list(self.axes) != [axis for axis in AXES if axis in self.axes]:
@@ -73,6 +79,9 @@ class PatchSweep:
         shape = tuple(len(self.coords[axis]) for axis in self.axes)
         if tuple(self.rewards.shape) != shape:
             raise ValueError(f"Expected rewards of shape {shape} by the coordinates, got {tuple(self.rewards.shape)}")
+        shape = shape[: -1 if "label" in self.axes else None]
+        if self.divergence is not None and tuple(self.divergence.shape) != shape:
+            raise ValueError(f"Expected divergence of shape {shape}, got {tuple(self.divergence.shape)}")
         if more := [axis for axis, entries in self.coords.items() if axis not in self.axes and len(entries) != 1]:
             raise ValueError(f"Expected one coordinate where there is no axis, got more for {', '.join(more)}")
 
@@ -123,6 +132,22 @@ class PatchSweep:
             raise ValueError(f"Expected a sweep of two runs for recovered, got mode {self.mode!r}, which has one")
         return self.effect / (self.other_reward - self.base_reward)
 
+    @property
+    def divergent(self) -> Tensor:
+        """Bool, as `rewards`: whether what is put in is outside of what the model makes there, |divergence| > 1.
+
+        Raises:
+            ValueError: the sweep was given no reference.
+        """
+        return self._divergences.abs() > 1
+
+    @property
+    def _divergences(self) -> Tensor:
+        """As `rewards`."""
+        if self.divergence is None:
+            raise ValueError("Expected a sweep with a reference for divergence: patch_sweep(..., reference=)")
+        return self.divergence[..., None].expand_as(self.rewards) if "label" in self.axes else self.divergence
+
     def select(self, **coords: Any) -> PatchSweep:
         """The part of the grid at these coordinates: `select(layer=3, head=[0, 2])`.
 
@@ -141,7 +166,10 @@ class PatchSweep:
             places = [self._place(axis, value) for value in (sequence(axis, wanted) if several else [wanted])]
             kept[axis] = [self.coords[axis][place] for place in places]
             index: Any = torch.tensor(places, dtype=torch.int64) if several else places[0]
-            given["rewards"] = given["rewards"][(slice(None),) * axes.index(axis) + (index,)]
+            at = (slice(None),) * axes.index(axis) + (index,)
+            given["rewards"] = given["rewards"][at]
+            if axis != "label" and given["divergence"] is not None:
+                given["divergence"] = given["divergence"][at]
             if axis == "label":
                 for name in ("clean_reward", "corrupted_reward"):
                     given[name] = None if given[name] is None else given[name][index]
@@ -167,11 +195,12 @@ class PatchSweep:
         """The n sites of largest |effect| (or of what `by` names), largest first; sites that are NaN are left out.
 
         Returns:
-            Named tuples of every coordinate, then token, reward, effect and recovered (None without another run). A
-            position is an int, or for a group the text "3-5,7"; token is the text there.
+            Named tuples of every coordinate, then token, reward, effect and recovered (None without another run), and
+            in a sweep with a reference divergence. A position is an int, or for a group the text "3-5,7"; token is the
+            text there.
 
         Raises:
-            ValueError: `by` is of another name, or "recovered" without another run.
+            ValueError: `by` is of another name, "recovered" without another run, or "divergence" without a reference.
         """
         whole("n", n, 0)
         size = self._values("by", by).abs().double().numpy().ravel()
@@ -214,6 +243,8 @@ class PatchSweep:
         columns["effect"] = self.effect.reshape(-1)[flat].tolist()
         known = self.other_reward is not None
         columns["recovered"] = self.recovered.reshape(-1)[flat].tolist() if known else [None] * len(flat)
+        if self.divergence is not None:
+            columns["divergence"] = self._divergences.reshape(-1)[flat].tolist()
         return columns
 
     def _text(self, positions: Sequence[int]) -> str:
@@ -222,7 +253,8 @@ class PatchSweep:
         return "".join(words) if len(words) <= 4 else f"{words[0]} … {words[-1]}"
 
     def _values(self, argument: str, name: str) -> Tensor:
-        return getattr(self, word(argument, name, ("effect", "recovered", "rewards")))
+        word(argument, name, ("effect", "recovered", "rewards", "divergence"))
+        return self._divergences if name == "divergence" else getattr(self, name)
 
     def save(self, folder: str | Path) -> None:
         """Write `sweep.safetensors` and `sweep.json` to a folder, made where there is none. `load` gives all back."""
@@ -258,7 +290,8 @@ class PatchSweep:
 
         Where there is a unit axis, a cell shows the unit of largest |value|; where all positions are patched jointly,
         or one is selected, columns are units, or else sites. Colours are centred at 0 (for rewards at the base reward)
-        and share their scale among sites; sites that are NaN are grey.
+        and share their scale among sites; sites that are NaN are grey. Where the sweep has a reference, crosses mark
+        what is `divergent`, on all maps but that of the divergence, whose colours end at ±1 at the least.
 
         Args:
             value: what is drawn.
@@ -273,7 +306,8 @@ class PatchSweep:
             ValueError: as many Axes as there are maps were not given; errors of `recovered`.
         """
         pyplot = needed("matplotlib.pyplot", "plot")
-        maps = self._maps(self._values("value", value).double().numpy())
+        marked = self.divergence is not None and value != "divergence"
+        maps = self._maps(self._values("value", value), self.divergent if marked else torch.zeros_like(self.rewards))
         if ax is None:
             axes = _axes(pyplot, maps)
         else:
@@ -285,18 +319,22 @@ class PatchSweep:
         for axis, drawn in zip(axes, maps):
             centre = base[drawn.label] if value == "rewards" else 0.0
             reach = max(reach_of(other.grid - centre) for other in maps if other.label == drawn.label) or 1.0
+            reach = max(reach, 1.0) if value == "divergence" else reach
             layers = list(map(str, self.coords.get("layer", [""])))
             name = "reward" if value == "rewards" else value
             heat_map(axis, drawn.grid, layers, drawn.columns, name, reach=reach, centre=centre, **options)
             axis.set_title(drawn.title)
             axis.set_xlabel(drawn.across)
+            style: dict[str, Any] = {"color": "0.15", "markersize": 4, "markeredgewidth": 0.8, "linestyle": ""}
+            axis.plot(*np.argwhere(drawn.marks.T).T, marker="x", scalex=False, scaley=False, **style)
         return axes if len(maps) > 1 else axes[0]
 
-    def _maps(self, values: np.ndarray) -> list[_Map]:
+    def _maps(self, values: Tensor, marked: Tensor) -> list[_Map]:
         """The maps of all sites and labels."""
         sizes = dict(zip(self.axes, values.shape))
         unit = next((axis for axis in ("head", "neuron", "unit") if axis in self.axes), "unit")
-        grid = values.reshape([sizes.get(axis, 1) for axis in ("site", "layer", "position", unit, "label")])
+        shape = [sizes.get(axis, 1) for axis in ("site", "layer", "position", unit, "label")]
+        grid, marks = values.double().numpy().reshape(shape), marked.bool().numpy().reshape(shape)
         sites, labels = self.coords.get("site", [""]), self.coords.get("label", [None])
         positions = self.coords.get("position", [[]])
         names = [f"{span(entry)} {self._text(entry)!r}" for entry in positions]
@@ -305,30 +343,33 @@ class PatchSweep:
         if grid.shape[2] == grid.shape[3] == 1:  # sites side by side
             for k, label in enumerate(labels):
                 title = self._mode + shared + _label(label)
-                maps.append(_Map(grid[:, :, 0, 0, k].T, list(map(str, sites)), "site", title, k))
+                both = grid[:, :, 0, 0, k].T, marks[:, :, 0, 0, k].T
+                maps.append(_Map(*both, list(map(str, sites)), "site", title, k))
             return maps
         for (s, site), (k, label) in product(enumerate(sites), enumerate(labels)):
-            part, kind = grid[s, ..., k], UNITS.get(site, unit)
+            part, mark, kind = grid[s, ..., k], marks[s, ..., k], UNITS.get(site, unit)
             if site and site not in UNITS:
-                part = part[..., :1]  # units beyond it are other sites'
+                part, mark = part[..., :1], mark[..., :1]  # units beyond it are other sites'
             title = self._mode + (f": {site}" if site else "")
             several = part.shape[2] > 1
             if grid.shape[2] == 1:
                 units = [str(i) for i in self.coords[unit]] if several else [str(site)]
                 title += shared + _label(label)
-                maps.append(_Map(part[:, 0], units, kind if several else "site", title, k))
+                maps.append(_Map(part[:, 0], mark[:, 0], units, kind if several else "site", title, k))
             else:
                 strongest = np.where(np.isnan(part), -1, abs(part)).argmax(-1)[..., None]
                 title += (f", strongest {kind} of each cell" if several else "") + _label(label)
-                maps.append(_Map(np.take_along_axis(part, strongest, -1)[..., 0], names, "position", title, k))
+                shown, crossed = (np.take_along_axis(of, strongest, -1)[..., 0] for of in (part, mark))
+                maps.append(_Map(shown, crossed, names, "position", title, k))
         return maps
 
 
 @dataclass(frozen=True)
 class _Map:
-    """What one heat map shows: grid (layers, columns), names of the columns, and which label it is of."""
+    """What one heat map shows: grid and marks (layers, columns), names of the columns, and which label it is of."""
 
     grid: np.ndarray
+    marks: np.ndarray
     columns: list[str]
     across: str
     title: str

@@ -35,6 +35,8 @@ _ALONE = ("zero", "mean", "resample")
 class Request:
     """The arguments that a sweep and its linear estimate share, checked."""
 
+    every = False  # whether every token is read, and not the one of the reward alone
+
     def __init__(
         self,
         rm: Scorer,
@@ -204,7 +206,7 @@ class Request:
             groups[:, pair.base_read + 1 :] = False
             groups[:, : pair.first] = False
         reaches = np.asarray(groups.any(1))
-        at_last = groups[:, pair.base_read] if self.causal else reaches
+        at_last = groups[:, pair.base_read] if self.causal and not self.every else reaches
         if pair.gates is not None:
             at_last = at_last | groups[:, pair.gates[0]]
 

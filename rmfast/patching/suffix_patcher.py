@@ -43,6 +43,7 @@ class SuffixRecord:
     """A run of one text up to its read token, as `rmfast.patching.sites.Record`; T is the tokens up to there.
 
     Attributes:
+        reward: (K,), or where every token is read (T · K,).
         stream: (T, d) by the layer that it enters, L after the last one.
         parts: (T, units, width) by kind and layer.
         gate: the position that a gated head's gate reads, else None.
@@ -70,11 +71,15 @@ class SuffixRecord:
 
 
 class SuffixPatcher:
-    """`rmfast.patching.sites.Patcher` of a causal model whose layers the engine knows by structure."""
+    """`rmfast.patching.sites.Patcher` of a causal model whose layers the engine knows by structure.
 
-    def __init__(self, engine: Engine):
+    every: reads every token up to the one of the reward, those before an edit as the base run has them: rewards are
+        (T · K,) in place of (K,). Not with a gated head.
+    """
+
+    def __init__(self, engine: Engine, every: bool = False):
         assert engine.mode == "fused", engine.why
-        self.engine, self.binding = engine, engine.binding
+        self.engine, self.binding, self.every = engine, engine.binding, every
         self.layers = len(engine.layers)
 
     def units(self, kind: str) -> tuple[int, int]:
@@ -97,17 +102,20 @@ class SuffixPatcher:
         return layer.neuron_count, 1
 
     def record(
-        self, text: Encoded, read: int, kinds: set[str], layers: Collection[int] | None = None, base: bool = True
-    ) -> SuffixRecord:
+        self, text: Encoded, read: int, kinds: set[str], layers: Collection[int] | None = None, base: bool = True,
+        bounds: np.ndarray | None = None,
+    ) -> SuffixRecord:  # fmt: skip
+        """As `Patcher.record`; with `bounds` (n + 1,) of n texts one behind the other, for their activations alone."""
         ids = text.ids[: read + 1]
+        bounds = np.array([0, len(text)]) if bounds is None else bounds
         record = SuffixRecord(ids, read, torch.empty(0), parts={kind: {} for kind in kinds})
         if self.binding.program is not None and self.binding.program.gated:
-            record.gate = (
-                last_occurrence(ids, self.binding.program.pattern) or 0
-            )  # of a baseline's text, which has none
+            record.gate = last_occurrence(ids, self.binding.program.pattern) or 0  # a baseline's text may have none
         binding, device = self.binding, self.binding.device
-        longest = len(text) if any(binding.length_group(len(text))) else 0
-        run = Run(*_suffixes(np.array([0, len(ids)]), np.zeros(1, np.int32), device), pool=_no_pool)
+        longest = int(np.diff(bounds).max())
+        longest = longest if any(binding.length_group(longest)) else 0
+        starts, ends = bounds[:-1], bounds[1:].clip(max=len(ids))
+        run = Run(*_suffixes(np.append(starts, len(ids)), np.zeros(len(starts), np.int32), device), pool=_no_pool)
         asked = range(self.layers) if layers is None else layers
         if base:  # what the lowest edit enters, and all that it then runs through
             streams: Collection[int] = range(min(asked, default=self.layers), self.layers + 1)
@@ -126,14 +134,15 @@ class SuffixPatcher:
 
             return forward
 
-        tokens, positions = _move(ids.astype(np.int64), device), torch.arange(len(ids), device=device)
+        tokens = _move(ids.astype(np.int64), device)
+        positions = _move(np.arange(len(ids)) - np.repeat(starts, ends - starts), device)
         forwards = [recording(m, fused) for m, (_, fused) in enumerate(self.engine.layers)]
         hidden = self.engine.body(tokens, positions, run, forwards, longest)
         if self.layers in streams:
             record.stream[self.layers] = hidden
-        at = torch.tensor([read], device=hidden.device)
+        at = torch.arange(0 if self.every else read, read + 1, device=hidden.device)
         if record.gate is None:
-            record.reward = binding.rewards(hidden[None], at)[0].cpu()
+            record.reward = binding.rewards(hidden[None], at).flatten().cpu()
         else:
             record.gate_values = binding.row_values(hidden[None], at.new_tensor([record.gate]))
             own = binding.row_values(hidden[None], at, at[:0])
@@ -210,8 +219,15 @@ class SuffixPatcher:
         first = edits.groups.argmax(1)[edits.group]
         entry = edits.layer + (edits.kind != _CODE["resid_pre"])
         read_alone = (entry == self.layers) & ~np.isin(edits.kind, _KV)
-        rows = len(base.ids) - np.where(read_alone, _read_from(base, first), first)
+        rows = len(base.ids) - np.where(read_alone, self.read_from(base, first), first)
         return rows, entry
+
+    def read_from(self, base: SuffixRecord, first: np.ndarray) -> np.ndarray:
+        """(E,) the first row read of edits whose first changed position is `first`: the gate's, else the last."""
+        if self.every:
+            return first
+        last = len(base.ids) - 1
+        return np.full(len(first), last) if base.gate is None else np.where(first <= base.gate, base.gate, last)
 
 
 class _Chunk:
@@ -221,7 +237,7 @@ class _Chunk:
         self.patcher, self.base, self.edits, self.entry, self.values = patcher, base, edits, entry, values
         self.tokens, self.device = len(base.ids), patcher.binding.device
         self.first = edits.groups.argmax(1)[edits.group]
-        self.read_from = _read_from(base, self.first)
+        self.read_from = patcher.read_from(base, self.first)
         self.tile = patcher.engine.tile
 
     def run(self) -> Tensor:
@@ -274,6 +290,12 @@ class _Chunk:
         """Rewards (n, K) of the read rows of all edits, one after the other's."""
         binding, base = self.patcher.binding, self.base
         ends = (self.tokens - self.read_from).cumsum()
+        if self.patcher.every:
+            rows = _move(padded(np.arange(ends[-1]), self.tile), self.device)
+            edit = np.repeat(np.arange(len(ends)), self.tokens - self.read_from)
+            values = base.reward.to(out.device).unflatten(0, (self.tokens, -1)).repeat(len(ends), 1, 1)
+            at = _move(edit, self.device), _move(_positions(self.read_from, self.tokens), self.device)
+            return values.index_put_(at, binding.rewards(out[None], rows)[: ends[-1]].to(values)).flatten(1)
         if base.gate is None:
             rows = _move(padded(ends - 1, self.tile), self.device)
             return binding.rewards(out[None], rows)[: len(ends)]
@@ -445,12 +467,6 @@ class _Rows:
         return _Rows(
             self.tokens, joined("rows"), joined("prefix"), joined("read"), joined("at"), reads, joined("of_edits")
         )
-
-
-def _read_from(base: SuffixRecord, first: np.ndarray) -> np.ndarray:
-    """(E,) the first row that is read of edits whose first changed position is `first`: the gate's, else the last."""
-    last = len(base.ids) - 1
-    return np.full(len(first), last) if base.gate is None else np.where(first <= base.gate, base.gate, last)
 
 
 def _entered(layer: Layer, base: Tensor, values: Tensor, at: Tensor, value_at: Tensor) -> tuple[Tensor, Tensor]:

@@ -18,10 +18,11 @@ from scipy.stats import spearmanr
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from rmfast.arguments import array, path, whole, word
+from rmfast.arguments import array, instance, path, whole, word
 from rmfast.engine.options import checked_run
 from rmfast.engine.scorer import Scorer
 from rmfast.patching.checkpoint import Checkpoint
+from rmfast.patching.divergence import Reference
 from rmfast.patching.grid import PatchSweep
 from rmfast.patching.pairs import Grid, Pair
 from rmfast.patching.request import Request
@@ -37,6 +38,7 @@ def patch_sweep(
     top: int | None = None,
     batch_tokens: int | None = None,
     checkpoint: str | os.PathLike[str] | None = None,
+    reference: Reference | None = None,
     progress: bool = False,
     **asked: Any,
 ) -> PatchSweep | list[PatchSweep]:
@@ -50,6 +52,8 @@ def patch_sweep(
     top = None if top is None else whole("top", top, 1)
     batch_tokens = checked_run(batch_tokens, progress)
     file = None if checkpoint is None else path("checkpoint", checkpoint)
+    if reference is not None:
+        instance("reference", reference, Reference).expect(request)
     pairs, many = request.pairs(clean, corrupted)
     saved = None if file is None else Checkpoint(file, request.fingerprint(pairs, batch_tokens, top))
     results = []
@@ -57,7 +61,7 @@ def patch_sweep(
         with tqdm(unit="site", disable=not progress) as bar:
             for number, pair in enumerate(pairs):
                 screened = None if top is None else (top, _estimate(request, pair))
-                results.append(_sweep(request, pair, batch_tokens, bar, saved, number, screened))
+                results.append(swept(request, pair, batch_tokens, bar, saved, number, screened, reference))
     finally:
         if saved is not None:
             saved.write()
@@ -72,10 +76,11 @@ def attribution_patch(rm: Scorer, clean: Any, corrupted: Any = None, **asked: An
     return results if many else results[0]
 
 
-def _sweep(
-    request: Request, pair: Pair, batch_tokens: int | None, bar: tqdm, saved: Checkpoint | None, number: int,
-    screen: tuple[int, PatchSweep] | None,
+def swept(
+    request: Request, pair: Pair, batch_tokens: int | None, bar: tqdm, saved: Checkpoint | None = None, number: int = 0,
+    screen: tuple[int, PatchSweep] | None = None, reference: Reference | None = None,
 ) -> PatchSweep:  # fmt: skip
+    """The sweep of one pair, what `request` makes of it."""
     grid, patcher = request.grid(pair), request.patcher
     chosen = np.arange(len(grid.edits))
     if screen is not None:
@@ -106,12 +111,20 @@ def _sweep(
 
         bar.total = (bar.total or 0) + len(edits)
         bar.update(int(done.sum()))
-        if not done.all():
-            patcher.rewards(base, edits, request.values(pair, base, other), budget, finish, done)
+        judged: np.ndarray | None = None
+        if reference is not None or not done.all():
+            values = request.values(pair, base, other)
+            patcher.rewards(base, edits, values, budget, finish, done)
+            judged = None if reference is None else reference.judge(request, pair, edits, values)
+    more: dict[str, Any] = {}
+    if reference is not None and judged is not None:
+        divergence = torch.full((math.prod(grid.shape),), torch.nan)
+        divergence[cells] = torch.from_numpy(judged).to(divergence.dtype)
+        more = {"divergence": divergence.reshape(grid.shape), "reference": reference.facts}
     flat = flat.clone()  # outside of inference mode: an ordinary tensor
     two = [None if record is None else request.measured(record.reward.clone()[None])[0] for record in (base, other)]
     result = request.result(
-        pair, grid, request.measured(flat), *two, run=len(edits), method="patching", screen=None  # type: ignore[arg-type]
+        pair, grid, request.measured(flat), *two, run=len(edits), method="patching", screen=None, **more  # type: ignore[arg-type]
     )  # fmt: skip
     if screen is not None:
         exact, linear = (_cells(x.effect, grid)[cells].flatten().numpy() for x in (result, screen[1]))

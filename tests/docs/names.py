@@ -273,6 +273,7 @@ _OF: dict[str, Any] = {
     "docs/sae.md": lambda: {"texts": [f"text {i}" for i in range(20)], "held_out_texts": ["one text", "another"]},
     "docs/scale.md": _scale,
     "docs/steps.md": _steps,
+    "docs/sweep.md": lambda: _why() | {"texts": [f"text {i}, a film" for i in range(80)]},
     "docs/training.md": _training,
     "docs/tutorials/debias.md": _debias,
     "docs/tutorials/machines.md": _scale,

@@ -26,6 +26,10 @@ from rmfast.engine.scorer import Scorer
 from rmfast.integrations.datasets import scorer
 from rmfast.integrations.serve import remote_reward
 from rmfast.interpret.comparison import mean_of_pairs
+from rmfast.interpret.comparison_components import compare_components
+from rmfast.interpret.pernicious import pernicious
+from rmfast.patching.credit import credit_sweep
+from rmfast.patching.divergence import Reference, fit
 
 Right = Callable[[Any], bool]
 
@@ -156,6 +160,7 @@ def world() -> SimpleNamespace:
     rm.model.save_pretrained(folder / "model")
     rm.tokenizer.save_pretrained(folder / "model")
     sweep = rm.patch_sweep("a text", "b text")
+    reference = fit(rm, TEXTS * 9, level=0.8)
     sweep.save(folder / "sweep")
     clamp = rmfast.NeuronClamp({"model.layers.0.mlp.up_proj": ([1, 2], [0.5, 0.25])})
     clamp.save(folder / "clamp")
@@ -167,6 +172,9 @@ def world() -> SimpleNamespace:
         weights=weights,
         sae=sae,
         sweep=sweep,
+        reference=reference,
+        judged=rm.patch_sweep("a text", "b text", reference=reference),
+        credits=credit_sweep(rm, "a text", "b text"),
         joint=rm.patch_sweep("a text", "b text", sites=["attn_out", "mlp_out"], positions="joint"),
         attribution=rm.attribute("a text"),
         features=rm.sae_attribution("a text", sae),
@@ -314,6 +322,7 @@ def _sweeps(w: SimpleNamespace) -> Iterator[Call]:
         "screen": (None, optional(one_of("atp"))),
         "top": (None, optional(whole(1))),
         "checkpoint": (None, optional(path)),
+        "reference": (w.reference, optional(instance(Reference))),
         **OPTIONS,
     }
     yield call("patch_sweep", rm.patch_sweep, **SWEEP, **runs)
@@ -352,6 +361,23 @@ def _sweeps(w: SimpleNamespace) -> Iterator[Call]:
     yield call("PatchSweep.save", sweep.save, folder=("saved", path))
     yield call("PatchSweep.load", rmfast.PatchSweep.load, folder=(w.folder / "sweep", path))
     yield call("Comparison.plot", w.comparison.plot, ax=(None, optional(anything)))
+    alone = {name: each for name, each in SWEEP.items() if name != "metric"}
+    yield call("credit_sweep", partial(credit_sweep, rm), **alone, **OPTIONS,
+               reference=(w.reference, optional(instance(Reference))))  # fmt: skip
+    yield call("CreditSweep.select", w.credits.select, layer=(0, either(whole(), all_of(whole()))))
+    yield call("CreditSweep.top", w.credits.top, n=(3, whole(0)))
+    yield call("CreditSweep.save", w.credits.save, folder=("credits", path))
+    yield call("CreditSweep.plot", w.credits.select(layer=0).plot,
+               value=("credit", one_of("credit", "effect", "values")), ax=(None, optional(anything)))  # fmt: skip
+    yield call("fit, a reference", partial(fit, rm), texts=(TEXTS * 9, texts), sites=("resid_post", SITES), **LAYERS,
+               level=(0.8, number(0, 1, open=True)), rows=(50, whole(2)), **SEED, **OPTIONS)  # fmt: skip
+    sweeps = either(instance(rmfast.PatchSweep), all_of(instance(rmfast.PatchSweep), 1))
+    yield call("pernicious", pernicious, sweeps=([w.judged], sweeps), share=(0.1, number(0)),
+               gap=(1.0, optional(either(number(), all_of(number())))), **CONFIDENCE, **SEED)  # fmt: skip
+    yield call("compare_components", compare_components, a=(w.effects, effects), b=(w.effects, effects),
+               top=(2, whole(1)), persistence=(0.9, number(0, 1, open=True)),
+               shuffle=("all", one_of("all", "layer", "site")), shuffles=(9, whole(1, 1_000_000)), **CONFIDENCE,
+               **SEED)  # fmt: skip
 
 
 def _readings(w: SimpleNamespace) -> Iterator[Call]:
