@@ -260,6 +260,7 @@ setup(
         "rmfast.audit",
         "rmfast.binding",
         "rmfast.cli",
+        "rmfast.concepts",
         "rmfast.debias",
         "rmfast.engine",
         "rmfast.evaluation",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator, Sequence
 
 import numpy as np
@@ -26,3 +27,19 @@ def drawn(of: np.ndarray, resamples: int, seed: int) -> Iterator[np.ndarray]:
     for start in range(0, resamples, size):
         times = rng.multinomial(count, np.full(count, 1 / count), size=min(size, resamples - start))
         yield times[:, of].astype(np.float64)
+
+
+def cluster_means(values: np.ndarray, of: np.ndarray) -> np.ndarray:
+    """(G, ...) the mean of each cluster's values (n, ...), of the clusters `of` (n,): a prompt counts once."""
+    count = np.bincount(of)
+    sums = np.zeros((len(count), *values.shape[1:]))
+    np.add.at(sums, of, values)
+    return sums / count.reshape(-1, *[1] * (values.ndim - 1))
+
+
+def percentiles(draws: np.ndarray, confidence: float) -> np.ndarray:
+    """(2, ...) low and high of resamples (B, ...); NaN where no resample has a number."""
+    tail = (1 - confidence) / 2
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="All-NaN")
+        return np.nanquantile(draws, [tail, 1 - tail], axis=0)

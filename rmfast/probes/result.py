@@ -26,6 +26,7 @@ class Probed:
         differences: by probe, reward of the edited less of its control, (n,) fp64.
         of: by probe, the place of each among the responses (chosen and rejected of each pair in turn).
         prompts: of each response.
+        rewards: of each response as it is, (n,) fp64; None for a difference of two models.
         spread: the standard deviation of rewards of responses to one prompt.
         margin: the median of |chosen − rejected|: a typical preference margin.
         level: of the tests, over all probes together.
@@ -46,6 +47,7 @@ class Probed:
     seed: int
     skipped: Mapping[str, int]
     too_long: int = 0
+    rewards: np.ndarray | None = None
 
     def __getitem__(self, probe: str) -> Effect:
         return next(effect for effect in self.effects if effect.probe == arguments.word("probe", probe, self.names))
@@ -142,6 +144,7 @@ def probed(
     seed: int,
     skipped: Mapping[str, int],
     too_long: int = 0,
+    rewards: np.ndarray | None = None,
 ) -> Probed:
     """The effects of probes (name, axis, dose) from their paired differences."""
     groups = {name: clusters([prompts[i] for i in of[name]]) for name, _, _ in probes}
@@ -165,7 +168,7 @@ def probed(
     return Probed(
         effects=effects, differences=dict(differences), of=dict(of), prompts=prompts, spread=spread, margin=margin,
         level=level, confidence=confidence, resamples=resamples, seed=seed, skipped=dict(skipped),
-        too_long=too_long,
+        too_long=too_long, rewards=rewards,
     )  # fmt: skip
 
 

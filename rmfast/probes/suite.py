@@ -111,6 +111,7 @@ def run(
         seed,
         few,
         too_long,
+        own,
     )
 
 

@@ -219,6 +219,16 @@ def _heads() -> dict[str, Any]:
     return {**numbers, "texts": texts, "pairs": PAIRS, "path": "headless", "w": torch.randn(1, 48), "b": torch.zeros(1)}
 
 
+def _concepts() -> dict[str, Any]:
+    kinds, asked = ("deceit", "sabotage"), [f"ask {i}" for i in range(24)]
+    items = [(ask, {k: (f"no {k}, {i}", f"{k}! {i * i}") for k in kinds}) for i, ask in enumerate(asked)]
+    return {
+        "rm": _load(), "other": _load("other-model"), "gated": _load("RLHFlow/ArmoRM-Llama3-8B-v0.1"),
+        "pairs": _preferences(24), "texts": [(ask, f"one {i}") for i, ask in enumerate(asked)], "items": items,
+        "terms": items, "activations": torch.randn(3, 48),
+    }  # fmt: skip
+
+
 def _steps() -> dict[str, Any]:
     return {
         "question": "ask", "steps_a": STEPS[0], "steps_b": STEPS[1], "steps_c": STEPS[2], "candidates": STEPS,
@@ -254,6 +264,7 @@ _OF: dict[str, Any] = {
     "README.md": lambda: {**_training(), "pairs": _preferences(48), "model": "path/or/hub-id"},
     "docs/attribution.md": _why,
     "docs/audit.md": _audit,
+    "docs/concepts.md": _concepts,
     "docs/debias.md": _debias,
     "docs/edges.md": _edges,
     "docs/ensembles.md": lambda: {

@@ -28,6 +28,8 @@ def test_snippets_run(page, hub, monkeypatch, request):
     monkeypatch.chdir(hub)
     if "reward_lens" in page:
         pytest.importorskip("reward_lens")
+    if "concepts.erase(" in CODE[page].read_text():
+        pytest.importorskip("sklearn")
     if "integrations.trl" in CODE[page].read_text():
         theirs = pytest.importorskip("rmfast.integrations.trl")
         init = partialmethod(theirs.RewardConfig.__init__, **names.CPU)
