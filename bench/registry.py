@@ -27,6 +27,7 @@ OPS = (
     "interventions",
     "lens",
     "probes",
+    "circuits",
     "heads",
     "reward_lens",
 )

@@ -49,6 +49,7 @@ class PatchSweep:
         engine: "suffix" (layer and prefix reuse) or "layers" (layer reuse alone).
         method: "patching", or "attribution" for linear estimates of the same rewards.
         screen: what chose the sites that were run ({"method", "top", "spearman", "n"}), or None.
+        patterns: "own", or "frozen": attention of all edited runs has the base run's probabilities.
     """
 
     rewards: Tensor
@@ -66,6 +67,7 @@ class PatchSweep:
     engine: str
     method: str = "patching"
     screen: dict[str, Any] | None = None
+    patterns: str = "own"
 
     def __post_init__(self) -> None:
         if list(self.axes) != [axis for axis in AXES if axis in self.axes]:
@@ -93,7 +95,8 @@ class PatchSweep:
 
     @property
     def _mode(self) -> str:
-        return self.mode + (" by attribution" if self.method == "attribution" else "")
+        frozen = " with frozen patterns" if self.patterns == "frozen" else ""
+        return self.mode + frozen + (" by attribution" if self.method == "attribution" else "")
 
     @property
     def base_reward(self) -> Tensor:
