@@ -28,6 +28,7 @@ OPS = (
     "lens",
     "probes",
     "sae_training",
+    "circuits",
     "heads",
     "reward_lens",
     "edges",

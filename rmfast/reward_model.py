@@ -221,7 +221,7 @@ class RewardModel(Scorer):
         positions: str | Iterable[Any] | None = None, heads: int | Iterable[int] | None = None,
         neurons: int | Iterable[int] | None = None, align: Any = "auto",
         metric: Callable[[Tensor], Any] | None = None, baseline: Sequence[Any] | None = None, seed: int = 0,
-        screen: Literal["atp"] | None = None, top: int | None = None,
+        screen: Literal["atp"] | None = None, top: int | None = None, patterns: Literal["own", "frozen"] = "own",
         checkpoint: str | os.PathLike[str] | None = None, reference: Any = None, **options: Unpack[RunOptions],
     ) -> Any:  # fmt: skip
         """Activation patching over a grid of sites: the reward of a run in which one activation is replaced, for each.
@@ -247,6 +247,7 @@ class RewardModel(Scorer):
                 lengths only), or a map from clean to corrupted positions, which may count from the end (or a list of
                 these, −1 for none). Positions without a partner are NaN and counted in `unpaired`.
             metric: a function of the rewards (K,) that gives one number, taken in their place.
+            patterns: "frozen" leaves attention probabilities of edited runs those of the base run: only values change.
             screen, top: with "atp", only the `top` sites that `attribution_patch` ranks first are run, others are NaN.
             checkpoint: a file from which an interrupted sweep of the same texts, sites and model goes on.
             reference: what `rmfast.patching.divergence.fit` gives, to judge how far what is put in is from it.
@@ -265,7 +266,7 @@ class RewardModel(Scorer):
         return patch_sweep(
             self, clean, corrupted, mode=mode, sites=sites, layers=layers, positions=positions, heads=heads,
             neurons=neurons, align=align, metric=metric, baseline=baseline, seed=seed, screen=screen, top=top,
-            checkpoint=checkpoint, reference=reference, **options,
+            checkpoint=checkpoint, patterns=patterns, reference=reference, **options,
         )  # fmt: skip
 
     @takes(Encoding)

@@ -53,6 +53,7 @@ class PatchSweep:
             far what is put in is from what the model makes there. Beyond 1 or below −1 it lies outside of what the
             reference holds. NaN where nothing was run, or the reference cannot tell.
         reference: of that reference {"level", "texts", "held_out"}, or None.
+        patterns: "own", or "frozen": attention of all edited runs has the base run's probabilities.
     """
 
     rewards: Tensor
@@ -72,6 +73,7 @@ class PatchSweep:
     screen: dict[str, Any] | None = None
     divergence: Tensor | None = None
     reference: dict[str, Any] | None = None
+    patterns: str = "own"
 
     def __post_init__(self) -> None:
         if list(self.axes) != [axis for axis in AXES if axis in self.axes]:
@@ -102,7 +104,8 @@ class PatchSweep:
 
     @property
     def _mode(self) -> str:
-        return self.mode + (" by attribution" if self.method == "attribution" else "")
+        frozen = " with frozen patterns" if self.patterns == "frozen" else ""
+        return self.mode + frozen + (" by attribution" if self.method == "attribution" else "")
 
     @property
     def base_reward(self) -> Tensor:

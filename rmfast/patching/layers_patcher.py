@@ -7,7 +7,7 @@ is all there is to reuse in an encoder, where every token sees every other.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
@@ -24,7 +24,7 @@ from rmfast.binding.session import of_this_thread, reading, replaced_forward
 from rmfast.engine.memory import out_of_memory
 from rmfast.heads.given import last_occurrence
 from rmfast.patching.points import PLACES, Point, given, points
-from rmfast.patching.sites import KINDS, Edits, Values
+from rmfast.patching.sites import KINDS, Edits, SourcedValues, Values
 from rmfast.texts.inputs import Encoded
 
 
@@ -80,6 +80,11 @@ class LayersPatcher:
 
     def units(self, kind: str) -> tuple[int, int]:
         """Units of a layer and values of each; ValueError where the model's layers lack the part, naming it."""
+        if kind == "pattern":
+            raise ValueError(
+                "Expected sites without pattern: attention is taken apart in layers that the suffix engine knows, and "
+                f"{type(self.modules[0]).__name__} runs as it is, with hooks"
+            )
         if kind not in KINDS:
             raise ValueError(f"Expected a kind to be one of {', '.join(KINDS)}, got {kind!r}")
         if kind in self._missing:
@@ -100,7 +105,7 @@ class LayersPatcher:
         self,
         base: LayerRecord,
         edits: Edits,
-        values: Values,
+        values: Values | SourcedValues,
         batch_tokens: int,
         done: Callable[[np.ndarray, Tensor], None],
         skip: np.ndarray,
@@ -119,7 +124,8 @@ class LayersPatcher:
             if skip[some].all():
                 continue
             layer = int(edits.layer[some[0]])
-            new = {int(kind): self._values(values, int(kind), layer, len(base.ids)) for kind in set(edits.kind[some])}
+            checked: Any = self._values(values, len(base.ids)) if edits.source is None else values
+            new = {int(kind): checked(KINDS[kind], layer) for kind in set(edits.kind[some])}
             while len(some):
                 now = some[:batch]
                 try:
@@ -132,6 +138,17 @@ class LayersPatcher:
                 some = some[batch:]
                 if out is not None:
                     done(now, out.cpu())
+
+    def run(
+        self, base: LayerRecord, batch: int, taps: Sequence[tuple[str, int, Callable[[Tensor], Tensor | None]]]
+    ) -> None:
+        """Runs as many copies of a record's text whole; each tap is given what comes by at its kind and layer,
+        (batch, T, units, width), and returns what takes its place, or None."""
+        with ExitStack() as stack:
+            for kind, layer, use in taps:
+                point = self.points[layer][kind]
+                stack.enter_context(point.tapped(partial(_seen, point, batch, use)))
+            self.forward(torch.from_numpy(base.ids).expand(batch, -1), base.types, base.read)
 
     def least_tokens(self, base: LayerRecord, edits: Edits) -> int:
         """The rows of one edited run."""
@@ -216,7 +233,7 @@ class LayersPatcher:
             rewards = self.forward(torch.from_numpy(text.ids)[None], text.types, read)[0]
         return LayerRecord(text.ids, text.types, read, rewards.detach().cpu(), tails, kept), rewards
 
-    def _edited(self, base: LayerRecord, edits: Edits, new: dict[int, Tensor]) -> Tensor:
+    def _edited(self, base: LayerRecord, edits: Edits, new: dict[int, Any]) -> Tensor:
         """Rewards (n, K) of n edits of one layer, either of resid_post alone or of other kinds."""
         layer = int(edits.layer[0])
         entry = "resid_post" if KINDS[edits.kind[0]] == "resid_post" else "resid_pre"
@@ -231,9 +248,11 @@ class LayersPatcher:
             for kind in np.unique(edits.kind):
                 rows = np.flatnonzero(edits.kind == kind)
                 which, positions = np.nonzero(edits.groups[edits.group[rows]])
-                index = (rows[which], positions, edits.unit[rows][which])
+                at = (positions, edits.unit[rows][which])
+                taken = at if edits.source is None else (edits.source[rows][which], *at)
                 point = self.points[layer][KINDS[kind]]
-                stack.enter_context(point.tapped(partial(_replaced, point, index, new[int(kind)], len(edits))))
+                use = partial(_replaced, point, (rows[which], *at), taken, new[int(kind)], len(edits))
+                stack.enter_context(point.tapped(use))
             return self.forward(ids, base.types, base.read)
 
     def forward(self, ids: Tensor, types: np.ndarray | None, read: int) -> Tensor:
@@ -259,14 +278,19 @@ class LayersPatcher:
         gate = last_occurrence(ids[0].cpu().numpy(), program.pattern) or 0
         return program.rewards(binding.row_values(hidden, rows), binding.row_values(hidden, first.to(rows) + gate))
 
-    def _values(self, values: Values, kind: int, layer: int, length: int) -> Tensor:
-        new, shape = values(KINDS[kind], layer), (length, *self.units(KINDS[kind]))
-        if tuple(new.shape) != shape:
-            raise ValueError(
-                f"Expected values of {KINDS[kind]} in layer {layer} to be (T, units, width) = {shape}, "
-                f"got {tuple(new.shape)}"
-            )
-        return new
+    def _values(self, values: Any, length: int) -> Values:
+        """The same values, their shapes checked."""
+
+        def checked(kind: str, layer: int) -> Tensor:
+            new, shape = values(kind, layer), (length, *self.units(kind))
+            if tuple(new.shape) != shape:
+                raise ValueError(
+                    f"Expected values of {kind} in layer {layer} to be (T, units, width) = {shape}, "
+                    f"got {tuple(new.shape)}"
+                )
+            return new
+
+        return checked
 
     # Which points are as they seem ---------------------------------------------------------------------------------
 
@@ -365,12 +389,22 @@ def _passing(tail: tuple | list | None) -> Callable[..., Any]:
     return forward
 
 
+def _seen(point: Point, batch: int, use: Callable[[Tensor], Tensor | None], x: Tensor) -> Tensor | None:
+    new = use(point.view(x, batch))
+    if new is None:
+        return None
+    x = x.clone()
+    point.view(x, batch).copy_(new)
+    return x
+
+
 def _replaced(
-    point: Point, index: tuple[np.ndarray, np.ndarray, np.ndarray], new: Tensor, batch: int, x: Tensor
+    point: Point, index: tuple[np.ndarray, ...], taken: tuple[np.ndarray, ...], new: Any, batch: int, x: Tensor
 ) -> Tensor | None:
-    """x with values new (T, units, width) at index, (rows of the batch, positions, units)."""
+    """x with values new[taken] at index, (rows of the batch, positions, units)."""
     rows, positions, units = (torch.from_numpy(i.astype(np.int64)).to(x.device) for i in index)
+    values = new[tuple(torch.from_numpy(i.astype(np.int64)) for i in taken)]
     if not point.stream:
         x = x.clone()
-    point.view(x, batch)[rows, positions, units] = new.to(x.device, x.dtype)[positions, units]
+    point.view(x, batch)[rows, positions, units] = values.to(x.device, x.dtype)
     return None if point.stream else x

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import cached_property, lru_cache
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, Literal, cast
 
 import numpy as np
 import torch
@@ -18,8 +18,8 @@ from rmfast.patching.grid import PatchSweep
 from rmfast.patching.layers_patcher import LayersPatcher
 from rmfast.patching.pairs import Align, Grid, Pair, aligned, spans_of
 from rmfast.patching.patcher import patcher_of
-from rmfast.patching.sites import KINDS, UNITS, Edits, Patcher, Record, Values
-from rmfast.patching.suffix_patcher import SuffixPatcher
+from rmfast.patching.sites import SITES, UNITS, Edits, Patcher, Record, Values, sites_of
+from rmfast.patching.suffix_patcher import SuffixPatcher, SuffixRecord
 from rmfast.texts.inputs import Encoded, inputs_of, several, words
 
 if TYPE_CHECKING:
@@ -51,6 +51,7 @@ class Request:
         metric: Metric | None = None,
         baseline: Sequence[Any] | None = None,
         seed: int = 0,
+        patterns: Literal["own", "frozen"] = "own",
         **encoding: Unpack[Encoding],
     ) -> None:
         self.rm, self.binding = rm, rm.binding
@@ -61,18 +62,25 @@ class Request:
         if not isinstance(mode, Tensor | Mapping):
             arguments.word("mode, where it is no tensor of values,", mode, (*_PAIRED, *_ALONE))
         self.single = isinstance(sites, str)
-        self.kinds = arguments.words("sites", sites, KINDS)
+        self.kinds = sites_of(sites)
         try:
             sizes = {kind: self.patcher.units(kind) for kind in self.kinds}
         except ValueError:  # a part that the suffix engine does not know, but a hook may reach
             self.patcher = cast(Patcher, LayersPatcher(self.binding))
             sizes = {kind: self.patcher.units(kind) for kind in self.kinds}
         self.sizes = sizes
+        self.patterns = arguments.word("patterns", patterns, ("own", "frozen"))
+        if self.patterns == "frozen":
+            self._freeze()
+        if "pattern" in self.kinds and self.mode not in _PAIRED:
+            raise ValueError(
+                f"Expected pattern, a place for that of another text, with two of them, got mode {self.mode!r}"
+            )
         count = self.patcher.layers
         self.layers = list(range(count)) if layers is None else arguments.indices("layers", layers, count)
         for name, given in (("head", heads), ("neuron", neurons)):
             if given is not None and name not in map(UNITS.get, self.kinds):
-                having = ", ".join(kind for kind in KINDS if UNITS.get(kind) == name)
+                having = ", ".join(kind for kind in SITES if UNITS.get(kind) == name)
                 raise ValueError(f"Expected {name}s with sites of {having} alone, got sites {', '.join(self.kinds)}")
         self.units = {kind: self._units(kind, sizes[kind][0], heads, neurons) for kind in self.kinds}
         if arguments.is_whole(positions):
@@ -99,8 +107,22 @@ class Request:
 
     @property
     def recorded(self) -> set[str]:
-        """What is kept of a base run: tails of the MLP start from the stream before it."""
-        return {*self.kinds, "resid_mid"} if isinstance(self.patcher, SuffixPatcher) else set(self.kinds)
+        """What is kept of a base run: tails of the MLP start from the stream before it, and a pattern is one head's."""
+        if not isinstance(self.patcher, SuffixPatcher):
+            return set(self.kinds)
+        return {*self.kinds, "resid_mid", *(["head_out"] if "pattern" in self.kinds else [])}
+
+    def _freeze(self) -> None:
+        if not isinstance(self.patcher, SuffixPatcher):
+            raise ValueError(
+                'Expected patterns="own" of a model that runs by hooks: attention is taken apart in layers that the '
+                "suffix engine knows"
+            )
+        if moved := [kind for kind in ("q", "k", "pattern") if kind in self.kinds]:
+            raise ValueError(
+                f'Expected patterns="own" with sites of {", ".join(moved)}, which patches put other patterns in by'
+            )
+        self.patcher = SuffixPatcher(self.patcher.engine, frozen_patterns=True)
 
     def _units(self, kind: str, count: int, heads: Any, neurons: Any) -> list[int]:
         unit = UNITS.get(kind)
@@ -192,7 +214,9 @@ class Request:
         """Where the reward is read; a model that pools by itself reads where it does."""
         return self.rm.position(text.ids, index) if self.binding.reads_rows else 0
 
-    def grid(self, pair: Pair) -> Grid:
+    def groups(self, pair: Pair) -> tuple[list[list[int]], np.ndarray, np.ndarray]:
+        """The groups of positions that are asked for, which of them have no partner at all (G,), and the positions of
+        each at which a patch may have an effect (G, T)."""
         tokens, spans = len(pair.base), spans_of(self.positions, len(pair.base))
         paired = np.zeros((len(spans), tokens), bool)
         for g, span in enumerate(spans):
@@ -205,6 +229,10 @@ class Request:
             # be put in are the ones that stand there.
             groups[:, pair.base_read + 1 :] = False
             groups[:, : pair.first] = False
+        return spans, missing, groups
+
+    def grid(self, pair: Pair) -> Grid:
+        spans, missing, groups = self.groups(pair)
         reaches = np.asarray(groups.any(1))
         at_last = groups[:, pair.base_read] if self.causal and not self.every else reaches
         if pair.gates is not None:
@@ -224,7 +252,7 @@ class Request:
             last = (layer == self.patcher.layers - 1) & (kind not in ("k", "v", "resid_pre"))
             effect: np.ndarray = np.where(last, at_last[group], reaches[group])
             same.append(cell[~effect & ~missing[group]])
-            code = np.full(len(cell), KINDS.index(kind), np.int8)
+            code = np.full(len(cell), SITES.index(kind), np.int8)
             columns = (code, layer.astype(np.int32), group.astype(np.int32), units[unit].astype(np.int32), cell)
             parts.append([column[effect] for column in columns])
         kinds, layers, group, unit, cell = (np.concatenate(column) for column in zip(*parts))
@@ -247,8 +275,19 @@ class Request:
         """What is put in at each position of the base run."""
         tokens = len(base.ids)
         if other is not None:
+            if "pattern" in self.kinds and not np.array_equal(pair.partner[:tokens], np.arange(tokens)):
+                raise ValueError(
+                    "Expected two texts that correspond token by token with sites pattern: each key needs a partner"
+                )
             partner = torch.from_numpy(pair.partner[:tokens].clip(0))
-            return lru_cache(4)(lambda kind, layer: _rows_at(other.activations(kind, layer), partner))
+
+            def swapped(kind: str, layer: int) -> Tensor:
+                if kind == "pattern":
+                    patcher, of = cast(SuffixPatcher, self.patcher), cast(SuffixRecord, other)
+                    return patcher.with_pattern(of, cast(SuffixRecord, base), layer)
+                return _rows_at(other.activations(kind, layer), partner)
+
+            return lru_cache(4)(swapped)
         if self.mode == "zero":
 
             def zeros(kind: str, layer: int) -> Tensor:
@@ -301,7 +340,7 @@ class Request:
 
     def fingerprint(self, pairs: list[Pair], *more: Any) -> str:
         """Of all that a sweep's numbers depend on."""
-        asked = (self.mode, self.kinds, self.layers, self.units, self.seed, more)
+        asked = (self.mode, self.kinds, self.layers, self.units, self.seed, self.patterns, more)
         digest = hashlib.sha256(repr(asked).encode())
         arrays: list[np.ndarray] = [text.ids for text in self.baseline or ()]
         for pair in pairs:
@@ -340,6 +379,7 @@ class Request:
             corrupted_reward=corrupted,
             base="corrupted" if self.mode == "denoising" else "clean",
             mode=self.mode,
+            patterns=self.patterns,
             tokens=words(self.rm.tokenizer, ids),
             token_ids=ids,
             unpaired=int((pair.partner < 0).sum()),

@@ -12,6 +12,11 @@ kinds, for a layer that adds attention and then an MLP to the residual stream:
     mlp_neuron   a neuron after the activation                   a unit for each, of one value
     q, k, v      a head's query, key, value, before QK norm and  a unit for each query head (q) or K/V head (k, v),
                  rotary embedding                                of its size
+    pattern      a head's attention probabilities; what is put  a unit for each query head; only in layers that the
+                 in is its output with these and its own       suffix engine knows
+                 values: of the size of a head_out
+
+`z` is taken as TransformerLens' name of head_out.
 
 A layer that normalises its sums instead (BERT) has as resid_mid and resid_post what these norms give.
 """
@@ -20,19 +25,35 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 from torch import Tensor
 
+from rmfast import arguments
 from rmfast.texts.inputs import Encoded
 
 KINDS = ("resid_pre", "resid_mid", "resid_post", "attn_out", "mlp_out", "head_out", "mlp_neuron", "q", "k", "v")
+SITES = (*KINDS, "pattern")  # the last one in layers that the suffix engine knows, the others in any
 STREAM_KINDS = KINDS[:5]  # the stream, and what is added to it: one unit of d values
-UNITS = {"head_out": "head", "mlp_neuron": "neuron", "q": "head", "k": "head", "v": "head"}  # the unit axis' name
+_ALIASES = {"z": "head_out"}
+# The unit axis' name.
+UNITS = {"head_out": "head", "mlp_neuron": "neuron", "q": "head", "k": "head", "v": "head", "pattern": "head"}
 
 # (kind, layer) -> (T, units, width): what replaces the activation at each position of the base run.
 Values = Callable[[str, int], Tensor]
+
+
+class Sourced(Protocol):
+    """What replaces an activation where there are several sets of values for it."""
+
+    def __getitem__(self, index: tuple[Any, Any, Any]) -> Tensor:
+        """(n, width) of n sources, positions and units."""
+        ...
+
+
+# The same for edits with a source.
+SourcedValues = Callable[[str, int], Sourced]
 
 
 @dataclass(frozen=True)
@@ -40,11 +61,12 @@ class Edits:
     """E replacements, each run by itself on one base run of T tokens.
 
     Attributes:
-        kind: (E,) int8, indices into KINDS.
+        kind: (E,) int8, indices into SITES.
         layer: (E,) int32.
         group: (E,) int32, rows of `groups`.
         unit: (E,) int32, 0 for kinds of one unit.
         groups: (G, T) bool, the positions that an edit replaces together; none of them is empty.
+        source: (E,) int32, which set of values replaces, where there are several; None where there is one.
     """
 
     kind: np.ndarray
@@ -52,12 +74,14 @@ class Edits:
     group: np.ndarray
     unit: np.ndarray
     groups: np.ndarray
+    source: np.ndarray | None = None
 
     def __len__(self) -> int:
         return len(self.layer)
 
     def __getitem__(self, some: np.ndarray) -> Edits:
-        return Edits(self.kind[some], self.layer[some], self.group[some], self.unit[some], self.groups)
+        source = None if self.source is None else self.source[some]
+        return Edits(self.kind[some], self.layer[some], self.group[some], self.unit[some], self.groups, source)
 
 
 class Record(Protocol):
@@ -76,6 +100,12 @@ class Record(Protocol):
     def activations(self, kind: str, layer: int) -> Tensor:
         """(T, units, width), for a kind that was asked for when the run was recorded."""
         ...
+
+
+def sites_of(given: Any) -> list[str]:
+    """The kinds that are asked for, by the names of SITES or TransformerLens' `z`."""
+    found = arguments.words("sites", given, (*SITES, *_ALIASES))
+    return arguments.words("sites", [_ALIASES.get(kind, kind) for kind in found], SITES)
 
 
 class Patcher(Protocol):
@@ -98,7 +128,7 @@ class Patcher(Protocol):
         self,
         base: Record,
         edits: Edits,
-        values: Values,
+        values: Values | SourcedValues,
         batch_tokens: int,
         done: Callable[[np.ndarray, Tensor], None],
         skip: np.ndarray,

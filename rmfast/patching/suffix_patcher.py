@@ -30,10 +30,10 @@ from rmfast.engine.packed import Engine
 from rmfast.heads.given import last_occurrence
 from rmfast.kernels.patch_rows.reference import gather
 from rmfast.ops import patch_rows
-from rmfast.patching.sites import KINDS, Edits, Values
+from rmfast.patching.sites import SITES, Edits, SourcedValues, Values
 from rmfast.texts.inputs import Encoded
 
-_CODE = {kind: i for i, kind in enumerate(KINDS)}
+_CODE = {kind: i for i, kind in enumerate(SITES)}
 _STREAM = (_CODE["resid_pre"], _CODE["resid_post"])
 _KV = (_CODE["k"], _CODE["v"])
 
@@ -73,20 +73,22 @@ class SuffixRecord:
 class SuffixPatcher:
     """`rmfast.patching.sites.Patcher` of a causal model whose layers the engine knows by structure.
 
+    frozen_patterns: attention in edited runs has the base run's probabilities, and only values change.
     every: reads every token up to the one of the reward, those before an edit as the base run has them: rewards are
         (T · K,) in place of (K,). Not with a gated head.
     """
 
-    def __init__(self, engine: Engine, every: bool = False):
+    def __init__(self, engine: Engine, frozen_patterns: bool = False, every: bool = False):
         assert engine.mode == "fused", engine.why
-        self.engine, self.binding, self.every = engine, engine.binding, every
+        self.engine, self.binding = engine, engine.binding
+        self.frozen_patterns, self.every = frozen_patterns, every
         self.layers = len(engine.layers)
 
     def units(self, kind: str) -> tuple[int, int]:
         layers = [fused for _, fused in self.engine.layers]
         layer = layers[0]
         heads = layer.projections
-        if kind in ("head_out", "q"):
+        if kind in ("head_out", "pattern", "q"):
             return heads.count, heads.size
         if kind in ("k", "v"):
             return heads.kv_count, heads.size
@@ -162,7 +164,7 @@ class SuffixPatcher:
         for kind, value in (("q", q), ("k", k), ("v", v)):
             keep(kind, value)
         q, k = layer.turn(q, k, cos, sin)
-        if m in record.cos:
+        if m in record.cos or (kinds and "pattern" in record.parts):
             record.rotated[m] = (q, k, v)
         heads = run.attend(layer.attn, q, k, v, **layer.options)
         keep("head_out", heads)
@@ -180,11 +182,18 @@ class SuffixPatcher:
         keep("mlp_out", delta)
         return middle + delta
 
+    def with_pattern(self, of: SuffixRecord, values: SuffixRecord, layer: int) -> Tensor:
+        """(T, Hq, D): what heads give with the attention probabilities of one run and the values of another."""
+        (q, k, _), v = of.rotated[layer], values.rotated[layer][2]
+        run = Run(*_suffixes(np.array([0, len(v)]), np.zeros(1, np.int32), v.device), pool=_no_pool)
+        fused = self.engine.layers[layer][1]
+        return run.attend(fused.attn, q[: len(v)], k[: len(v)], v, **fused.options)
+
     def rewards(
         self,
         base: SuffixRecord,
         edits: Edits,
-        values: Values,
+        values: Values | SourcedValues,
         batch_tokens: int,
         done: Callable[[np.ndarray, Tensor], None],
         skip: np.ndarray,
@@ -233,7 +242,7 @@ class SuffixPatcher:
 class _Chunk:
     """Edits that run together, sorted by the layer they enter."""
 
-    def __init__(self, patcher: SuffixPatcher, base: SuffixRecord, edits: Edits, entry: np.ndarray, values: Values):
+    def __init__(self, patcher: SuffixPatcher, base: SuffixRecord, edits: Edits, entry: np.ndarray, values: Any):
         self.patcher, self.base, self.edits, self.entry, self.values = patcher, base, edits, entry, values
         self.tokens, self.device = len(base.ids), patcher.binding.device
         self.first = edits.groups.argmax(1)[edits.group]
@@ -263,6 +272,10 @@ class _Chunk:
                 parts.append(self._enter(m, entering, rows, layer))
                 live = live.and_rows(rows)
             q, k, v, x = parts[0] if len(parts) == 1 else (torch.cat(pair) for pair in zip(*parts))
+            if self.patcher.frozen_patterns:
+                at = _move(live.at, self.device)
+                asking = at[_move(live.reads, self.device)] if layer.last else at
+                q, k = base.rotated[m][0][asking], base.rotated[m][1][at]
             cu = np.concatenate([[0], np.cumsum(live.rows)])
             run = Run(*_suffixes(cu, live.prefix, self.device), pool=self._pool(m))
             if layer.last:
@@ -346,19 +359,18 @@ class _Chunk:
         offset = 0
         for code in np.unique(kind):
             chosen = (kind == code) & replaced
-            if code in _STREAM:  # what comes in their place is known for all positions
-                pieces.append(self.values(KINDS[code], m - (KINDS[code] == "resid_post"))[: self.tokens, 0])
+            if code in _STREAM and edits.source is None:  # what comes in their place is known for all positions
+                pieces.append(self.values(SITES[code], m - (SITES[code] == "resid_post"))[: self.tokens, 0])
                 value_rows[chosen] = offset + positions[chosen]
             else:
-                pieces.append(self._tail(KINDS[code], m - 1, edit[chosen], positions[chosen]))
+                pieces.append(self._tail(SITES[code], m - 1, edit[chosen], positions[chosen]))
                 value_rows[chosen] = np.arange(offset, offset + chosen.sum())
             offset += pieces[-1].size(0)
         return torch.cat(pieces) if len(pieces) > 1 else pieces[0], value_rows
 
-    def _tail(self, kind: str, layer_index: int, edit: np.ndarray, position: np.ndarray) -> Tensor:
+    def _tail(self, kind: str, m: int, edit: np.ndarray, position: np.ndarray) -> Tensor:
         """What edits of one kind inside of a layer make of its output: a row for each (edit, position)."""
-        base, m = self.base, layer_index
-        layer = self.patcher.engine.layers[m][1]
+        base, layer = self.base, self.patcher.engine.layers[m][1]
         at = _move(position, self.device)
         unit = _move(self.edits.unit[edit], self.device)
         n = torch.arange(len(edit), device=self.device)
@@ -367,29 +379,35 @@ class _Chunk:
         def replaced(rows: Tensor) -> Tensor:
             """Rows (n, units, width) with their edit's unit taken from the values."""
             rows = rows.clone()
-            rows[n, unit] = self.values(kind, m)[at, unit].to(rows.dtype)
+            rows[n, unit] = self._given(kind, m, edit, at, unit).to(rows.dtype)
             return rows
 
-        if kind == "mlp_out":
-            return base.parts["resid_mid"][m][at, 0] + self.values(kind, m)[at, 0]
+        if kind in ("resid_post", "mlp_out"):
+            given = self._given(kind, m, edit, at)
+            return given if kind == "resid_post" else base.parts["resid_mid"][m][at, 0] + given
         # Matmuls run on a whole number of tiles; what is behind the edits' rows is left off again.
         whole = _move(padded(np.arange(len(edit)), self.tile), self.device)
         if kind == "mlp_neuron":
             neurons = replaced(base.parts[kind][m][at])[..., 0]
             return base.parts["resid_mid"][m][at, 0] + layer.mlp_from(neurons[whole])[: len(edit)]
         if kind == "resid_mid":
-            middle = self.values(kind, m)[at, 0]
+            middle = self._given(kind, m, edit, at)
         elif kind == "attn_out":
-            middle = x + self.values(kind, m)[at, 0]
+            middle = x + self._given(kind, m, edit, at)
         else:
-            if kind == "head_out":
-                heads = replaced(base.parts[kind][m][at])
+            if kind in ("head_out", "pattern"):
+                heads = replaced(base.parts["head_out"][m][at])
             elif kind == "q":
                 heads = self._edited_query(layer, m, replaced(base.parts["q"][m][at]), position)
             else:
                 heads = self._edited_keys(layer, m, kind, edit, position)
             middle = x + layer.added_by(heads[whole])[: len(edit)]
         return middle + layer.mlp_after(x[whole], middle[whole])[: len(edit)]
+
+    def _given(self, kind: str, m: int, edit: np.ndarray, at: Tensor, unit: Any = 0) -> Tensor:
+        """(n, width): what edits (n,) put in at their positions (n,)."""
+        values, source = self.values(kind, m), self.edits.source
+        return values[at, unit] if source is None else values[_move(source[edit], self.device), at, unit]
 
     def _edited_query(self, layer: Layer, m: int, q: Tensor, position: np.ndarray) -> Tensor:
         """Attention of single rows, each over the base run's keys up to its own."""
@@ -413,7 +431,8 @@ class _Chunk:
         q, k, v = base.rotated[m]
         own = {"k": k[at], "v": v[at]}
         new = base.parts[kind][m][changed_at].clone()
-        new[torch.arange(len(changed), device=self.device), unit] = self.values(kind, m)[changed_at, unit].to(new.dtype)
+        given = self._given(kind, m, owner[changed], changed_at, unit)
+        new[torch.arange(len(changed), device=self.device), unit] = given.to(new.dtype)
         if kind == "k":
             new = layer.turn(new[:, :0], new, base.cos[m][changed_at], base.sin[m][changed_at])[1]
         own[kind][_move(changed, self.device)] = new

@@ -26,7 +26,7 @@ from rmfast.patching.divergence import Reference
 from rmfast.patching.grid import PatchSweep
 from rmfast.patching.pairs import Grid, Pair
 from rmfast.patching.request import Request
-from rmfast.patching.sites import KINDS, Edits, Patcher, Record
+from rmfast.patching.sites import SITES, Edits, Patcher, Record
 
 
 def patch_sweep(
@@ -140,6 +140,8 @@ def _cells(values: Tensor, grid: Grid) -> Tensor:
 
 def _estimate(request: Request, pair: Pair) -> PatchSweep:
     """The linear estimate of every site: the reward's gradient at the base run times what a patch would change."""
+    if request.patterns == "frozen":
+        raise ValueError('Expected patterns="own" with attribution, whose gradients go through the patterns too')
     grid, kinds = request.grid(pair), set(request.kinds)
     hooked = request.hooked
     metric = request.metric and (lambda rewards: _number(request.metric(rewards)))  # type: ignore[misc]
@@ -155,7 +157,7 @@ def _estimate(request: Request, pair: Pair) -> PatchSweep:
         groups = torch.from_numpy(edits.groups[:, : len(base.ids)])
         for kind in request.kinds:
             for layer in request.layers:
-                here = np.flatnonzero((edits.kind == KINDS.index(kind)) & (edits.layer == layer))
+                here = np.flatnonzero((edits.kind == SITES.index(kind)) & (edits.layer == layer))
                 if not len(here):
                     continue
                 change = values(kind, layer).double() - base.activations(kind, layer).double()

@@ -1,0 +1,63 @@
+"""What a single head adds to the residual stream."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from rmfast.binding.modules import active, is_plain, is_readable
+from rmfast.engine.norms import Norm
+from rmfast.kernels.reward_head.reference import LAYER, NORMS, fold_gain
+
+
+def wide_dtype(dtype: torch.dtype) -> torch.dtype:
+    """In which differences of activations are taken."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def head_parts(project: nn.Module, norm: Norm | None, heads: Tensor, unit: Tensor) -> Tensor:
+    """What head unit[i] adds in row i, of heads' outputs (n, H, D) as the output projection takes them: (n, d).
+
+    The projection's bias is no head's. A norm between projection and stream (Gemma 2 and 3, OLMo 2, GLM-4) is taken as
+    the linear map that it is with the scale that it has in the row: the parts of all heads then sum to what attention
+    adds, but for biases.
+    """
+    wide = wide_dtype(heads.dtype)
+    part = _projected(project, heads, unit, wide)
+    if norm is None:
+        return part
+    given = norm.head_arguments(heads.device)
+    whole, kind, weight = project(heads.flatten(1)).to(wide), NORMS[given["norm"]], given["norm_weight"]
+    if kind == LAYER:
+        whole, part = (x - x.mean(-1, keepdim=True) for x in (whole, part))
+    scale = torch.rsqrt(whole.square().mean(-1, keepdim=True) + given["eps"])
+    return fold_gain(part, kind, None if weight is None else weight.to(wide)) * scale
+
+
+def _projected(project: nn.Module, heads: Tensor, unit: Tensor, wide: torch.dtype) -> Tensor:
+    """(n, d), without the projection's bias."""
+    weight = _weight(project)
+    if weight is None:  # an adapter, a quantised or a clamped one: by its own forward, with the other heads at 0
+        rows = torch.arange(len(heads), device=heads.device)
+        alone = torch.zeros_like(heads)
+        alone[rows, unit] = heads[rows, unit]
+        return project(alone.flatten(1)).to(wide) - project(torch.zeros_like(alone[:1]).flatten(1)).to(wide)
+    columns = weight.unflatten(0, heads.shape[1:])
+    out = heads.new_empty(len(heads), weight.size(1), dtype=wide)
+    for head in unit.unique().tolist():
+        rows = (unit == head).nonzero()[:, 0]
+        out[rows] = heads[rows, head].to(wide) @ columns[head].to(wide)
+    return out
+
+
+def _weight(project: nn.Module) -> Tensor | None:
+    """(H · D, d), where the projection is nothing but its weight and bias."""
+    module: Any = active(project)
+    if not (is_plain(project) and is_plain(module) and is_readable(module)):
+        return None
+    if type(module) is Conv1D:
+        return module.weight
+    return module.weight.T if type(module) is nn.Linear else None
