@@ -15,7 +15,7 @@ READY = $(VENV)/.ready
 # What is never imported need not be compiled to bytecode.
 INSTALL = $(BIN)/pip install -q --no-compile -c constraints.txt
 
-.PHONY: demo docs help test test-interpreter test-models test-reward-lens test-clients fuzz bench lint format build libraries wheel kernel-tree test-ray gpu-check clean
+.PHONY: demo docs help test test-interpreter test-models test-reward-lens test-clients fuzz bench lint format build libraries wheel kernel-tree test-ray gpu-dry gpu-check clean
 
 demo: $(TORCHED)  ## real text, scored by a real model, beside plain transformers
 	@$(MAKE) --no-print-directory -j 2 $(DEMO) libraries
@@ -145,6 +145,10 @@ $(READY): $(TORCHED)
 	$(INSTALL) $(TRITON)
 	RMFAST_BUILD_EXT=0 $(INSTALL) --no-build-isolation -e ".[dev,demo]"
 	touch $@
+
+# ARGS='--only "suffix.*D 128" --sm 90' for some; --write after a change that is meant: a line of kernels/*/sass.json each.
+gpu-dry: $(READY)  ## the Triton kernels' machine code for GPUs that need not be here: registers, loads, loops
+	$(BIN)/python tests/ops/gpu_dry.py $(ARGS)
 
 # On a machine with a CUDA GPU, without a network, in the Python that holds torch there (PYTHON): two calls of at most 400
 # and 300 seconds. Figures go to OUT, rows to bench/data/. `make gpu-check CALL=1 REHEARSE=--rehearse` runs it on a CPU.

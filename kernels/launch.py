@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 from typing import Any
 
 import torch
@@ -12,6 +13,17 @@ from torch import Tensor
 def on_device(value: Tensor) -> contextlib.AbstractContextManager:
     """Triton launches on the current device; the stream is that device's current one, as torch's own ops use."""
     return torch.cuda.device(value.device) if value.device.type == "cuda" else contextlib.nullcontext()
+
+
+def capability(value: Tensor) -> int:
+    """The compute capability of the value's device, 90 for an H100; that also where there is no GPU."""
+    return _capability_of(value.device.index) if value.device.type == "cuda" else 90
+
+
+@functools.cache
+def _capability_of(device: int) -> int:
+    major, minor = torch.cuda.get_device_capability(device)
+    return 10 * major + minor
 
 
 def aligned(value: Any) -> Any:

@@ -47,7 +47,10 @@ def _neuron_stats(
     b_text = b_word.to(tl.int32)
     b_place = tl.broadcast_to(o_n[None, :], (BM, BN))
     _, b_start = tl.associative_scan((b_key, b_place), 1, _first_of_run)
-    _, b_end = tl.associative_scan((b_key, b_place), 1, _first_of_run, reverse=True)
+    # Ends by a scan of the keys turned round: https://github.com/triton-lang/triton/issues/4362 has one of pairs with
+    # reverse=True give wrong results.
+    _, b_back = tl.associative_scan((tl.flip(b_key, 1), b_place), 1, _first_of_run)
+    b_end = BN - 1 - tl.flip(b_back, 1)
     b_rank = tl.where(m_n, b_start + tl.minimum(b_end, N - 1) - (N - 1), 0)
 
     b_lower = _value(tl.sum(tl.where(b_place == (N - 1) // 2, b_key, 0), 1))

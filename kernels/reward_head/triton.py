@@ -14,6 +14,8 @@ order of a reduction, follow that width, so rows that are not aligned to it are 
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import Tensor
 
 from rmfast.kernels.launch import aligned, on_device
@@ -25,7 +27,7 @@ from .triton_fma import FEW
 from .triton_intervene import intervene
 from .triton_many import many
 from .triton_prepare import prepare
-from .triton_rows import Rows
+from .triton_rows import Rows, accumulation
 
 
 def forward(
@@ -44,15 +46,23 @@ def forward(
 ) -> Tensor:
     """Rewards (M, K), or (M, I, K) with interventions and no `intervention_index`.
 
-    A row or intervention index out of range gives NaN for its row. Nothing synchronises with the host.
+    A row or intervention index out of range gives NaN for its row. Nothing synchronises with the host. Parameters may
+    have any floating dtype and stride: `few` reads those of 16 bits as they are, which saves a launch for each.
     """
-    weight, bias, norm_weight, norm_bias, directions, strengths, targets, intervention_index = (
-        aligned(value)
-        for value in (weight, bias, norm_weight, norm_bias, directions, strengths, targets, intervention_index)
-    )
+    is_few = weight.size(0) + (0 if directions is None else directions.size(0)) <= FEW
+    acc = accumulation(hidden.dtype)
+
+    def taken(value: Any) -> Any:
+        if value is None:
+            return None
+        as_it_is = is_few and directions is None and value.itemsize == 2
+        return aligned((value if as_it_is else value.to(acc)).contiguous())
+
     with on_device(hidden):
+        weight, bias, norm_weight, norm_bias = (taken(value) for value in (weight, bias, norm_weight, norm_bias))
+        directions, strengths, targets = taken(directions), taken(strengths), taken(targets)
+        intervention_index = aligned(intervention_index)
         read = Rows(hidden, rows)
-        is_few = weight.size(0) + (0 if directions is None else directions.size(0)) <= FEW
         if is_few and directions is None:
             return few(read, weight, bias, norm, norm_weight, norm_bias, eps, None)[0]
         prepared = prepare(hidden.dtype, weight, bias, norm, norm_weight, norm_bias, directions, pack=not is_few)

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from .triton_fma import fma_dot, part, part_width, replace
 from .triton_norm import LAYER, NONE, inverse_norm, load_gain
-from .triton_rows import Rows, row_offsets, vector_width
+from .triton_rows import Rows, accumulation, row_offsets, vector_width
 
 
 @triton.jit(do_not_specialize=["M", "T", "N", "stride_b", "stride_t"])
@@ -19,8 +19,11 @@ def _few(
     d: tl.constexpr, K: tl.constexpr, J: tl.constexpr, eps: tl.constexpr, NORM: tl.constexpr, FLAT: tl.constexpr,
     BM: tl.constexpr, BD: tl.constexpr, VEC: tl.constexpr, VA: tl.constexpr,
 ):  # fmt: skip
-    """Rewards (M, K); with J > 0 the dots (M, K + J) of the centred rows, and stats (M, 2): squared norm and mean."""
-    acc = p_weight.dtype.element_ty
+    """Rewards (M, K); with J > 0 the dots (M, K + J) of the centred rows, and stats (M, 2): squared norm and mean.
+
+    Weights, gain and biases may be in 16 bits.
+    """
+    acc = p_out.dtype.element_ty
     G: tl.constexpr = BD // VEC
     WHOLE: tl.constexpr = d % BD == 0
     o_m = tl.program_id(0).to(tl.int64) * BM + tl.arange(0, BM)
@@ -60,9 +63,9 @@ def _few(
                 b_sum = b_sum + tl.sum(b_x, 2)
             for n in tl.static_range(K + J):
                 if n < K:
-                    b_a = tl.load(p_weight + n * d + o_d, mask=m_a, other=0.0)  # [1, G, VA]
+                    b_a = tl.load(p_weight + n * d + o_d, mask=m_a, other=0.0).to(acc)  # [1, G, VA]
                     if p_norm_bias is not None:
-                        b_beta = tl.load(p_norm_bias + o_d, mask=m_a, other=0.0)
+                        b_beta = tl.load(p_norm_bias + o_d, mask=m_a, other=0.0).to(acc)
                         b_offsets = replace(b_offsets, n, b_offsets[n] + tl.sum(b_a * b_beta, 2))
                     if p_gain is not None:
                         b_a = b_a * b_gain
@@ -96,7 +99,7 @@ def _few(
             if p_norm_bias is not None:
                 b_s = b_s + tl.sum(b_offsets[n])
             if p_bias is not None:
-                b_s = b_s + tl.load(p_bias + n)
+                b_s = b_s + tl.load(p_bias + n).to(acc)
         tl.store(p_out + o_m * (K + J) + n, b_s, mask=m_m)
 
 
@@ -122,8 +125,9 @@ def few(
     """Rewards (M, K) and None; with directions the dots (M, K + J) and stats (M, 2)."""
     heads, d = weight.shape
     count = 0 if directions is None else directions.size(0)
-    out = weight.new_empty(read.count, heads + count)
-    stats = None if directions is None else weight.new_empty(read.count, 2)
+    acc = accumulation(read.hidden.dtype)
+    out = weight.new_empty(read.count, heads + count, dtype=acc)
+    stats = None if directions is None else weight.new_empty(read.count, 2, dtype=acc)
     config = few_config(d, read.hidden.dtype)
     _few[(triton.cdiv(read.count, config["BM"]),)](
         read.hidden, read.rows, weight, bias, norm_weight, norm_bias, directions, out, stats, *read.shape,

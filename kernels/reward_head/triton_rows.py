@@ -31,6 +31,11 @@ def row_offsets(p_rows, o_m, M, T, N, stride_b, stride_t, VEC: tl.constexpr, FLA
     return o_h, m_m
 
 
+def accumulation(dtype: torch.dtype) -> torch.dtype:
+    """The dtype of sums over rows of a dtype, and of rewards."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
 def vector_width(d: int, dtype: torch.dtype) -> int:
     """Elements in a thread's load of a row: 16 bytes where d is a multiple of that, else 1."""
     width = 16 // dtype.itemsize

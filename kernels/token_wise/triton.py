@@ -8,11 +8,14 @@ follow that width.
 
 from __future__ import annotations
 
+import functools
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from rmfast.kernels.arithmetic import inverse_root
 from rmfast.kernels.launch import aligned, on_device
 
 from . import reference
@@ -29,9 +32,7 @@ def _inverse_rms(b_squares, d: tl.constexpr, eps: tl.constexpr):
     if b_squares.dtype == tl.float64:
         return 1.0 / tl.sqrt(b_squares / d + eps)
     else:
-        # The plain `/` and `sqrt` are approximations of 2 ulp in fp32.
-        b_d = tl.full(b_squares.shape, d, tl.float32)
-        return tl.div_rn(tl.full(b_squares.shape, 1.0, tl.float32), tl.sqrt_rn(tl.div_rn(b_squares, b_d) + eps))
+        return inverse_root(b_squares * (1.0 / d) + eps)
 
 
 @triton.jit
@@ -81,70 +82,66 @@ def _rms_norm(
 
 
 @triton.jit
-def _rotate(
-    p_x, p_gain, p_out, i_n, o_h, heads, stride_n, stride_h, p_cos, p_sin,
-    D: tl.constexpr, R: tl.constexpr, eps: tl.constexpr, GEMMA: tl.constexpr,
-    BR: tl.constexpr, BP: tl.constexpr, VEC: tl.constexpr,
+def _gains(p_q_norm, p_k_norm, o_d, m_d, b_is_q, acc: tl.constexpr, GEMMA: tl.constexpr):
+    """The gains of q's heads and of k's, [BH, BD]."""
+    b_q, b_k = load_gain(p_q_norm, o_d, m_d, acc, GEMMA), load_gain(p_k_norm, o_d, m_d, acc, GEMMA)
+    return tl.where(b_is_q, b_q[None, :], b_k[None, :])
+
+
+@triton.jit(do_not_specialize=["stride_qn", "stride_qh", "stride_kn", "stride_kh", "stride_c", "stride_s"])
+def _rotary(
+    p_q, p_k, p_cos, p_sin, p_q_norm, p_k_norm, p_out_q, p_out_k,
+    stride_qn, stride_qh, stride_kn, stride_kh, stride_c, stride_s,
+    HEADS_Q: tl.constexpr, HEADS_K: tl.constexpr, D: tl.constexpr, R: tl.constexpr, eps: tl.constexpr,
+    GEMMA: tl.constexpr, BH: tl.constexpr, BR: tl.constexpr, BP: tl.constexpr, VEC: tl.constexpr,
 ):  # fmt: skip
-    """Heads o_h of row i_n: tiles [BH, BR] of the two halves that turn, and [BH, BP] of what passes through."""
-    dtype = p_x.dtype.element_ty
+    """One row, its cos and sin read once; q's heads and behind them k's in tiles [BH, BR] of the two halves that turn,
+    and [BH, BP] of what passes through."""
+    dtype = p_q.dtype.element_ty
     acc = tl.float64 if dtype == tl.float64 else tl.float32
     half: tl.constexpr = R // 2
-    m_h = (o_h < heads)[:, None]
-    o_x = tl.multiple_of(i_n * stride_n + o_h * tl.cast(stride_h, tl.int64), VEC)[:, None]
-    o_out = ((i_n * heads + o_h) * D)[:, None]
+    HEADS: tl.constexpr = HEADS_Q + HEADS_K
+    i_n = tl.program_id(0).to(tl.int64)
     o_r = tl.arange(0, BR)
     m_r = o_r < half
-    m_x = m_h & m_r[None, :]
-    b_low = tl.load(p_x + o_x + o_r[None, :], mask=m_x, other=0.0).to(acc)
-    b_high = tl.load(p_x + o_x + (half + o_r)[None, :], mask=m_x, other=0.0).to(acc)
-    if R < D:
-        o_p = R + tl.arange(0, BP)
-        m_p = o_p < D
-        b_rest = tl.load(p_x + o_x + o_p[None, :], mask=m_h & m_p[None, :], other=0.0).to(acc)
-    if p_gain is not None:
-        b_squares = tl.sum(b_low * b_low + b_high * b_high, 1)
+    o_p = R + tl.arange(0, BP)
+    m_p = o_p < D
+    p_cos += tl.multiple_of(i_n * stride_c, VEC) + o_r
+    p_sin += tl.multiple_of(i_n * stride_s, VEC) + o_r
+    b_cos = tl.load(p_cos, mask=m_r, other=0.0).to(acc)[None, :]
+    b_sin = tl.load(p_sin, mask=m_r, other=0.0).to(acc)[None, :]
+    b_cos_high = tl.load(p_cos + half, mask=m_r, other=0.0).to(acc)[None, :]
+    b_sin_high = tl.load(p_sin + half, mask=m_r, other=0.0).to(acc)[None, :]
+    for i_h in tl.static_range(0, HEADS, BH):
+        o_h = i_h + tl.arange(0, BH)
+        is_q = o_h < HEADS_Q
+        o_k = o_h - HEADS_Q
+        m_h = (o_h < HEADS)[:, None]
+        m_x = m_h & m_r[None, :]
+        p_row = tl.where(
+            is_q,
+            p_q + tl.multiple_of(i_n * stride_qn + o_h * tl.cast(stride_qh, tl.int64), VEC),
+            p_k + tl.multiple_of(i_n * stride_kn + o_k * tl.cast(stride_kh, tl.int64), VEC),
+        )[:, None]
+        p_to = tl.where(is_q, p_out_q + (i_n * HEADS_Q + o_h) * D, p_out_k + (i_n * HEADS_K + o_k) * D)[:, None]
+        b_low = tl.load(p_row + o_r[None, :], mask=m_x, other=0.0).to(acc)
+        b_high = tl.load(p_row + (half + o_r)[None, :], mask=m_x, other=0.0).to(acc)
         if R < D:
-            b_squares += tl.sum(b_rest * b_rest, 1)
-        b_inverse = _inverse_rms(b_squares, D, eps)[:, None]
-        b_low = b_low * b_inverse * load_gain(p_gain, o_r, m_r, acc, GEMMA)[None, :]
-        b_high = b_high * b_inverse * load_gain(p_gain, half + o_r, m_r, acc, GEMMA)[None, :]
+            b_rest = tl.load(p_row + o_p[None, :], mask=m_h & m_p[None, :], other=0.0).to(acc)
+        if p_q_norm is not None:
+            b_squares = tl.sum(b_low * b_low + b_high * b_high, 1)
+            if R < D:
+                b_squares += tl.sum(b_rest * b_rest, 1)
+            b_inverse = _inverse_rms(b_squares, D, eps)[:, None]
+            b_is_q = is_q[:, None]
+            b_low = b_low * b_inverse * _gains(p_q_norm, p_k_norm, o_r, m_r, b_is_q, acc, GEMMA)
+            b_high = b_high * b_inverse * _gains(p_q_norm, p_k_norm, half + o_r, m_r, b_is_q, acc, GEMMA)
+            if R < D:
+                b_rest = b_rest * b_inverse * _gains(p_q_norm, p_k_norm, o_p, m_p, b_is_q, acc, GEMMA)
+        tl.store(p_to + o_r[None, :], (b_low * b_cos - b_high * b_sin).to(dtype), mask=m_x)
+        tl.store(p_to + (half + o_r)[None, :], (b_high * b_cos_high + b_low * b_sin_high).to(dtype), mask=m_x)
         if R < D:
-            b_rest = b_rest * b_inverse * load_gain(p_gain, o_p, m_p, acc, GEMMA)[None, :]
-    b_cos = tl.load(p_cos + o_r, mask=m_r, other=0.0).to(acc)[None, :]
-    b_sin = tl.load(p_sin + o_r, mask=m_r, other=0.0).to(acc)[None, :]
-    tl.store(p_out + o_out + o_r[None, :], (b_low * b_cos - b_high * b_sin).to(dtype), mask=m_x)
-    b_cos = tl.load(p_cos + half + o_r, mask=m_r, other=0.0).to(acc)[None, :]
-    b_sin = tl.load(p_sin + half + o_r, mask=m_r, other=0.0).to(acc)[None, :]
-    tl.store(p_out + o_out + (half + o_r)[None, :], (b_high * b_cos + b_low * b_sin).to(dtype), mask=m_x)
-    if R < D:
-        tl.store(p_out + o_out + o_p[None, :], b_rest.to(dtype), mask=m_h & m_p[None, :])
-
-
-@triton.jit(
-    do_not_specialize=["heads_q", "heads_k", "stride_qn", "stride_qh", "stride_kn", "stride_kh", "stride_c", "stride_s"]
-)
-def _rotary(
-    p_q, p_k, p_cos, p_sin, p_q_norm, p_k_norm, p_out_q, p_out_k, heads_q, heads_k,
-    stride_qn, stride_qh, stride_kn, stride_kh, stride_c, stride_s,
-    D: tl.constexpr, R: tl.constexpr, eps: tl.constexpr, GEMMA: tl.constexpr,
-    BH: tl.constexpr, BR: tl.constexpr, BP: tl.constexpr, VEC: tl.constexpr,
-):  # fmt: skip
-    i_n = tl.program_id(0).to(tl.int64)
-    i_h = tl.program_id(1)
-    tiles_q = tl.cdiv(heads_q, BH)
-    p_cos += i_n * stride_c
-    p_sin += i_n * stride_s
-    if i_h < tiles_q:
-        _rotate(
-            p_q, p_q_norm, p_out_q, i_n, i_h * BH + tl.arange(0, BH), heads_q, stride_qn, stride_qh, p_cos, p_sin,
-            D, R, eps, GEMMA, BR, BP, VEC,
-        )  # fmt: skip
-    else:
-        _rotate(
-            p_k, p_k_norm, p_out_k, i_n, (i_h - tiles_q) * BH + tl.arange(0, BH), heads_k, stride_kn, stride_kh,
-            p_cos, p_sin, D, R, eps, GEMMA, BR, BP, VEC,
-        )  # fmt: skip
+            tl.store(p_to + o_p[None, :], b_rest.to(dtype), mask=m_h & m_p[None, :])
 
 
 @triton.jit(do_not_specialize=["stride_g", "stride_u"])
@@ -174,6 +171,7 @@ def vector_width(dtype: torch.dtype, *sizes: int) -> int:
     return width if all(size % width == 0 for size in sizes) else 1
 
 
+@functools.cache
 def rms_norm_config(d: int, dtype: torch.dtype) -> dict[str, int]:
     """Whole rows in registers, 16 elements a thread, in programs of at least 2048 elements.
 
@@ -186,11 +184,21 @@ def rms_norm_config(d: int, dtype: torch.dtype) -> dict[str, int]:
     }  # fmt: skip
 
 
-def rotary_config(d: int, rotated: int, dtype: torch.dtype) -> dict[str, int]:
-    """Tiles of at most 2048 elements, 16 for a thread."""
+@functools.cache
+def rotary_config(heads: int, d: int, rotated: int, dtype: torch.dtype) -> dict[str, int]:
+    """Tiles of heads with 8 numbers of each half for a thread, so that a sum over a head has one order whatever the
+    tile; of 4, 2 or 1 warps as few as fill four fifths of the tiles, or else the fullest."""
+    block = triton.next_power_of_2(rotated // 2)
+    least = max(1, 256 // block)
+
+    def fill(warps: int) -> float:
+        tile = least * warps
+        return heads / (triton.cdiv(heads, tile) * tile)
+
+    warps = next((warps for warps in (4, 2, 1) if fill(warps) >= 0.8), max((4, 2, 1), key=fill))
     return {
-        "BH": max(1, 2048 // triton.next_power_of_2(d)), "BR": triton.next_power_of_2(rotated // 2),
-        "BP": triton.next_power_of_2(max(1, d - rotated)), "VEC": vector_width(dtype, d, rotated // 2), "num_warps": 4,
+        "BH": least * warps, "BR": block, "BP": triton.next_power_of_2(max(1, d - rotated)),
+        "VEC": vector_width(dtype, d, rotated // 2), "num_warps": warps,
     }  # fmt: skip
 
 
@@ -232,15 +240,19 @@ def rotary(
 ) -> tuple[Tensor, Tensor]:
     rows, heads_q, d = q.shape
     heads_k, rotated = k.size(1), cos.size(1)
+    if (q_norm is None) != (k_norm is None) and heads_q and heads_k:
+        none = q[:, :0]
+        turned_q, _ = rotary(q, none, cos, sin, q_norm, q_norm, eps, gemma)
+        return turned_q, rotary(none, k, cos, sin, k_norm, k_norm, eps, gemma)[1]
+    q_norm, k_norm = q_norm if heads_q else k_norm, k_norm if heads_k else q_norm
     with on_device(q):
-        config = rotary_config(d, rotated, q.dtype)
+        config = rotary_config(heads_q + heads_k, d, rotated, q.dtype)
         out_q, out_k = q.new_empty(q.shape), k.new_empty(k.shape)
-        q, k = aligned_rows(q, config["VEC"]), aligned_rows(k, config["VEC"])
-        tiles = triton.cdiv(heads_q, config["BH"]) + triton.cdiv(heads_k, config["BH"])
-        _rotary[(rows, tiles)](
-            q, k, cos, sin, aligned(q_norm), aligned(k_norm), out_q, out_k, heads_q, heads_k,
+        q, k, cos, sin = (aligned_rows(value, config["VEC"]) for value in (q, k, cos, sin))
+        _rotary[(rows,)](
+            q, k, cos, sin, aligned(q_norm), aligned(k_norm), out_q, out_k,
             *q.stride()[:2], *k.stride()[:2], cos.stride(0), sin.stride(0),
-            D=d, R=rotated, eps=eps, GEMMA=gemma, enable_fp_fusion=False, **config,
+            HEADS_Q=heads_q, HEADS_K=heads_k, D=d, R=rotated, eps=eps, GEMMA=gemma, enable_fp_fusion=False, **config,
         )  # fmt: skip
         return out_q, out_k
 

@@ -16,7 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 from rmfast.kernels.launch import on_device
-from rmfast.kernels.suffix_attention.triton import dot
+from rmfast.kernels.suffix_attention.triton_blocks import dot
 
 MAX_K = 256
 _PROGRAMS = 132  # one for each SM of an H100: registers leave room for no second

@@ -31,6 +31,7 @@ from rmfast.engine.padded import batches, run_batch
 from rmfast.engine.planner import plan
 from rmfast.engine.programs import run_gated
 from rmfast.engine.scorer import Scorer
+from rmfast.engine.uploads import sent
 from rmfast.ops import suffix_attention
 from rmfast.texts.inputs import Format, Truncation
 
@@ -345,7 +346,7 @@ class _Batch:
         """What the head makes of the rows, (m, K), inside `binding.session()`."""
         device, m = binding.device, len(self.ids)
         rows = padded(np.arange(m), engine.tile)
-        tokens, positions = (torch.from_numpy(x[rows].astype(np.int64)).to(device) for x in (self.ids, self.positions))
+        tokens, positions = sent([x[rows].astype(np.int64) for x in (self.ids, self.positions)], device)
         none = torch.empty(0, dtype=torch.int32, device=device)
         run = _CachedRun(none, none, none, lambda key, k, v: (k[:0], v[:0]), store=self.store, groups=self.groups)
         forwards = [fused for _, fused in engine.layers]

@@ -88,17 +88,22 @@ class Recorded(Run):
 
 
 class ChainedPool:
-    """The pool of a planned chunk: rows left over by the chunk before and its own; keeps what the next one needs."""
+    """The pool of a planned chunk: rows left over by the chunk before and its own; keeps what the next one needs.
+
+    Args:
+        pool_rows, keep_rows: the chunk's, on the device.
+    """
 
     def __init__(
         self,
         chunk: Chunk,
+        pool_rows: Tensor,
+        keep_rows: Tensor,
         kept: dict[nn.Module, tuple[Tensor, Tensor]],
-        device: torch.device,
         seen: Callable[[nn.Module, Tensor, Tensor], None] | None,
     ):
         self.seen, self.rows = seen, chunk.rows
-        self.pool_rows, self.keep_rows = _rows(chunk.pool_rows, device), _rows(chunk.keep_rows, device)
+        self.pool_rows, self.keep_rows = _rows(chunk.pool_rows, pool_rows), _rows(chunk.keep_rows, keep_rows)
         self.kept = kept if chunk.kept else {}
         self.keep: dict[nn.Module, tuple[Tensor, Tensor]] = {}
 
@@ -129,11 +134,11 @@ def of_rows_read(x: Tensor) -> Tensor:
     return x if rows is None or len(x) == len(rows) else x[rows.to(x.device)]
 
 
-def _rows(index: np.ndarray, device: torch.device) -> Tensor | slice:
-    """Row indices; a slice where they are one stretch (the prompt of best-of-N), which then is not copied."""
+def _rows(index: np.ndarray, there: Tensor) -> Tensor | slice:
+    """Row indices on the device; a slice where they are one stretch (the prompt of best-of-N), which is not copied."""
     if len(index) and index[-1] - index[0] == len(index) - 1 and (np.diff(index) == 1).all():
         return slice(int(index[0]), int(index[-1]) + 1)
-    return torch.from_numpy(index).to(device)
+    return there
 
 
 def attention(

@@ -44,6 +44,7 @@ from rmfast.engine.memory import free_memory, out_of_memory, reuse_freed_memory
 from rmfast.engine.padded import marked_rows
 from rmfast.engine.planner import Chunk, plan, windows
 from rmfast.engine.structure import by_formula, by_names, by_run, error_of, watched
+from rmfast.engine.uploads import sent
 from rmfast.engine.wiring import seen_in
 from rmfast.texts.inputs import Encoded
 
@@ -350,26 +351,23 @@ class Engine:
         longest: int,
         seen: Callable[[nn.Module, Tensor, Tensor], None] | None,
     ) -> tuple[Tensor, dict[nn.Module, tuple[Tensor, Tensor]]]:
-        device = self.binding.device
-
-        def move(array: np.ndarray) -> Tensor:
-            return torch.from_numpy(np.ascontiguousarray(array)).to(device)
-
         # A suffix of its own pads the rows, and the rows that are read, to multiples of the tile.
         part = len(chunk.read_rows) < chunk.rows
         more, more_reads = padding(chunk.rows, len(chunk.read_rows) if part else None, self.tile)
         rows = chunk.rows + more
-        cu_seqlens, start, length = (np.append(x, end).astype(np.int32) for x, end in (
+        suffixes = [np.append(x, end).astype(np.int32) for x, end in (
             (chunk.cu_seqlens, rows), (chunk.prefix_start, 0), (chunk.prefix_len, 0)
-        ))  # fmt: skip
-        pool = ChainedPool(chunk, kept, device, seen)
-        run = Run(move(cu_seqlens), move(start), move(length), pool)
+        )]  # fmt: skip
+        flat = np.append(ids[chunk.tokens].astype(np.int64), np.zeros(more, np.int64))
+        arrays = [*suffixes, flat, np.append(chunk.positions, np.arange(more)), chunk.pool_rows, chunk.keep_rows]
         if part:
             reads = np.append(chunk.read_rows, np.arange(rows - more_reads, rows))
-            cu_reads = np.searchsorted(reads, cu_seqlens)
-            run.read_rows, run.cu_reads = move(reads), move(cu_reads.astype(np.int32))
-        tokens = move(np.append(ids[chunk.tokens].astype(np.int64), np.zeros(more, np.int64)))
-        positions = move(np.append(chunk.positions, np.arange(more)))
+            arrays += [reads, np.searchsorted(reads, suffixes[0]).astype(np.int32)]
+        cu_seqlens, start, length, tokens, positions, pool_rows, keep_rows, *read = sent(arrays, self.binding.device)
+        pool = ChainedPool(chunk, pool_rows, keep_rows, kept, seen)
+        run = Run(cu_seqlens, start, length, pool)
+        if part:
+            run.read_rows, run.cu_reads = read
         with reading(rows, run.read_rows):
             hidden = self.body(tokens, positions, run, [fused for _, fused in self.layers], longest)
         if run.read_rows is not None:

@@ -37,8 +37,18 @@ def _native():
     return torch.ops.rmfast_native.reward_head.default
 
 
+def _flat(load):
+    """A backend that takes parameters of any dtype, and hidden in three dimensions."""
+
+    def loaded():
+        run = load()
+        return lambda hidden, *args: run(_three_dims(hidden), *args)
+
+    return loaded
+
+
 def _cast(load):
-    """A backend that takes the arguments as `_reference` describes them; the C++ one casts parameters by itself."""
+    """A backend that takes the arguments as `_reference` describes them; C++ and Triton cast parameters themselves."""
 
     def loaded():
         run = load()
@@ -50,7 +60,7 @@ def _cast(load):
 _backends.register(
     "reward_head",
     cuda=_cast(_native),
-    triton=_cast(_triton("forward")),
+    triton=_flat(_triton("forward")),
     cpp=_native,
     eager=_cast(lambda: _reference.forward),
 )

@@ -99,13 +99,13 @@ CALLS = {
 
 @pytest.mark.skipif(INTERPRETED, reason="compiles kernels, so it needs a process without TRITON_INTERPRET=1")
 @pytest.mark.parametrize("case", CALLS)
-def test_kernels_compile_fit_and_do_not_spill(case, monkeypatch, tmp_path):
-    from test_triton_compile import SHARED, build, launches
+def test_kernels_compile_fit_and_do_not_spill(case, tmp_path):
+    from aot import SHARED, build, launches
 
     n, dtype = CALLS[case]
     x, ranks = torch.empty(n, 256, dtype=dtype), torch.empty(n, 5, dtype=torch.int32)
     call = lambda: kernels.neuron_stats(x, ranks, torch.empty(5, dtype=torch.float64))  # noqa: E731
-    (launch,) = launches(monkeypatch, call)
+    (launch,) = launches(call)
     for capability in SHARED:
         got = build(launch, capability, tmp_path)
         print(case, got)

@@ -83,21 +83,21 @@ LAUNCHES = [
 ]
 
 
-def patch_launch(dtype, d: int, monkeypatch, n: int = 512, gemma: bool = False) -> tuple:
-    from test_triton_compile import launches
+def patch_launch(dtype, d: int, n: int = 512, gemma: bool = False) -> tuple:
+    from aot import launches
 
     rows, index = torch.empty(64, d, dtype=dtype), torch.zeros(n, dtype=torch.int64)
     call = lambda: kernels.patch_rows(rows, rows, index, index, rows[0].clone(), 1e-6, gemma)  # noqa: E731
-    return launches(monkeypatch, call)[0]
+    return launches(call)[0]
 
 
 @compiled
 @pytest.mark.parametrize("capability", [80, 90, 100])
 @pytest.mark.parametrize(("name", "d"), LAUNCHES)
-def test_kernels_compile_fit_and_do_not_spill(name, d, capability, monkeypatch, tmp_path):
-    from test_triton_compile import SHARED, build
+def test_kernels_compile_fit_and_do_not_spill(name, d, capability, tmp_path):
+    from aot import SHARED, build
 
-    got = build(patch_launch(DTYPES[name], d, monkeypatch, gemma=d == 3584), capability, tmp_path)
+    got = build(patch_launch(DTYPES[name], d, gemma=d == 3584), capability, tmp_path)
     print(name, d, got)
     assert got.shared <= SHARED[capability], got
     assert got.spills == 0, got
@@ -116,17 +116,17 @@ def reduced_layout(ttgir: str) -> str:
 
 @compiled
 @pytest.mark.parametrize(("name", "d"), [("bf16", 576), ("bf16", 1025), ("fp32", 59), ("fp64", 8192)])
-def test_the_sum_of_a_row_has_the_layout_of_rms_norm(name, d, monkeypatch, tmp_path):
-    from test_triton_compile import build, launches
+def test_the_sum_of_a_row_has_the_layout_of_rms_norm(name, d, tmp_path):
+    from aot import build, launches
 
     x = torch.empty(512, d, dtype=DTYPES[name])
     call = lambda: token_wise.rms_norm(x, x[0].clone(), None, None, 1e-6, False)  # noqa: E731
-    norm = build(launches(monkeypatch, call)[0], 90, tmp_path)
-    ours = build(patch_launch(DTYPES[name], d, monkeypatch), 90, tmp_path)
+    norm = build(launches(call)[0], 90, tmp_path)
+    ours = build(patch_launch(DTYPES[name], d), 90, tmp_path)
     assert reduced_layout(ours.ttgir) == reduced_layout(norm.ttgir)
 
 
 @compiled
-def test_launches_do_not_depend_on_the_number_of_rows(monkeypatch):
-    options = [patch_launch(torch.bfloat16, 64, monkeypatch, n=n)[2] for n in (1, 2, 50_000)]
+def test_launches_do_not_depend_on_the_number_of_rows():
+    options = [patch_launch(torch.bfloat16, 64, n=n)[2] for n in (1, 2, 50_000)]
     assert all(other == options[0] for other in options)

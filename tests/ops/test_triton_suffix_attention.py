@@ -89,8 +89,8 @@ LAUNCHES = {
 @compiled
 @pytest.mark.parametrize("capability", [80, 90, 100])
 @pytest.mark.parametrize("launch", LAUNCHES)
-def test_kernels_compile_fit_and_do_not_spill(launch, capability, monkeypatch, tmp_path):
-    from test_triton_compile import SHARED, build, launches
+def test_kernels_compile_fit_and_do_not_spill(launch, capability, tmp_path):
+    from aot import SHARED, build, launches
 
     from rmfast.kernels.suffix_attention import triton as kernels
 
@@ -100,7 +100,7 @@ def test_kernels_compile_fit_and_do_not_spill(launch, capability, monkeypatch, t
     call = lambda: kernels.forward(  # noqa: E731
         q, k, v, cu_seqlens, None, *pool, d**-0.5, causal, softcap, window, **given
     )
-    got = build(*launches(monkeypatch, call), capability, tmp_path)
+    got = build(*launches(call, capability), capability, tmp_path)
     print(launch, got)
     assert got.shared <= SHARED[capability], got
     # ptxas spends two slots of stack in fp64, which is there for tests, at half of the registers.

@@ -84,10 +84,10 @@ LAUNCHES = {
 @compiled
 @pytest.mark.parametrize("capability", [80, 90, 100])
 @pytest.mark.parametrize("launch", LAUNCHES)
-def test_kernels_compile_fit_and_do_not_spill(launch, capability, monkeypatch, tmp_path):
-    from test_triton_compile import SHARED, build, launches
+def test_kernels_compile_fit_and_do_not_spill(launch, capability, tmp_path):
+    from aot import SHARED, build, launches
 
-    got = build(launches(monkeypatch, LAUNCHES[launch]())[0], capability, tmp_path)
+    got = build(launches(LAUNCHES[launch]())[0], capability, tmp_path)
     print(launch, got)
     assert got.shared <= SHARED[capability], got
     assert got.spills == 0, got

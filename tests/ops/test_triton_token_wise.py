@@ -164,10 +164,10 @@ CALLS = {
 
 @pytest.mark.skipif(INTERPRETED, reason="compiles kernels, so it needs a process without TRITON_INTERPRET=1")
 @pytest.mark.parametrize("case", CALLS)
-def test_kernels_compile_fit_and_do_not_spill(case, monkeypatch, tmp_path):
-    from test_triton_compile import SHARED, build, launches
+def test_kernels_compile_fit_and_do_not_spill(case, tmp_path):
+    from aot import SHARED, build, launches
 
-    seen = launches(monkeypatch, CALLS[case])
+    seen = launches(CALLS[case])
     for capability in SHARED:
         for launch in seen:
             got = build(launch, capability, tmp_path)

@@ -18,7 +18,7 @@ import rmfast
 from rmfast.patching.pairs import align_tokens, aligned
 from rmfast.patching.patcher import patcher_of
 from rmfast.patching.sites import KINDS, UNITS
-from rmfast.patching.suffix_patcher import _Chunk
+from rmfast.patching.suffix_chunk import Chunk
 
 FAMILIES = [*M.DECODERS, "gpt2"]
 UNITED = ("head_out", "mlp_neuron", "q", "k", "v")
@@ -327,7 +327,7 @@ def test_running_out_of_memory_halves_the_chunk(monkeypatch):
     clean, corrupted = pair()
     rm = rmfast.RewardModel(m)
     whole = rm.patch_sweep(clean, corrupted)
-    run, sizes = _Chunk.run, []
+    run, sizes = Chunk.run, []
 
     def scarce(chunk):
         sizes.append(len(chunk.edits))
@@ -335,7 +335,7 @@ def test_running_out_of_memory_halves_the_chunk(monkeypatch):
             raise torch.OutOfMemoryError("no memory")
         return run(chunk)
 
-    monkeypatch.setattr(_Chunk, "run", scarce)
+    monkeypatch.setattr(Chunk, "run", scarce)
     torch.testing.assert_close(rm.patch_sweep(clean, corrupted).rewards, whole.rewards, rtol=1e-5, atol=1e-5)
     assert max(sizes) > 3 and sizes[-1] <= 3
 

@@ -1,0 +1,57 @@
+"""Index arrays of a chunk, planned on the host and sent to the device in one copy that nothing waits for."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+_ALIGNMENT = 16  # bytes: the width of a load, and what Triton's kernels are specialised by
+
+
+def sent(arrays: Sequence[np.ndarray], device: torch.device) -> list[Tensor]:
+    """The arrays as tensors of their own dtypes and shapes on a device; on a CPU each is its array's own memory."""
+    arrays = [np.ascontiguousarray(array) for array in arrays]
+    if device.type == "cpu":
+        return [torch.from_numpy(array) for array in arrays]
+    return _in_one_copy(arrays, device)
+
+
+def _in_one_copy(arrays: list[np.ndarray], device: torch.device) -> list[Tensor]:
+    """Views of one buffer. A copy of pageable memory would hold up the host until all kernels before it have run, once
+    for each array."""
+    starts = np.cumsum([0, *(-(-array.nbytes // _ALIGNMENT) * _ALIGNMENT for array in arrays)]).tolist()
+    buffer = torch.empty(starts[-1], dtype=torch.uint8, pin_memory=device.type == "cuda")
+    bytes_of = buffer.numpy()
+    for array, start in zip(arrays, starts):
+        bytes_of[start : start + array.nbytes] = array.reshape(-1).view(np.uint8)
+    # Pinned memory is not given away before the copy is done: torch's allocator notes the stream that reads it.
+    there = buffer.to(device, non_blocking=True)
+    return [
+        there[start : start + array.nbytes].view(_dtype(array)).view(array.shape)
+        for array, start in zip(arrays, starts)
+    ]
+
+
+def _dtype(array: np.ndarray) -> torch.dtype:
+    return torch.from_numpy(array[:0]).dtype
+
+
+class Uploads:
+    """Index arrays that a plan names before it runs: `add` each, `send` all, then read them by the number of each."""
+
+    def __init__(self) -> None:
+        self._arrays: list[np.ndarray] = []
+        self._tensors: list[Tensor] = []
+
+    def add(self, array: np.ndarray) -> int:
+        self._arrays.append(array)
+        return len(self._arrays) - 1
+
+    def send(self, device: torch.device) -> None:
+        self._tensors = sent(self._arrays, device)
+
+    def __getitem__(self, index: int) -> Tensor:
+        return self._tensors[index]
