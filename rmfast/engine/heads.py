@@ -113,19 +113,39 @@ class Heads:
             found += [norm.module, *(norm.modules if isinstance(norm, HeadsNorm) else [active(norm.module)])]
         return found
 
+    @property
+    def modules(self) -> list[Any]:
+        """The projections of queries, keys and values, or the one of all three."""
+        names = ("q_proj", "k_proj", "v_proj") if self.fused is None else (self.fused,)
+        return [getattr(self.attn, name) for name in names]
+
     def project(self, y: Tensor, read: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
         """Queries (at the rows `read`), keys and values (n, heads, D) of normed rows, before norms and rotation."""
-        attn, d = self.attn, self.size
+        first, *rest = self.modules
+        if rest:
+            return self.parted([first(y if read is None else y[read]), *(module(y) for module in rest)])
+        q, k, v = self.parted([first(y)])
+        return q if read is None else q[read], k, v
+
+    def parted(self, made: list[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries, keys and values (n, heads, D) of what `modules` give, (n, columns) each."""
         if self.fused is None:
-            q, k, v = attn.q_proj(y if read is None else y[read]), attn.k_proj(y), attn.v_proj(y)
-            return q.unflatten(-1, (-1, d)), k.unflatten(-1, (-1, d)), v.unflatten(-1, (-1, d))
-        qkv = getattr(attn, self.fused)(y)
-        if _FUSED[self.fused]:
-            groups = qkv.unflatten(-1, (self.kv_count, -1, d))
+            q, k, v = (x.unflatten(-1, (-1, self.size)) for x in made)
+        elif _FUSED[self.fused]:
+            groups = made[0].unflatten(-1, (self.kv_count, -1, self.size))
             q, k, v = groups[:, :, :-2].flatten(1, 2), groups[:, :, -2], groups[:, :, -1]
         else:
-            q, k, v = qkv.unflatten(-1, (-1, d)).split([self.count, self.kv_count, self.kv_count], dim=1)
-        return q if read is None else q[read], k, v
+            heads = made[0].unflatten(-1, (-1, self.size))
+            q, k, v = heads.split([self.count, self.kv_count, self.kv_count], dim=1)
+        return q, k, v
+
+    def joined(self, q: Tensor, k: Tensor, v: Tensor) -> list[Tensor]:
+        """What `modules` give, of queries, keys and values: `parted` the other way round."""
+        if self.fused is None:
+            return [x.flatten(1) for x in (q, k, v)]
+        if _FUSED[self.fused]:
+            return [torch.cat([q.unflatten(1, (self.kv_count, -1)), k[:, :, None], v[:, :, None]], 2).flatten(1)]
+        return [torch.cat([q, k, v], 1).flatten(1)]
 
     def turn(self, q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
         """Queries and keys after their norms and rotation, as attention takes them; either may have no heads.

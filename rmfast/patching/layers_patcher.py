@@ -213,7 +213,7 @@ class LayersPatcher:
                 here = kinds if layers is None or layer in layers else set()
                 for kind in sorted(here | {"resid_pre", "resid_post"}):
                     stack.enter_context(self.points[layer][kind].tapped(partial(keep, kind, layer)))
-            rewards = self._forward(torch.from_numpy(text.ids)[None], text.types, read)[0]
+            rewards = self.forward(torch.from_numpy(text.ids)[None], text.types, read)[0]
         return LayerRecord(text.ids, text.types, read, rewards.detach().cpu(), tails, kept), rewards
 
     def _edited(self, base: LayerRecord, edits: Edits, new: dict[int, Tensor]) -> Tensor:
@@ -234,10 +234,10 @@ class LayersPatcher:
                 index = (rows[which], positions, edits.unit[rows][which])
                 point = self.points[layer][KINDS[kind]]
                 stack.enter_context(point.tapped(partial(_replaced, point, index, new[int(kind)], len(edits))))
-            return self._forward(ids, base.types, base.read)
+            return self.forward(ids, base.types, base.read)
 
-    def _forward(self, ids: Tensor, types: np.ndarray | None, read: int) -> Tensor:
-        """Rewards (B, K) of texts (B, T) of one length, read at one position."""
+    def forward(self, ids: Tensor, types: np.ndarray | None, read: int) -> Tensor:
+        """Rewards (B, K) of texts (B, T) of one length, read at one position; inside `binding.session()`."""
         binding = self.binding
         ids = ids.to(binding.device)
         args = [ids, torch.ones_like(ids)]
@@ -282,7 +282,7 @@ class LayersPatcher:
                     taps["sum"] = Point(at["resid_mid"].module, "in")  # given to the norm whose output resid_mid is
                 for kind, point in taps.items():
                     stack.enter_context(point.tapped(partial(_note, tensors, kind)))
-            self._forward(ids, None, ids.size(1) - 1)
+            self.forward(ids, None, ids.size(1) - 1)
         for layer, (at, tensors) in enumerate(zip(self.points, seen)):
             wrong = _not_added(at, tensors)
             for kind in KINDS:
