@@ -1,0 +1,234 @@
+"""`EdgeScores`: a number for each edge of a model, to rank, screen, draw and keep."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from rmfast import arguments
+from rmfast.circuits.nodes import Node
+from rmfast.plots import axes, figure_size, heat_map, needed, shown_figure
+
+_VERSION = 1  # of the files that `save` writes
+_TENSORS = ("scores", "error")
+
+
+class Edge(NamedTuple):
+    """A sender, a receiver that reads it, and the edge's score."""
+
+    sender: Node
+    receiver: Node
+    score: float = float("nan")
+
+    def __str__(self) -> str:
+        return f"{self.sender} -> {self.receiver}"
+
+
+class Screened(NamedTuple):
+    """The edges of largest |score| as exact path patching takes them.
+
+    Attributes:
+        senders, receivers: every node of the edges once, in the model's order.
+        edges: the pairs, largest first.
+        calls: for each sender those of its receivers that are among the edges: a run for each edge and no other.
+    """
+
+    senders: list[Node]
+    receivers: list[Node]
+    edges: list[tuple[Node, Node]]
+    calls: list[tuple[Node, list[Node]]]
+
+
+@dataclass(eq=False, repr=False, kw_only=True)
+class EdgeScores:
+    """What edge attribution patching estimates for each edge: the change of the metric if it were patched.
+
+    Attributes:
+        scores: (U, V) fp64, senders by receivers, or (T, U, V) where each token has its own; NaN where a receiver does
+            not read a sender.
+        error: (U, V) the standard error of the mean over pairs, or None (one pair, weights).
+        senders, receivers: U and V nodes, in the model's order.
+        method: "EAP" or "EAP-IG".
+        steps: gradients that were taken for a pair.
+        rule: "clean", or where on the way between the embeddings the gradients were taken ("midpoint", "left").
+        clean, corrupted: the metric of both runs, in the mean over pairs (with `weights`, their weighted sum).
+        pairs: how many.
+        tokens: (T,) where each has its own scores, else None.
+        dtype: in which the model ran.
+    """
+
+    scores: Tensor
+    error: Tensor | None = None
+    senders: list[Node]
+    receivers: list[Node]
+    method: str
+    steps: int
+    rule: str
+    clean: float
+    corrupted: float
+    pairs: int = 1
+    tokens: list[str] | None = None
+    dtype: str
+
+    @property
+    def joint(self) -> Tensor:
+        """(U, V), the sum over tokens."""
+        return self.scores if self.tokens is None else self.scores.sum(0)
+
+    @property
+    def edges(self) -> int:
+        """How many edges the model has."""
+        return int((~self.joint.isnan()).sum())
+
+    def __getitem__(self, edge: tuple[Node, Node]) -> float:
+        """Of a sender and a receiver, all tokens together; ValueError where there is no such edge."""
+        sender, receiver = edge
+        if sender not in self.senders or receiver not in self.receivers:
+            raise ValueError(f"Expected a sender and a receiver of this model, got {sender} and {receiver}")
+        value = float(self.joint[self.senders.index(sender), self.receivers.index(receiver)])
+        if np.isnan(value):
+            raise ValueError(f"Expected an edge, got {sender} -> {receiver}, which does not read it")
+        return value
+
+    def top(self, n: int = 10) -> list[Edge]:
+        """The n edges of largest |score|, largest first; of equal ones the earlier sender's."""
+        arguments.whole("n", n, 0)
+        values = self.joint.numpy().ravel()
+        order = np.argsort(-np.abs(values), kind="stable")[: min(n, self.edges)]
+        at = zip(*np.unravel_index(order, self.joint.shape))
+        return [Edge(self.senders[u], self.receivers[v], float(self.joint[u, v])) for u, v in at]
+
+    def screen(self, n: int) -> Screened:
+        """The n edges of largest |score|, for path patching to run exactly."""
+        edges = self.top(n)
+        senders, receivers = {edge.sender for edge in edges}, {edge.receiver for edge in edges}
+        by_sender: dict[Node, list[Node]] = {}
+        for edge in edges:
+            by_sender.setdefault(edge.sender, []).append(edge.receiver)
+        return Screened(
+            [node for node in self.senders if node in senders],
+            [node for node in self.receivers if node in receivers],
+            [edge[:2] for edge in edges],
+            [(node, by_sender[node]) for node in self.senders if node in by_sender],
+        )
+
+    def agreement(self, exact: Mapping[tuple[Node, Node], float]) -> float:
+        """Spearman's correlation with exact effects of edges, NaN for fewer than three.
+
+        Args:
+            exact: by (sender, receiver), as path patching gives them.
+        """
+        from scipy.stats import spearmanr
+
+        ours = [self[edge] for edge in exact]
+        return float(spearmanr(ours, list(exact.values())).statistic) if len(ours) > 2 else float("nan")
+
+    def __repr__(self) -> str:
+        ways = f"{self.steps} steps, {self.rule}" if self.method == "EAP-IG" else "1 gradient"
+        strongest = "".join(f", strongest {edge} {edge.score:+.4g}" for edge in self.top(1))
+        return (
+            f"EdgeScores({self.method}, {ways}, {self.edges} edges, {self.pairs} pairs, "
+            f"metric {self.clean:.4g} -> {self.corrupted:.4g}{strongest})"
+        )
+
+    def __str__(self) -> str:
+        rows = self.top(10)
+        width = max((len(str(edge)) for edge in rows), default=0)
+        return "\n".join([repr(self), *(f"{str(edge).ljust(width)}  {edge.score:+.4g}" for edge in rows)])
+
+    def _repr_html_(self) -> str:
+        """For notebooks: `plot`."""
+        return shown_figure(self.plot, repr(self))
+
+    def to_dataframe(self) -> Any:
+        """A pandas DataFrame with a row for each edge (and token): both nodes by kind, layer and head, score, error.
+
+        Raises:
+            ImportError: pandas is not installed.
+        """
+        pandas = needed("pandas", "to_dataframe")
+        values = self.scores.numpy()
+        at = np.nonzero(~np.isnan(values))
+        columns: dict[str, Any] = {}
+        if self.tokens is not None:
+            columns = {"position": at[0], "token": [self.tokens[t] for t in at[0]]}
+        for side, nodes, index in (("sender", self.senders, at[-2]), ("receiver", self.receivers, at[-1])):
+            columns[side] = [nodes[i].kind for i in index]
+            for name in ("layer", "head"):
+                each = [getattr(nodes[i], name) for i in index]
+                columns[f"{side}_{name}"] = pandas.array(each, dtype="Int64")
+        columns["score"] = values[at]
+        if self.error is not None:
+            columns["error"] = self.error.numpy()[at]
+        return pandas.DataFrame(columns)
+
+    def plot(self, ax: Any = None) -> Any:
+        """A map of what layers write (rows) by what they read (columns), the scores of their heads summed.
+
+        Returns:
+            The Axes.
+
+        Raises:
+            ImportError: matplotlib is not installed.
+        """
+        grid, rows, columns = self._by_layer()
+        ax = axes(ax, *figure_size(*grid.shape))
+        heat_map(ax, grid, rows, columns, f"{self.method}, summed over heads")
+        ax.set_ylabel("sender")
+        ax.set_xlabel("receiver")
+        return ax
+
+    def _by_layer(self) -> tuple[np.ndarray, list[str], list[str]]:
+        values = self.joint.numpy()
+        names = [[_of_layer(node) for node in nodes] for nodes in (self.senders, self.receivers)]
+        rows, columns = (list(dict.fromkeys(each)) for each in names)
+        row, column = ([kept.index(name) for name in each] for kept, each in zip((rows, columns), names))
+        grid, count = np.zeros((2, len(rows), len(columns)))
+        at = np.ix_(row, column)
+        np.add.at(grid, at, np.nan_to_num(values))
+        np.add.at(count, at, ~np.isnan(values))
+        return np.where(count > 0, grid, np.nan), rows, columns
+
+    def save(self, folder: str | Path) -> None:
+        """Write `edges.safetensors` and `edges.json` to a folder, made where there is none. `load` gives all back."""
+        path = arguments.path("folder", folder)
+        path.mkdir(parents=True, exist_ok=True)
+        tensors = {name: getattr(self, name) for name in _TENSORS}
+        save_file({k: v.contiguous() for k, v in tensors.items() if v is not None}, path / "edges.safetensors")
+        rest = {field.name: getattr(self, field.name) for field in fields(self) if field.name not in _TENSORS}
+        text = json.dumps({"format": "rmfast.EdgeScores", "version": _VERSION, **rest})
+        (path / "edges.json").write_text(text + "\n", encoding="utf-8")
+
+    @classmethod
+    def load(cls, folder: str | Path) -> EdgeScores:
+        """The scores that `save` wrote to a folder, exactly.
+
+        Raises:
+            ValueError: the folder holds none, or those of another version.
+        """
+        path = arguments.path("folder", folder)
+        try:
+            rest = json.loads((path / "edges.json").read_text(encoding="utf-8"))
+            if not isinstance(rest, dict) or rest.pop("format", None) != "rmfast.EdgeScores":
+                raise ValueError("edges.json is something else")
+            if (version := rest.pop("version", None)) != _VERSION:
+                raise ValueError(f"its version is {version}, this rmfast reads {_VERSION}")
+            for side in ("senders", "receivers"):
+                rest[side] = [Node(*node) for node in rest[side]]
+            return cls(**{**rest, **load_file(path / "edges.safetensors")})
+        except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
+            raise ValueError(f"Expected a folder that EdgeScores.save wrote, got {str(path)!r}: {error}") from error
+
+
+def _of_layer(node: Node) -> str:
+    """What a node is called where heads are together."""
+    short = {"head_out": "attn", "mlp_out": "mlp", "q_input": "q", "k_input": "k", "v_input": "v", "mlp_input": "mlp"}
+    return node.kind if node.layer is None else f"{short[node.kind]} {node.layer}"
