@@ -29,6 +29,7 @@ OPS = (
     "probes",
     "heads",
     "reward_lens",
+    "edges",
 )
 
 # The L3 of a server CPU is hundreds of MiB: fewer distinct bytes would time the cache.
