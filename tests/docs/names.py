@@ -202,6 +202,15 @@ def _why() -> dict[str, Any]:
     }  # fmt: skip
 
 
+def _edges() -> dict[str, Any]:
+    clean, corrupted = ([f"a {word} film, {i}" for i in range(4)] for word in ("good", "poor"))
+    return {
+        "rm": _load(), "clean_texts": clean[:2], "corrupted_texts": corrupted[:2], "chosen": "good", "rejected": "poor",
+        "chosen_corrupted": "so-so", "rejected_corrupted": "a film", "held_out_clean": clean[2:],
+        "held_out_corrupted": corrupted[2:],
+    }  # fmt: skip
+
+
 def _heads() -> dict[str, Any]:
     draw = np.random.default_rng(0)
     texts = [f"text {i}" for i in range(24)]
@@ -245,6 +254,7 @@ _OF: dict[str, Any] = {
     "docs/attribution.md": _why,
     "docs/audit.md": _audit,
     "docs/debias.md": _debias,
+    "docs/edges.md": _edges,
     "docs/ensembles.md": lambda: {
         "paths": ["path/or/hub-id", "other-model"],
         "texts": ["one", "two"],
