@@ -259,6 +259,7 @@ setup(
         "rmfast",
         "rmfast.audit",
         "rmfast.binding",
+        "rmfast.circuits",
         "rmfast.cli",
         "rmfast.concepts",
         "rmfast.debias",
