@@ -58,3 +58,10 @@ def test_a_long_file_says_why_in_its_first_lines(files, most):
         if len(lines) > most and not re.search(rf"Over {most} lines: \S", "\n".join(lines[:12])):
             found[str(path.relative_to(ROOT))] = len(lines)
     assert found == {}
+
+
+def test_every_package_is_in_the_wheel():
+    named = set(re.findall(r'"(rmfast(?:\.\w+)*)",', (ROOT / "setup.py").read_text()))
+    folders = {path.parent.relative_to(ROOT) for path in PYTHON if path.name == "__init__.py"}
+    here = {".".join(folder.parts) for folder in folders if folder.parts[0] == "rmfast"}
+    assert here - named == set()
