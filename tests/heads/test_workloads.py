@@ -13,6 +13,8 @@ import torch
 
 import rmfast
 from rmfast import DirectionRemoval, NeuronClamp, heads
+from rmfast.circuits.nodes import RECEIVERS
+from rmfast.circuits.paths import path_patch
 from rmfast.last_token import LastTokenRuns
 from rmfast.patching.layers_patcher import LayersPatcher
 from rmfast.patching.sites import KINDS
@@ -294,6 +296,18 @@ def test_the_suffix_engine_edits_texts_of_two_read_rows_as_hooks_do(name, family
         assert want.engine == "layers"
         torch.testing.assert_close(got.rewards, want.rewards, rtol=0, atol=1e-5, equal_nan=True)
         C.assert_near(got.clean_reward, want.clean_reward.double())
+
+
+@pytest.mark.parametrize("through", ["residual", "mlps"])
+def test_paths_to_a_reward_of_two_read_rows_are_what_hooks_give(through, monkeypatch):
+    rm = model("gated", "gemma2", num_hidden_layers=3)
+    asked = {"receivers": RECEIVERS, "positions": [[0, 4, -1], slice(6, 20)], "through": through}
+    found = path_patch(rm, CLEAN, CORRUPTED, **asked)
+    assert found.engine == "suffix" and (found.effect[:, -1].abs() > 1e-4).any(0).all()
+    monkeypatch.setattr("rmfast.patching.request.patcher_of", lambda scorer: LayersPatcher(scorer.binding))
+    want = path_patch(rm, CLEAN, CORRUPTED, **asked)
+    assert want.engine == "layers"
+    torch.testing.assert_close(found.rewards, want.rewards, rtol=0, atol=1e-5, equal_nan=True)
 
 
 def test_a_reward_that_is_read_before_its_prompts_end_is_no_sweeps():
