@@ -109,7 +109,14 @@ def few_config(d: int, dtype: torch.dtype) -> dict[str, int]:
     block = 128 * vec
     while block > 16 and triton.cdiv(d, block) * block > 1.25 * d:
         block //= 2
-    return {"BM": 4 * 128 * vec // block, "BD": block, "VEC": vec, "VA": part_width(vec, dtype), "num_warps": 4}
+    return {
+        "BM": 4 * 128 * vec // block,
+        "BD": block,
+        "VEC": vec,
+        "VA": part_width(vec, dtype),
+        "num_warps": 4,
+        "maxnreg": 168,
+    }
 
 
 def few(

@@ -99,6 +99,7 @@ CASES: dict[str, dict[str, Callable[[], object]]] = {
         "bf16 d 2048 K 1": head(BF16, 2048, 1),
         "bf16 d 4096 K 1": head(BF16, 4096, 1),
         "bf16 d 4096 K 4": head(BF16, 4096, 4),
+        "bf16 d 4096 K 6": head(BF16, 4096, 6),
         "bf16 d 4096 K 8": head(BF16, 4096, 8),
         "bf16 d 4096 K 16": head(BF16, 4096, 16),
         "bf16 d 2048 K 1 layer norm": head(BF16, 2048, 1, layer=True),
