@@ -135,7 +135,7 @@ CASES: dict[str, dict[str, Callable[[], object]]] = {
         "gelu by tanh": gated(2),
     },
     "patch_rows": {"d 2048": patched(2048), "d 4096": patched(4096)},
-    "neuron_stats": {"128 texts": statistics(128), "512 texts": statistics(512), "2048 texts": statistics(2048)},
+    "neuron_stats": {"128 texts": statistics(128), "512 texts": statistics(512)},
     "topk_encode": {"d 2048 k 32": encoded(2048, 65536, 32), "d 4096 k 64": encoded(4096, 65536, 64)},
     "binned_mmd": {"rewards": mmd(1), "representations": mmd(8)},
     "tcrm": {"pairs": pairs()},
