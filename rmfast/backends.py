@@ -29,10 +29,12 @@ NAMES = ("cuda", "triton", "cpp", "eager")
 _PREFERENCE = {"cuda": ("triton", "cuda", "eager"), "cpu": ("cpp", "eager")}
 
 # Of the compiled libraries' ops, as csrc/include/rmfast/interface.h has it.
-_INTERFACE = 2
+_INTERFACE = 3
 
 _requested: ContextVar[str | None] = ContextVar("rmfast_backend", default=None)
 _ops: dict[str, dict[str, Callable[[], Callable]]] = {}
+# Of an op, by backend: why it does not take arguments that the op takes (those of the callable), or None.
+_refusals: dict[str, dict[str, Callable[..., str | None]]] = {}
 
 
 class BackendError(RuntimeError):
@@ -62,8 +64,14 @@ class Explanation(list[Choice]):
     __repr__ = __str__
 
 
-def register(op: str, **loaders: Callable[[], Callable]) -> None:
-    """Names the backends of an op; a loader returns the callable and runs at its first use."""
+def register(
+    op: str, refusals: dict[str, Callable[..., str | None]] | None = None, **loaders: Callable[[], Callable]
+) -> None:
+    """Names the backends of an op; a loader returns the callable and runs at its first use.
+
+    refusals: for backends that do not take all that the op takes: given the callable's arguments, the cause or None.
+    """
+    _refusals[op] = refusals or {}
     _ops[op] = {name: functools.cache(loader) for name, loader in loaders.items()}
 
 
@@ -95,6 +103,9 @@ def backend(name: str | None) -> Iterator[None]:
 
 @functools.cache
 def library_path(name: str) -> Path | None:
+    """Where a compiled library lies, or would if RMFAST_CUDA_LIBRARY is right."""
+    if name == "_C_cuda" and (given := os.environ.get("RMFAST_CUDA_LIBRARY")):
+        return Path(given).expanduser()
     return next(iter(sorted(Path(__file__).parent.glob(f"{name}*.so"))), None)
 
 
@@ -107,6 +118,8 @@ def _load(name: str) -> str | None:
             "this install holds no compiled library; fix: pip install --no-build-isolation . (needs torch, setuptools, "
             "ninja and a C++ compiler)"
         )
+    if not path.is_file():
+        return f"RMFAST_CUDA_LIBRARY names {path}, which is no file"
     try:
         torch.ops.load_library(str(path))
     except OSError:
@@ -247,16 +260,26 @@ def why_not(op: str, name: str, device: str) -> str | None:
     return None
 
 
-def choose(op: str, device: str) -> Callable:
-    """The callable that runs `op` on tensors of a device type.
+def choose(op: str, device: str, args: tuple = ()) -> Callable:
+    """The callable that runs `op` on tensors of a device type; `args`: its arguments, where some backend refuses some.
 
-    Raises BackendError where a backend asked for by name, or an instruction set asked for, cannot run.
+    Raises BackendError where a backend asked for by name, or an instruction set asked for, cannot run, or not on these
+    arguments.
     """
     name = requested()
+    asked = name
     explicit = name is not None or os.environ.get("RMFAST_CPU_ISA")
     name = name or _default(op, device)
     if explicit and (cause := why_not(op, name, device)) is not None:
         raise BackendError(f"Backend {name!r} cannot run {op} on {device}: {cause}")
+    if (refused := _refusal(op, name, args)) is not None:
+        if asked is not None:
+            raise BackendError(f"Backend {name!r} does not run this call of {op}: {refused}")
+        name = next(
+            other
+            for other in _preferred(device)
+            if _missing(op, other, device) is None and _refusal(op, other, args) is None
+        )
     run = _ops[op][name]()
     if device in ("cpu", "cuda") and torch.is_autocast_enabled(device):
         # Autocast would run the matmuls of a reference, or of a kernel's preparation, in 16 bits.
@@ -269,10 +292,18 @@ def runs(op: str, device: str) -> str:
     return requested() or _default(op, device)
 
 
+def _refusal(op: str, name: str, args: tuple) -> str | None:
+    refuses = _refusals[op].get(name) if args else None
+    return None if refuses is None else refuses(*args)
+
+
+def _preferred(device: str) -> tuple[str, ...]:
+    return _PREFERENCE.get(device, ("eager",))
+
+
 @functools.cache
 def _default(op: str, device: str) -> str:
-    names = _PREFERENCE.get(device, ("eager",))
-    return next(name for name in names if _missing(op, name, device) is None)
+    return next(name for name in _preferred(device) if _missing(op, name, device) is None)
 
 
 def explain(op: str | None = None, device: str | None = None) -> Explanation:
