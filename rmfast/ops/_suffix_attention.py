@@ -12,7 +12,18 @@ from torch import Tensor
 from rmfast import backends as _backends
 from rmfast.arguments import flag
 from rmfast.kernels.suffix_attention import reference as _reference
-from rmfast.ops._library import FLOATS, checked, define, direct, expect, expect_dtype, expect_no_grad, lib, no_gradient
+from rmfast.ops._library import (
+    FLOATS,
+    checked,
+    define,
+    direct,
+    expect,
+    expect_dtype,
+    expect_no_grad,
+    lib,
+    native,
+    no_gradient,
+)
 
 MAX_HEAD_DIM = 256
 
@@ -22,6 +33,15 @@ define(
     "Tensor? prefix_start, Tensor? prefix_len, float scale, bool causal, float softcap, int window, "
     "Tensor? sinks=None, Tensor? alibi=None) -> (Tensor, Tensor)",
 )
+native.define(
+    "suffix_seen_keys(Tensor ends, Tensor asks, Tensor? start, Tensor? length, int queries, int keys, int pool, "
+    "bool causal, int window) -> Tensor"
+)
+for _name in ("suffix_attention_seen", "suffix_attention_wgmma"):
+    native.define(
+        _name + "(Tensor q, Tensor k, Tensor v, Tensor? prefix_k, Tensor? prefix_v, Tensor seen, float scale, "
+        "float softcap, Tensor? sinks, Tensor? alibi) -> (Tensor, Tensor)"
+    )
 
 
 def _triton():
@@ -30,8 +50,22 @@ def _triton():
     return triton.forward
 
 
+def _cuda():
+    from rmfast.kernels.suffix_attention import cuda
+
+    return cuda.forward
+
+
+def _cuda_refuses(*args):
+    from rmfast.kernels.suffix_attention import cuda
+
+    return cuda.refuses(*args)
+
+
 _backends.register(
     "suffix_attention",
+    refusals={"cuda": _cuda_refuses},
+    cuda=_cuda,
     triton=_triton,
     cpp=lambda: torch.ops.rmfast_native.suffix_attention.default,
     eager=lambda: _reference.forward,
@@ -228,10 +262,11 @@ def _suffix_attention(
         return _suffix_attention_fake(q)
     acc = _reference.accumulator(q.dtype)
     sinks, alibi = (None if each is None else each.to(acc).contiguous() for each in (sinks, alibi))
-    run = _backends.choose("suffix_attention", q.device.type)
-    return run(
-        q, k, v, cu_seqlens, cu_queries, prefix_k, prefix_v, start, length, scale, causal, softcap, window, sinks, alibi
-    )
+    args = (
+        q, k, v, cu_seqlens, cu_queries, prefix_k, prefix_v, start, length, scale, causal, softcap, window, sinks,
+        alibi,
+    )  # fmt: skip
+    return _backends.choose("suffix_attention", q.device.type, args)(*args)
 
 
 def _suffix_attention_fake(q, *args, **options):

@@ -6,11 +6,6 @@ What it cannot tell: speed, and how the tensor cores round (the emulator adds 16
 from __future__ import annotations
 
 import ctypes
-import functools
-import os
-import shutil
-import subprocess
-from pathlib import Path
 
 import pytest
 import test_patch_rows
@@ -21,32 +16,8 @@ import rmfast
 from rmfast.ops import patch_rows, reward_head
 from rmfast.ops._reward_head import as_described
 
-ROOT = Path(__file__).resolve().parents[2]
 HERE = ("cpu", "cuda", None)
 TYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]  # the order of the emulator's `type`
-
-
-@pytest.fixture(scope="session")
-def emulated(tmp_path_factory):
-    """The function that compiles one op's kernels for the CPU."""
-    folder = tmp_path_factory.mktemp("emulator")
-
-    @functools.cache
-    def compile(op: str) -> ctypes.CDLL:
-        compiler = shutil.which(os.environ.get("CXX", "c++"))
-        if compiler is None:
-            pytest.skip("needs a C++20 compiler")
-        out = folder / f"{op}.so"
-        source = Path(__file__).parent / "cuda_emulator" / f"{op}.cpp"
-        flags = ["-std=c++20", "-O2", "-fPIC", "-shared", "-ffp-contract=off", "-w", "-DRMFAST_EMULATE_CUDA"]
-        include = [f"-I{ROOT / 'csrc' / 'include'}", f"-I{source.parent}"]
-        made = subprocess.run([compiler, *flags, *include, str(source), "-o", str(out)], capture_output=True, text=True)
-        if "_Float16" in made.stderr:
-            pytest.skip("this compiler has no _Float16")
-        assert made.returncode == 0, made.stderr
-        return ctypes.CDLL(str(out))
-
-    return compile
 
 
 class Emulator:

@@ -18,7 +18,8 @@ import rmfast
 from rmfast.ops import suffix_attention
 
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
-BACKENDS = backends_of("suffix_attention")
+# CUDA C++ takes fewer dtypes and promises less of a row's bits: test_cuda_suffix_attention.py.
+BACKENDS = [param for param in backends_of("suffix_attention") if param.values[0][1] != "cuda"]
 
 
 @dataclass

@@ -49,6 +49,7 @@ struct Fiber {
   bool started = false, done = false;
   int turns = 0;  // warp-wide instructions so far
   int waits = -1;  // -1: runs; else the number of the barrier group it waits for
+  int votes = 0;   // block-wide votes so far
   std::vector<std::vector<Copy>> groups;
   std::vector<Copy> open;
 };
@@ -69,6 +70,7 @@ inline unsigned char* shared_memory;
 inline std::jmp_buf scheduler;
 inline ucontext_t entry;
 inline int current, schedule_order;
+inline bool vote[3];
 inline const std::function<void()>* body;
 
 inline void enter(int thread) {
@@ -144,6 +146,7 @@ inline cudaError_t launch(dim3 grid, int threads, size_t shared, const std::func
     for (Fiber& f : all) {
       f.started = f.done = false;
       f.turns = 0;
+      f.votes = 0;
       f.waits = -1;
       f.groups.clear();
       f.open.clear();
@@ -153,6 +156,7 @@ inline cudaError_t launch(dim3 grid, int threads, size_t shared, const std::func
       f.context.uc_link = nullptr;
       makecontext(&f.context, reinterpret_cast<void (*)()>(trampoline), 0);
     }
+    std::fill(vote, vote + 3, false);
     std::vector<int> turn(threads);
     for (int i = 0; i < threads; ++i) turn[i] = schedule_order == 1 ? threads - 1 - i : i;
     for (bool alive = true; alive;) {
@@ -200,6 +204,23 @@ A shuffle_xor(A x, int mask) {
   return gather(x)[current % 32 ^ mask];
 }
 
+inline bool any_in_warp(bool x) {
+  const auto all = gather(x);
+  for (int i = 0; i < 32; ++i) {
+    if (all[i]) return true;
+  }
+  return false;
+}
+inline bool all_in_warp(bool x) { return !any_in_warp(!x); }
+// By turns: the slot of the vote before is cleared when all have read it, and set again two votes later.
+inline bool any_in_block(bool x) {
+  const int slot = (*fibers)[current].votes++ % 3;
+  if (x) vote[slot] = true;
+  sync_block();
+  vote[(slot + 2) % 3] = false;
+  return vote[slot];
+}
+
 struct Words {
   uint32_t w[4];
 };
@@ -245,6 +266,18 @@ inline void load_matrices(uint32_t (&r)[4], const void* row) {
   const int lane = current % 32;
   for (int i = 0; i < 4; ++i) {
     std::memcpy(&r[i], static_cast<const unsigned char*>(rows[i * 8 + lane / 4]) + lane % 4 * 4, 4);
+  }
+}
+
+inline void load_transposed(uint32_t (&r)[4], const void* row) {
+  const auto rows = gather(row);
+  const int lane = current % 32;
+  for (int i = 0; i < 4; ++i) {
+    uint16_t pair[2];
+    for (int e = 0; e < 2; ++e) {
+      std::memcpy(&pair[e], static_cast<const unsigned char*>(rows[i * 8 + lane % 4 * 2 + e]) + lane / 4 * 2, 2);
+    }
+    std::memcpy(&r[i], pair, 4);
   }
 }
 

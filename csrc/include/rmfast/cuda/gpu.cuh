@@ -44,6 +44,9 @@ constexpr int kWarp = 32;
 
 #ifdef RMFAST_EMULATE_CUDA
 
+using emulated::all_in_warp;
+using emulated::any_in_block;
+using emulated::any_in_warp;
 using emulated::async_commit;
 using emulated::async_copy16;
 using emulated::async_wait;
@@ -51,6 +54,7 @@ using emulated::dynamic_shared;
 using emulated::load_cached;
 using emulated::load_streaming;
 using emulated::load_matrices;
+using emulated::load_transposed;
 using emulated::matmul_16x8x16;
 using emulated::pack2;
 using emulated::shuffle_xor;
@@ -58,6 +62,8 @@ using emulated::unpack2;
 
 inline float fma_(float a, float b, float c) { return std::fma(a, b, c); }
 inline double fma_(double a, double b, double c) { return std::fma(a, b, c); }
+inline float mul_(float a, float b) { return a * b; }
+inline float exp2_(float x) { return std::exp2(x); }
 inline float inverse_root(float x) { return float(1.0 / std::sqrt(double(x))); }
 inline double inverse_root(double x) { return 1.0 / std::sqrt(x); }
 
@@ -71,6 +77,13 @@ cudaError_t launch(void (*kernel)(P...), dim3 grid, int threads, size_t shared, 
 // Explicit: contraction is the compiler's choice, and may fall differently in two instances of one template.
 __device__ __forceinline__ float fma_(float a, float b, float c) { return __fmaf_rn(a, b, c); }
 __device__ __forceinline__ double fma_(double a, double b, double c) { return __fma_rn(a, b, c); }
+// Never part of an fma.
+__device__ __forceinline__ float mul_(float a, float b) { return __fmul_rn(a, b); }
+__device__ __forceinline__ float exp2_(float x) {
+  float y;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
 // One Newton step takes rsqrtf from 2 ulp to 1; __frsqrt_rn has a branch with a call, around which registers spill.
 __device__ __forceinline__ float inverse_root(float x) {
   const float y = rsqrtf(x), error = __fmaf_rn(-__fmul_rn(x, y), y, 1.f);
@@ -82,6 +95,10 @@ template <typename A>
 __device__ __forceinline__ A shuffle_xor(A x, int mask) {
   return __shfl_xor_sync(0xffffffffu, x, mask);
 }
+
+__device__ __forceinline__ bool any_in_warp(bool x) { return __any_sync(0xffffffffu, x); }
+__device__ __forceinline__ bool all_in_warp(bool x) { return __all_sync(0xffffffffu, x); }
+__device__ __forceinline__ bool any_in_block(bool x) { return __syncthreads_or(x); }  // a barrier too
 
 __device__ __forceinline__ unsigned char* dynamic_shared() {
   extern __shared__ __align__(16) unsigned char rmfast_shared[];
@@ -120,6 +137,14 @@ __device__ __forceinline__ void async_wait() {
 // Four 8x8 matrices of 2-byte elements; lane l gives the address of row l % 8 of matrix l / 8.
 __device__ __forceinline__ void load_matrices(uint32_t (&r)[4], const void* row) {
   asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
+               : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
+               : "r"(shared_address(row))
+               : "memory");
+}
+
+// The same, each matrix transposed.
+__device__ __forceinline__ void load_transposed(uint32_t (&r)[4], const void* row) {
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
                : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
                : "r"(shared_address(row))
                : "memory");
@@ -182,6 +207,20 @@ __device__ __forceinline__ A warp_sum(A x) {
   for (int mask = kWarp / 2; mask > 0; mask /= 2) x += shuffle_xor(x, mask);
   return x;
 }
+
+// A value that the compiler knows nothing of.
+__device__ __forceinline__ void opaque(int& x) { asm volatile("" : "+r"(x)); }
+
+__device__ __forceinline__ int min_(int a, int b) { return a < b ? a : b; }
+__device__ __forceinline__ int max_(int a, int b) { return a < b ? b : a; }
+
+__device__ __forceinline__ int warp_least(int x) {
+#pragma unroll
+  for (int mask = kWarp / 2; mask > 0; mask /= 2) x = min_(x, shuffle_xor(x, mask));
+  return x;
+}
+
+__device__ __forceinline__ void store16(void* p, const Vec16& v) { *static_cast<Vec16*>(p) = v; }
 
 // The elements of one vector as accumulators, by compile-time index.
 template <typename T>

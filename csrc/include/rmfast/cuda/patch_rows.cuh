@@ -34,8 +34,6 @@ constexpr int patch_warps(int d) {
   return warps;
 }
 
-__device__ __forceinline__ void store16(void* p, const Vec16& v) { *static_cast<Vec16*>(p) = v; }
-
 // The elements of one vector, rounded to T.
 template <typename T>
 __device__ __forceinline__ Vec16 pack(const acc_t<T> (&x)[16 / sizeof(T)]) {
