@@ -72,7 +72,9 @@ def gencode(nvcc):
         number = arch.replace("+PTX", "").replace(".", "")
         if not asked and f"sm_{number}" not in known:
             continue  # a toolkit older than the architecture
-        flags.append(f"-gencode=arch=compute_{number},code=sm_{number}")
+        # wgmma is in 9.0a alone, which is what all GPUs of 9.0 are.
+        real = "90a" if number == "90" else number
+        flags.append(f"-gencode=arch=compute_{real},code=sm_{real}")
         if arch.endswith("+PTX"):
             flags.append(f"-gencode=arch=compute_{number},code=compute_{number}")
     return " ".join(flags)

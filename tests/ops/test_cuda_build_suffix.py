@@ -1,0 +1,70 @@
+"""suffix_attention's CUDA C++ kernels compiled by nvcc: registers, spills, the tensor cores' instructions."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+from test_cuda_build import Kernel, build, named
+
+SOURCE = r"""
+#include "rmfast/cuda/suffix_attention_sm90.cuh"
+namespace rmfast::cuda {
+template cudaError_t suffix_attention(const SuffixAttention<bf16>&, cudaStream_t);
+static_assert(SuffixTile<64, false>::kShared <= 99 * 1024 && SuffixTile<128, false>::kShared <= 99 * 1024 &&
+              SuffixTile<256, false>::kShared <= 99 * 1024, "the smallest shared memory of a GPU from sm_80 on");
+static_assert(HopperTile<64>::kShared <= 227 * 1024 && HopperTile<128>::kShared <= 227 * 1024 &&
+              HopperTile<256>::kShared <= 227 * 1024, "that of sm_90");
+#ifdef WITH_WGMMA
+#define WGMMA(...) template __global__ void suffix_attention_sm90_kernel<__VA_ARGS__>( \
+    const SuffixAttention<bf16>, const __grid_constant__ Maps, int*)
+WGMMA(bf16, 64, false);
+WGMMA(bf16, 128, false);
+WGMMA(bf16, 256, true);
+#endif
+}
+"""
+
+
+@pytest.fixture(scope="session", params=["80", "90a", "100"], ids=lambda arch: f"sm_{arch}")
+def kernels(request, tmp_path_factory) -> list[Kernel]:
+    define = "#define WITH_WGMMA\n" if request.param == "90a" else ""
+    return build(define + SOURCE, request.param, tmp_path_factory.mktemp(f"suffix_{request.param}"))
+
+
+def width(kernel: Kernel) -> int:
+    return int(re.search(r", (\d+), ", kernel.name)[1])
+
+
+def test_no_kernel_spills(kernels):
+    assert {kernel.name: kernel.spills for kernel in kernels if kernel.spills} == {}
+    assert not [kernel.name for kernel in kernels if kernel.count(r"\b(LDL|STL)\b")]
+
+
+def test_two_blocks_of_mma_fit_a_multiprocessor(kernels):
+    for kernel in named(kernels, "suffix_attention_kernel<"):
+        assert kernel.registers <= 255, kernel.name
+
+
+def test_each_product_is_one_instruction_and_each_copy_16_bytes(kernels):
+    for kernel in named(kernels, "suffix_attention_kernel<"):
+        d = width(kernel)
+        keys = 64 if d == 64 else 32 if "true" in kernel.name else 48
+        strips = 2 if d <= 128 else 1
+        # Q K^T and P V of a warp: m16n8k16 each.
+        assert kernel.count(r"HMMA\.16816\.F32") == 2 * strips * (d // 16) * (keys // 8), kernel.name
+        # K and V by fours of 8 x 8, and Q: no fragment is read twice in a step.
+        assert kernel.count(r"LDSM\.16\.M(T)?88\.4") >= 2 * (d // 16) * (keys // 16), kernel.name
+        assert kernel.count(r"LDGSTS\.E\.BYPASS\.128") and not kernel.count(r"LDGSTS\.E(?!\.BYPASS\.128)"), kernel.name
+
+
+def test_wgmma_has_full_widths_and_its_copies_are_tma_s(kernels):
+    found = [kernel for kernel in kernels if "sm90" in kernel.name]
+    for kernel in found:
+        d = width(kernel)
+        keys = 128 if d <= 128 else 64
+        # The SASS of bf16 says so behind the shape, that of fp16 does not.
+        widths = re.findall(r"HGMMA\.64x(\d+)x16", kernel.sass)
+        assert sorted(map(int, widths)) == sorted([keys] * (d // 16) + [d] * (keys // 16)), kernel.name
+        assert not kernel.count(r"\bHMMA\b") and kernel.count("UTMALDG"), kernel.name
+        assert kernel.count("USETMAXREG") >= 2, kernel.name
