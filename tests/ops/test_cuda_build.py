@@ -62,12 +62,11 @@ def readable(name: str) -> str:
     return re.sub(r"\((?:int|bool|unsigned int)\)", "", name).split("(")[0]
 
 
-@pytest.fixture(scope="session", params=[80, 90, 100], ids=lambda arch: f"sm_{arch}")
-def kernels(request, tmp_path_factory) -> list[Kernel]:
+def build(source: str, arch: str, folder: Path) -> list[Kernel]:
+    """Every kernel of some CUDA C++, compiled for one architecture."""
     nvcc, cuobjdump, filt = tool("nvcc"), tool("cuobjdump"), tool("c++filt")
-    folder = tmp_path_factory.mktemp(f"sm_{request.param}")
-    (folder / "kernels.cu").write_text(SOURCE)
-    command = [nvcc, "-O3", "-std=c++20", f"-arch=sm_{request.param}", "-Xptxas", "-v", f"-I{ROOT / 'csrc/include'}"]
+    (folder / "kernels.cu").write_text(source)
+    command = [nvcc, "-O3", "-std=c++20", f"-arch=sm_{arch}", "-Xptxas", "-v", f"-I{ROOT / 'csrc/include'}"]
     made = subprocess.run([*command, "-cubin", "kernels.cu"], cwd=folder, capture_output=True, text=True)
     assert made.returncode == 0, made.stderr
     logs = re.split(r"Compiling entry function '(\S+)'", made.stdout + made.stderr)
@@ -76,6 +75,11 @@ def kernels(request, tmp_path_factory) -> list[Kernel]:
     bodies = dict(zip(bodies[1::2], bodies[2::2]))
     names = subprocess.run([filt], input="\n".join(logs[1::2]), capture_output=True, text=True).stdout.splitlines()
     return [Kernel(readable(name), log, bodies[key]) for name, key, log in zip(names, logs[1::2], logs[2::2])]
+
+
+@pytest.fixture(scope="session", params=["80", "90a", "100"], ids=lambda arch: f"sm_{arch}")
+def kernels(request, tmp_path_factory) -> list[Kernel]:
+    return build(SOURCE, request.param, tmp_path_factory.mktemp(f"sm_{request.param}"))
 
 
 def named(kernels: list[Kernel], prefix: str) -> list[Kernel]:
@@ -104,7 +108,7 @@ def test_registers_leave_the_warps_that_each_launch_counts_on(kernels):
 
 def test_hidden_states_are_read_16_bytes_at_a_time_and_past_l1(kernels):
     for kernel in named(kernels, "few_kernel<"):
-        rows, unroll, aligned = kernel.name.rstrip(">").split(", ")[2:]
+        rows, unroll, aligned, _ = kernel.name.rstrip(">").split(", ")[2:]
         wide = kernel.count(r"LDG\.E\.NA\.128")
         assert wide >= (int(rows) * int(unroll) if aligned == "true" else 1), kernel.name
 
@@ -134,7 +138,8 @@ def test_the_library_loads_where_torch_has_no_cuda():
     code = (
         "import torch, rmfast.ops\n"
         f"torch.ops.load_library({str(path)!r})\n"
-        "for op in ('patch_rows', 'reward_head'):\n"
+        "attention = ['suffix_seen_keys', 'suffix_attention_seen', 'suffix_attention_wgmma']\n"
+        "for op in ['patch_rows', 'reward_head', *attention]:\n"
         "    assert torch._C._dispatch_has_kernel_for_dispatch_key('rmfast_native::' + op, 'CUDA')\n"
         f"print({torch.cuda.is_available()})"
     )

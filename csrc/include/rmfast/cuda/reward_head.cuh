@@ -30,12 +30,20 @@ cudaError_t run_few(const Few<T>& q, const Plan& plan, int processors, cudaStrea
     const int64_t wanted = ceil_div(q.M, int64_t{kFewWarps} * rows);
     return dim3(static_cast<unsigned>(wanted < resident ? wanted : resident), static_cast<unsigned>(plan.dot_tiles));
   };
+  const auto run = [&](auto kernel, int rows) { return launch(kernel, blocks(rows), kThreadsFew, 0, stream, q); };
+  if (!plan.aligned) return run(few_kernel<T, kDots, 1, 2, false, true>, 1);
+  constexpr int kUnroll = 16 / kDots < 8 ? 16 / kDots : 8;
   // Rows share loads of the dot vectors only where there are enough for every warp.
-  if (plan.aligned && q.M >= int64_t{few_blocks(kDots)} * processors * kFewWarps * kRows) {
-    return launch(few_kernel<T, kDots, kRows, 2, true>, blocks(kRows), kThreadsFew, 0, stream, q);
+  const bool share = q.M >= int64_t{few_blocks(kDots)} * processors * kFewWarps * kRows;
+  if constexpr (sizeof(T) < 8) {  // fp64 is there for tests
+    if (q.norm != kLayer) {
+      constexpr int kTwo = kDots == 4 ? 1 : 2;  // vectors of each row in flight, in 128 registers
+      return share ? run(few_kernel<T, kDots, kRows, kTwo, true, false>, kRows)
+                   : run(few_kernel<T, kDots, 1, kUnroll, true, false>, 1);
+    }
   }
-  if (plan.aligned) return launch(few_kernel<T, kDots, 1, 16 / kDots < 8 ? 16 / kDots : 8, true>, blocks(1), kThreadsFew, 0, stream, q);
-  return launch(few_kernel<T, kDots, 1, 2, false>, blocks(1), kThreadsFew, 0, stream, q);
+  return share ? run(few_kernel<T, kDots, kRows, 2, true, true>, kRows)
+               : run(few_kernel<T, kDots, 1, kUnroll, true, true>, 1);
 }
 
 template <typename T>
@@ -65,6 +73,19 @@ cudaError_t run_many(const ManyArgs<T>& q, const Plan& plan, int processors, cud
   const bool tall = ceil_div(q.M, 128) * plan.dot_tiles >= processors;
   if (plan.block_dots == 32) return tall ? run_many<T, 128, 32>(q, stream) : run_many<T, 32, 32>(q, stream);
   return tall ? run_many<T, 128, 64>(q, stream) : run_many<T, 32, 64>(q, stream);
+}
+
+// Where all of the products between directions fit in shared memory beside a tile of rows.
+template <typename T>
+bool fits_tile(const Problem<T>& p) {
+  return sizeof(T) < 8 && intervene_shared(p.J, p.K) <= 64 * 1024;
+}
+
+template <typename T>
+cudaError_t run_intervene_tile(const Intervene<T>& q, int processors, cudaStream_t stream) {
+  const int64_t tiles = ceil_div(q.M, kTileRows), resident = int64_t{8} * processors;
+  return launch(intervene_tile_kernel<T>, dim3(static_cast<unsigned>(tiles < resident ? tiles : resident)), kTileThreads,
+                static_cast<size_t>(intervene_shared(q.p.J, q.p.K)), stream, q);
 }
 
 template <typename T, int kPairs>
@@ -169,8 +190,12 @@ Status reward_head(const Problem<T>& p, const Plan& plan, void* workspace, int p
     // 8 pairs to a warp (2 in fp64, for the registers) while their c fits 32 KiB of shared memory.
     constexpr int kPairs = sizeof(T) == 8 ? 2 : 8;
     const bool wide = p.J * kPairs * static_cast<int64_t>(sizeof(A)) <= 32 * 1024;
-    error = wide ? detail::run_intervene<T, kPairs>(intervene, processors, stream)
-                 : detail::run_intervene<T, 1>(intervene, processors, stream);
+    if (detail::fits_tile(p)) {
+      if constexpr (sizeof(T) < 8) error = detail::run_intervene_tile<T>(intervene, processors, stream);
+    } else {
+      error = wide ? detail::run_intervene<T, kPairs>(intervene, processors, stream)
+                   : detail::run_intervene<T, 1>(intervene, processors, stream);
+    }
     if (error != cudaSuccess) return {error, "intervene"};
     error = launch(recompute_kernel<T>, dim3(static_cast<unsigned>(plan.fix_blocks)), kThreads, kReduce, stream,
                    intervene);

@@ -34,8 +34,137 @@ __device__ __forceinline__ acc_t<T>* rewards_of(const Intervene<T>& q, int64_t p
   return q.p.out + (q.first_row * (q.p.index ? 1 : q.p.I) + pair) * q.p.K;
 }
 
-// A warp takes kPairs pairs through the matrix [G; U], which costs J (J + K) of the GPU's FMAs a pair; each of its
-// elements is loaded once for all of them. No order of additions depends on kPairs.
+constexpr int kTileRows = 64, kTileThreads = 128, kTileColumns = 32;
+
+__host__ __device__ constexpr int64_t tile_columns(int64_t n) { return ceil_div(n, kTileColumns) * kTileColumns; }
+
+// Bytes of shared memory of a tile: [G; U], z, c, sums by column group, and three numbers a row.
+constexpr int64_t intervene_shared(int64_t J, int64_t K) {
+  return 4 * (J * (tile_columns(J) + tile_columns(K) + 2 * kTileRows) + (kTileColumns / 4 + 3) * kTileRows);
+}
+
+// A block takes 64 rows through all interventions: [G; U] is loaded once for a block, z once for a tile. A thread makes 4
+// rows by 4 columns of the products, 16 FMAs for two loads of 16 bytes. Sums of fp32 only.
+template <typename T>
+__global__ __launch_bounds__(kTileThreads, 4) void intervene_tile_kernel(const Intervene<T> q) {
+  const Problem<T>& p = q.p;
+  const int J = static_cast<int>(p.J), K = static_cast<int>(p.K);
+  const int g_columns = static_cast<int>(tile_columns(J)), u_columns = static_cast<int>(tile_columns(K));
+  const int columns = g_columns + u_columns;
+  float* matrix = reinterpret_cast<float*>(dynamic_shared());  // [J, columns]
+  float* z = matrix + J * columns;                             // [J, kTileRows]
+  float* c = z + J * kTileRows;                                // [J, kTileRows]
+  float* quadratic = c + J * kTileRows;                        // [kTileColumns / 4, kTileRows]
+  float* linear = quadratic + kTileColumns / 4 * kTileRows;    // [2, kTileRows]
+  float* scale = linear + 2 * kTileRows;                       // [kTileRows]
+  const int thread = static_cast<int>(threadIdx.x), group = thread % 8, rows = thread / 8 * 4;  // of the products
+  const int mine = thread % kTileRows, half = thread / kTileRows;                               // of what a row needs
+  const float inverse_d = static_cast<float>(q.inverse_d);
+
+  for (int i = thread; i < J * columns; i += kTileThreads) {
+    const int j = i / columns, n = i % columns;
+    const bool u = n >= g_columns, in = u ? n - g_columns < K : n < J;
+    matrix[i] = in ? q.cross[j * q.dots + (u ? J + n - g_columns : n)] : 0.f;
+  }
+  // Rows `rows` to `rows` + 3 of c by columns n to n + 3 of the matrix.
+  const auto products = [&](int n, float(&y)[4][4]) {
+#pragma unroll
+    for (int r = 0; r < 4; ++r) y[r][0] = y[r][1] = y[r][2] = y[r][3] = 0;
+#pragma unroll 4
+    for (int j = 0; j < J; ++j) {
+      float a[4], b[4];
+      __builtin_memcpy(a, __builtin_assume_aligned(c + j * kTileRows + rows, 16), 16);
+      __builtin_memcpy(b, __builtin_assume_aligned(matrix + j * columns + n, 16), 16);
+#pragma unroll
+      for (int r = 0; r < 4; ++r) {
+#pragma unroll
+        for (int e = 0; e < 4; ++e) y[r][e] = fma_(a[r], b[e], y[r][e]);
+      }
+    }
+  };
+
+  for (int64_t first = int64_t{blockIdx.x} * kTileRows; first < q.M; first += int64_t{gridDim.x} * kTileRows) {
+    // Past the last row: the last again, not stored.
+    const int64_t m = first + mine < q.M ? first + mine : q.M - 1;
+    const float* values = q.values + m * q.values_stride;
+    const float mean = values[q.dots + 1], square = values[q.dots];
+    __syncthreads();
+    for (int j = half; j < J; j += 2) z[j * kTileRows + mine] = values[K + j];  // read back by this thread alone
+
+    const int64_t count = p.index ? 1 : p.I;
+    for (int64_t step = 0; step < count; ++step) {
+      const int64_t i = p.index ? p.index[q.first_row + m] : step;
+      float sum = 0;
+      for (int j = half; j < J; j += 2) {
+        float x = 0;
+        if (i >= 0 && i < p.I) {
+          // z is of the centred row (layer norm); targets are of the row itself.
+          const float own = z[j * kTileRows + mine];
+          const float whole = p.norm == kLayer ? fma_(mean, q.table.row_sum[K + j], own) : own;
+          const float target = p.targets ? p.targets[i * J + j] : 0.f;
+          x = p.strengths[i * J + j] * (whole - target);
+          sum = fma_(x, own, sum);
+        }
+        c[j * kTileRows + mine] = x;
+      }
+      linear[half * kTileRows + mine] = sum;
+      __syncthreads();
+
+      float y[4][4], part[4] = {};
+      for (int n0 = 0; n0 < g_columns; n0 += kTileColumns) {
+        const int n = n0 + group * 4;
+        if (n >= J) continue;
+        products(n, y);
+#pragma unroll
+        for (int e = 0; e < 4; ++e) {
+#pragma unroll
+          for (int r = 0; r < 4; ++r) {
+            if (n + e < J) part[r] = fma_(y[r][e], c[(n + e) * kTileRows + rows + r], part[r]);
+          }
+        }
+      }
+#pragma unroll
+      for (int r = 0; r < 4; ++r) quadratic[group * kTileRows + rows + r] = part[r];
+      __syncthreads();
+
+      if (half == 0) {
+        float quad = 0;
+        for (int g = 0; g < kTileColumns / 4; ++g) quad += quadratic[g * kTileRows + mine];
+        const float twice = 2 * (linear[mine] + linear[kTileRows + mine]);
+        const float norm2 = square - twice + quad, terms = square + (twice < 0 ? -twice : twice) + quad;
+        const bool ok = i >= -1 && i < p.I;
+        const float root = p.norm == kNone ? 1.f : inverse_root(fma_(norm2, inverse_d, static_cast<float>(p.eps)));
+        scale[mine] = ok ? root : NAN;
+        if (ok && first + mine < q.M && norm2 < static_cast<float>(kCancellation) * terms) {
+          q.list[atomicAdd(q.counter, 1)] = m * count + step;
+        }
+      }
+      __syncthreads();
+
+      for (int n0 = 0; n0 < u_columns; n0 += kTileColumns) {
+        const int k = n0 + group * 4;
+        if (k >= K) continue;
+        products(g_columns + k, y);
+#pragma unroll
+        for (int r = 0; r < 4; ++r) {
+          const int64_t row = first + rows + r;
+          if (row >= q.M) continue;
+          float* to = rewards_of(q, row * count + step);
+#pragma unroll
+          for (int e = 0; e < 4; ++e) {
+            if (k + e >= K) continue;
+            to[k + e] = fma_(q.values[row * q.values_stride + k + e] - y[r][e], scale[rows + r], q.table.offset[k + e]);
+          }
+        }
+      }
+      __syncthreads();  // nobody reads c any more
+    }
+  }
+}
+
+// The same for directions too many for that, and in fp64. A warp takes kPairs pairs through the matrix [G; U], which costs
+// J (J + K) of the GPU's FMAs a pair; each of its elements is loaded once for all of them. No order of additions depends
+// on kPairs.
 template <typename T, int kPairs>
 __global__ __launch_bounds__(kThreads, 1) void intervene_kernel(const Intervene<T> q, int warps) {
   using A = acc_t<T>;
