@@ -146,10 +146,12 @@ $(READY): $(TORCHED)
 	RMFAST_BUILD_EXT=0 $(INSTALL) --no-build-isolation -e ".[dev,demo]"
 	touch $@
 
-# On a machine with a CUDA GPU: build with nvcc, the ops' tests and models on it, compute-sanitizer, benchmarks. Runs in the
-# Python that holds torch there (PYTHON), and needs no network. Rows go to bench/data/.
-gpu-check:  ## what needs a CUDA GPU, on a machine with one
-	bash tests/gpu_check.sh $(PYTHON)
+# On a machine with a CUDA GPU, without a network, in the Python that holds torch there (PYTHON): two calls of at most 400
+# and 300 seconds. Figures go to OUT, rows to bench/data/. `make gpu-check CALL=1 REHEARSE=--rehearse` runs it on a CPU.
+CALL ?= 1
+OUT ?= build/gpu-check-$(CALL)
+gpu-check:  ## what needs a CUDA GPU, on a machine with one: CALL=1, then CALL=2
+	$(PYTHON) tests/gpu/check.py $(CALL) --out $(OUT) $(REHEARSE)
 
 clean:  ## remove .venv, build/ and the libraries
 	rm -rf build $(VENV) rmfast/*.so

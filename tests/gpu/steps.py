@@ -1,0 +1,296 @@
+"""The checks that are Python of their own, a function a step: `python tests/gpu/steps.py STEP --out DIR`.
+
+`check.py` starts each in a process of its own, with the checkout on its path. With --rehearse it runs on the CPU,
+small, with the CPU's backends in place of the GPU's: the same lines, so that no slip of the pen is found on a GPU.
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import attentions
+import torch
+from record import Record, Row
+
+import rmfast
+from bench import machine, runner
+from bench.registry import benchmarks
+from rmfast.backends import why_not
+
+# Rows whose kernels move bytes: the ops, without whole models.
+OPS = r"^(reward_head|rms_norm|rotary|gated_activation|patch_rows|neuron_stats|topk_encode|losses|suffix_attention)/"
+
+
+@dataclass
+class Run:
+    """A step under way."""
+
+    step: str
+    record: Record
+    device: torch.device
+    rehearsal: bool
+
+    def note(self, name: str, value: Any = None, unit: str = "", target: float | None = None) -> None:
+        self.record.add(Row(self.step, name, value, unit, None if self.rehearsal else target))
+
+    def fail(self, name: str, cause: BaseException | str) -> None:
+        said = cause if isinstance(cause, str) else f"{type(cause).__name__}: {cause}"
+        self.record.add(Row(self.step, name, failed=" ".join(said.split())[:160]))
+
+    def ms(self, call: Callable[[], Any], seconds: float = 0.4) -> float:
+        """Median milliseconds of a call, after a warm-up."""
+        contender = runner.Contender(call)
+        rounds = (2, 2) if self.rehearsal else (5, 100)
+        runner.measure([contender], self.device, 0 if self.rehearsal else seconds, rounds, 0.005)
+        return contender.ms
+
+    @property
+    def backends(self) -> tuple[str, ...]:
+        return ("cpp", "eager") if self.rehearsal else ("triton", "cuda")
+
+    def done(self) -> None:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize()
+
+
+def ceilings(run: Run) -> None:
+    """What the machine is, and what it can do: a copy's bytes/s, a bf16 product's FLOP/s on random data."""
+    for name, value in machine.describe(run.device).items():
+        if name not in ("isa", "cpu_family", "cpu_model"):
+            run.note(name, str(value))
+    for choice in rmfast.explain(device=run.device.type):
+        run.note(f"{choice.op} runs", choice.runs)
+    size = 1 << 20 if run.rehearsal else 4 << 30
+    moved, copy = machine.bandwidth_probes(run.device, size)["copy"]
+    run.note("copy", moved / run.ms(copy) / 1e9, "TB/s")
+    n = 64 if run.rehearsal else 8192
+    a, b = torch.randn(2, n, n, device=run.device).bfloat16()
+    run.note(f"bf16 product, {n}", 2 * n**3 / run.ms(lambda: a @ b) / 1e9, "TFLOP/s")
+
+
+def agree(run: Run) -> None:
+    """Every op on every backend of this device against the fp64 truth, at the shapes of the benchmarks."""
+    for benchmark in benchmarks():
+        if not re.search(OPS, benchmark.name) or run.device.type not in benchmark.devices:
+            continue
+        if run.rehearsal and not re.search(r"bf16$|mmd$|tcrm$", benchmark.name):
+            continue
+        try:
+            problem = benchmark.problem(benchmark.quick if run.rehearsal else benchmark.shape, run.device, 1)
+        except Exception as error:
+            run.fail(benchmark.name, error)
+            continue
+        ran = 0
+        for name in run.backends:
+            op = benchmark.name.split("/")[0]
+            if op != "losses" and why_not(op, name, run.device.type) is not None:
+                continue
+            try:
+                with torch.set_grad_enabled(problem.grad), rmfast.backend(name):
+                    error = problem.error(benchmark.ours(problem)(problem.inputs[0]))
+                run.note(f"{benchmark.name}, {name}, of its tolerance", float(error) / problem.tolerance, "", -1.0)
+                ran += 1
+            except rmfast.BackendError:
+                pass  # an op inside of it has no such kernel
+            except Exception as error:
+                run.fail(f"{benchmark.name}, {name}", error)
+        if not ran:
+            run.fail(benchmark.name, "no backend ran it")
+        del problem
+
+
+def attention(run: Run) -> None:
+    """suffix_attention's kernels and well-kept ones, TFLOP/s at three head sizes: whole texts, and a shared prompt."""
+    shapes = ((128, 32, 8), (64, 32, 8), (256, 16, 8))
+    for d, heads, kv_heads in shapes[: 1 if run.rehearsal else 3]:
+        for work in attentions.WORKS:
+            case = attentions.Case.of(work, d, heads, kv_heads, run.device, small=run.rehearsal)
+            truth = case.truth()
+            for name, call in attentions.contenders(case, run.backends).items():
+                label = f"{work} d{d}, {name}"
+                try:
+                    error = float((call().double() - truth).norm() / truth.norm())
+                    if not error <= 1e-2:
+                        run.fail(label, f"off by {error:.1e}")
+                        continue
+                    target = {"triton": 400.0, "cuda, wgmma": 550.0}.get(name) if d == 128 else None
+                    run.note(label, case.flops / run.ms(call, 0.2) / 1e9, "TFLOP/s", target)
+                except Exception as failure:
+                    run.fail(label, failure)
+            del case, truth
+
+
+def _model(run: Run) -> Any:
+    """A random Llama of 8B parameters in bf16, made where it runs."""
+    from transformers import LlamaConfig, LlamaForSequenceClassification
+
+    sizes = {"hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32, "num_attention_heads": 32}
+    if run.rehearsal:
+        sizes = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4}
+    config = LlamaConfig(
+        vocab_size=49152, max_position_embeddings=8192, num_key_value_heads=sizes["num_attention_heads"] // 4,
+        num_labels=1, pad_token_id=0, rope_theta=500000.0, **sizes,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        with run.device:
+            return LlamaForSequenceClassification(config).eval()
+    finally:
+        torch.set_default_dtype(before)
+
+
+def _texts(run: Run, count: int, shared: int, own: tuple[int, int]) -> list[list[int]]:
+    """Random ids; the first `shared` of each text are the same in all of 16 texts."""
+    small = 8 if run.rehearsal else 1
+    draw = torch.Generator().manual_seed(0)
+
+    def ids(n: int) -> list[int]:
+        return torch.randint(10, 49000, (max(1, n // small),), generator=draw).tolist()
+
+    lengths = torch.randint(*own, (count,), generator=draw).tolist()
+    prompts = [ids(shared) if shared else [] for _ in range(-(-count // 16))]
+    return [prompts[i // 16] + ids(n) for i, n in enumerate(lengths)]
+
+
+def _padded(model: Any, texts: list[list[int]], device: torch.device, size: int = 16) -> None:
+    """transformers' own forward over the texts sorted by length."""
+    texts = sorted(texts, key=len)
+    with torch.inference_mode():
+        for i in range(0, len(texts), size):
+            batch = texts[i : i + size]
+            ids = torch.zeros(len(batch), len(batch[-1]), dtype=torch.int64)
+            mask = torch.zeros_like(ids)
+            for row, text in enumerate(batch):
+                ids[row, : len(text)], mask[row, : len(text)] = torch.tensor(text), 1
+            model(input_ids=ids.to(device), attention_mask=mask.to(device), use_cache=False)
+
+
+def _seconds(run: Run, call: Callable[[], Any]) -> float:
+    call()
+    run.done()
+    begin = time.perf_counter()
+    call()
+    run.done()
+    return time.perf_counter() - begin
+
+
+def model(run: Run) -> None:
+    """An 8B model in bf16: tokens/s packed and padded, best of 16, and the share of time in which the GPU waits."""
+    begin = time.perf_counter()
+    own = _model(run)
+    rm = rmfast.RewardModel(own)
+    run.note("seconds to make and bind it", time.perf_counter() - begin, "s")
+    run.note("engine", rm.explain().splitlines()[0])
+    for name, texts, target in (
+        ("texts of 100 to 900 tokens", _texts(run, 128, 0, (100, 900)), 35000.0),
+        ("best of 16, prompt 2048, responses of 100 to 400", _texts(run, 64, 2048, (100, 400)), None),
+    ):
+        tokens = sum(map(len, texts))
+        packed = _seconds(run, lambda texts=texts: rm.score(texts))
+        run.note(f"packed, {name}", tokens / packed, "tokens/s", target)
+        try:
+            padded = _seconds(run, lambda texts=texts: _padded(own, texts, run.device))
+        except Exception as error:
+            run.fail(f"padded, {name}", error)
+            continue
+        run.note(f"padded, {name}", tokens / padded, "tokens/s")
+        run.note(f"packed / padded, {name}", padded / packed, "x", None if target else 3.0)
+    texts = _texts(run, 64, 0, (100, 900))
+    run.note("GPU idle while scoring", 100 * _idle(run, lambda: rm.score(texts)), "%", -5.0)
+
+
+def _idle(run: Run, call: Callable[[], Any]) -> float:
+    """The share of a call's time in which no kernel runs."""
+    from torch.profiler import ProfilerActivity, profile
+
+    activity = ProfilerActivity.CUDA if run.device.type == "cuda" else ProfilerActivity.CPU
+    call()
+    run.done()
+    with profile(activities=[activity]) as seen:
+        begin = time.perf_counter()
+        call()
+        run.done()
+        whole = (time.perf_counter() - begin) * 1e6
+    busy, reached = 0.0, 0.0
+    for span in sorted((event.time_range for event in seen.events()), key=lambda span: span.start):
+        busy += max(0.0, span.end - max(span.start, reached))
+        reached = max(reached, span.end)
+    return max(0.0, 1 - busy / whole)
+
+
+def sweep(run: Run) -> None:
+    """A residual sweep of the 8B model over every layer and position of 512 tokens."""
+    own = _model(run)
+    rm = rmfast.RewardModel(own)
+    clean = torch.randint(10, 49000, (16 if run.rehearsal else 512,), generator=torch.Generator().manual_seed(0))
+    corrupted = clean.clone()
+    corrupted[::9] += 1
+    rm.patch_sweep(clean.tolist(), corrupted.tolist(), layers=[0], positions=[3, 5])
+    run.done()
+    begin = time.perf_counter()
+    found = rm.patch_sweep(clean.tolist(), corrupted.tolist())
+    run.done()
+    run.note("residual sweep, all layers and positions", time.perf_counter() - begin, "s", -50.0)
+    run.note("rewards that are finite", float(found.rewards.isfinite().double().mean()), "", 1.0)
+
+
+def kernels(run: Run) -> None:
+    """Five kernels once each between the profiler's start and stop, for ncu."""
+    small, device = run.rehearsal, run.device
+    n, d = (48, 96) if small else (32768, 4096)
+    hidden, weight, gain = (torch.randn(*size, device=device).bfloat16() for size in ((1, n, d), (1, d), (d,)))
+    index = torch.arange(n, device=device)
+    case = attentions.Case.of("shared prompt", 128, 32, 8, device, small=small)
+    calls = {
+        "reward_head": lambda: rmfast.ops.reward_head(hidden, weight.float(), norm="rms", norm_weight=gain.float()),
+        "rms_norm": lambda: rmfast.ops.rms_norm(hidden[0], gain, eps=1e-5),
+        "patch_rows": lambda: rmfast.ops.patch_rows(hidden[0], hidden[0], index, index - 1, gain),
+        "suffix_attention": case.ours,
+    }
+
+    def all_of_them() -> None:
+        for name, call in calls.items():
+            for backend in run.backends if name == "suffix_attention" else run.backends[:1]:
+                with rmfast.backend(backend):
+                    call()
+        run.done()
+
+    all_of_them()  # compiles
+    if device.type == "cuda":
+        torch.cuda.profiler.start()
+    all_of_them()
+    if device.type == "cuda":
+        torch.cuda.profiler.stop()
+    run.note("kernels for ncu", len(calls) + 1)
+
+
+STEPS = {step.__name__: step for step in (ceilings, agree, attention, model, sweep, kernels)}
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="tests/gpu/steps.py", description=__doc__)
+    parser.add_argument("step", choices=STEPS)
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--rehearse", action="store_true")
+    args = parser.parse_args(argv)
+    device = torch.device("cpu" if args.rehearse else "cuda")
+    run = Run(args.step, Record(args.out), device, args.rehearse)
+    try:
+        STEPS[args.step](run)
+    except Exception as error:
+        run.fail("the rest of it", error)
+        raise
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

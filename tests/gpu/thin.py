@@ -1,0 +1,41 @@
+"""A pytest plugin: of the tests that need a GPU, a few parameters of each, as time there is short.
+
+`--thin N` keeps N of each function's, spread over all, and leaves out what runs without a GPU as well.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+
+
+def pytest_addoption(parser):
+    parser.addoption("--thin", type=int, default=0, metavar="N", help="N parameters of each GPU test alone")
+
+
+def needs_a_gpu(item) -> bool:
+    # The Triton kernels' own tests run on a GPU where there is one; what they compile for others needs none.
+    own = item.path.name.startswith("test_triton_") and item.path.name != "test_triton_compile.py"
+    return "gpu" in item.keywords or (own and "compile" not in item.name)
+
+
+def kept(items: list, count: int) -> list:
+    groups = defaultdict(list)
+    for item in items:
+        if needs_a_gpu(item):
+            # A backend is a parameter too: some of each.
+            backend = next((name for name in ("cuda-cuda", "cuda-triton", "cuda-eager") if name in item.name), "")
+            groups[item.path, item.originalname, backend].append(item)
+    few = []
+    for group in groups.values():
+        step = max(1, (len(group) - 1) / max(1, count - 1))
+        few += [group[i] for i in sorted({min(len(group) - 1, round(step * n)) for n in range(count)})]
+    return few
+
+
+def pytest_collection_modifyitems(config, items):
+    count = config.getoption("thin")
+    if count:
+        few = kept(items, count)
+        chosen = {item.nodeid for item in few}
+        config.hook.pytest_deselected(items=[item for item in items if item.nodeid not in chosen])
+        items[:] = few
