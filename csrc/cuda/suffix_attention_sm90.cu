@@ -47,7 +47,7 @@ cudaError_t run(cuda::SuffixAttention<E> a, const Tensor& k, const Tensor& v, co
                                          static_cast<int*>(redo.data_ptr()));
   if (error != cudaSuccess) return error;
   a.redo = static_cast<const int*>(redo.data_ptr());
-  return cuda::suffix_attention(a, stream);
+  return attend(a, stream);
 }
 
 Attended suffix_attention_wgmma(const Tensor& q, const Tensor& k, const Tensor& v,

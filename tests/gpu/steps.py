@@ -150,7 +150,8 @@ def _model(run: Run) -> Any:
 
 def _texts(run: Run, count: int, shared: int, own: tuple[int, int]) -> list[list[int]]:
     """Random ids; the first `shared` of each text are the same in all of 16 texts."""
-    small = 8 if run.rehearsal else 1
+    small = 16 if run.rehearsal else 1
+    count = -(-count // small)
     draw = torch.Generator().manual_seed(0)
 
     def ids(n: int) -> list[int]:
