@@ -208,8 +208,13 @@ def test_refusals(asked, message):
         path_patch(rmfast.RewardModel(model("llama")), clean, corrupted, **asked)
 
 
-def test_wrong_types_are_refused():
+def test_wrong_types_and_options_of_sweeps_are_refused():
     rm, (clean, corrupted) = rmfast.RewardModel(model("llama")), texts()
+    with pytest.raises(TypeError, match="rm to be a Scorer"):
+        path_patch(rm.model, clean, corrupted)
+    for option in ({"layers": [0]}, {"patterns": "frozen"}, {"heads": [1]}, {"batch_token": 99}):
+        with pytest.raises(TypeError, match=f"unexpected keyword argument '{next(iter(option))}'"):
+            path_patch(rm, clean, corrupted, senders="head_out", **option)
     with pytest.raises(TypeError, match="senders to be kinds or nodes"):
         path_patch(rm, clean, corrupted, senders=[("head_out", 1)])
     with pytest.raises(ValueError, match="differ in at least one token"):
