@@ -77,7 +77,7 @@ def edge_attribution(
             takes apart into heads and MLPs.
     """
     arguments.instance("rm", rm, Scorer)
-    steps = steps if steps is None else arguments.whole("steps", steps, 1)
+    steps = steps if steps is None else arguments.whole("steps", steps, 1, 1_000_000)
     arguments.word("rule", rule, ("midpoint", "left"))
     every = arguments.word("positions", positions, ("joint", "all")) == "all"
     request = Request(rm, mode="noising", align=align, **options)
@@ -138,9 +138,15 @@ def measured(metric: Metric, rewards: Tensor) -> Tensor:
 
 
 def aligned_sent(parts: Parts, own: Sent, other: Sent, pair: Pair) -> Sent:
-    """What the other run's senders wrote, at the tokens of the base run; what has no partner there stays its own."""
+    """What the other run's senders wrote, at the tokens of the base run; what has no partner there stays its own.
+
+    Raises:
+        ValueError: no token that counts has one.
+    """
     partner = torch.from_numpy(pair.partner).to(parts.device)
     paired = partner >= 0
+    if not paired[: pair.base_read + 1].any():
+        raise ValueError("Expected align to give a token of the clean text a partner, up to the one read, got none")
 
     def placed(own: Tensor, other: Tensor) -> Tensor:
         return torch.where(paired.view(-1, *[1] * (own.dim() - 1)), other[partner.clamp(min=0)], own)

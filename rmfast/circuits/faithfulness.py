@@ -35,9 +35,13 @@ if TYPE_CHECKING:
     from typing_extensions import Unpack
 
 
+_ROUNDING = 1e-6  # of metrics in fp32, relative
+
+
 class Share(NamedTuple):
     """Of one circuit: its size, its share of what the model does, and the share that is left without it, each with the
-    ends of its interval."""
+    ends of its interval. Shares are NaN where the model's metric is that of no edges, as far as fp32 tells; intervals
+    where it is so in one of their draws."""
 
     edges: int
     nodes: int
@@ -234,10 +238,15 @@ def _mean(parts: Parts, rm: Scorer, texts: list[Any]) -> Sent:
 def _share(
     part: np.ndarray, none: np.ndarray, model: np.ndarray, weights: np.ndarray, confidence: float
 ) -> tuple[float, float, float]:
-    """A share of the whole, over all pairs, and the ends of its interval, by percentiles of draws (b, n)."""
-    with np.errstate(divide="ignore", invalid="ignore"):
-        share = (part - none).sum() / (model - none).sum()
-        draws = (weights @ (part - none)) / (weights @ (model - none))
+    """A share of the whole, over all pairs, and the ends of its interval, by percentiles of draws (b, n).
+
+    NaN where the whole is no more than what rounding makes of the metrics, and an interval of which a draw is.
+    """
+
+    def ratio(weights: np.ndarray) -> np.ndarray:
+        whole, size = weights @ (model - none), weights @ (abs(model) + abs(none))
+        return weights @ (part - none) / np.where(abs(whole) > _ROUNDING * size, whole, np.nan)
+
     tail = (1 - confidence) / 2
-    low, high = np.quantile(draws, [tail, 1 - tail])
-    return float(share), float(low), float(high)
+    low, high = np.quantile(ratio(weights), [tail, 1 - tail])
+    return float(ratio(np.ones(len(part)))), float(low), float(high)

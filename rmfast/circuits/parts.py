@@ -68,9 +68,13 @@ class NormMap:
         """Directions (..., d) in what it gives as those in what it is given, but for the scale."""
         return self.centre(directions if self.gain is None else directions * self.gain)
 
+    def linear(self, x: Tensor) -> Tensor:
+        """What it gives of x (..., d), but for the scale and the bias."""
+        x = self.centre(x)
+        return x if self.gain is None else x * self.gain
+
     def __call__(self, x: Tensor) -> Tensor:
-        y = self.centre(x) * self.scale(x)
-        y = y if self.gain is None else y * self.gain
+        y = self.linear(x) * self.scale(x)
         return y if self.bias is None else y + self.bias
 
     def back(self, x: Tensor, slope: Tensor) -> Tensor:
@@ -224,7 +228,7 @@ class Parts:
         layer = self.layers[index]
         heads = layer.projections
         weight, _ = self._linear(layer.o_proj)
-        return self.norm(index, "after_attn").fold(weight.T.unflatten(0, (heads.count, heads.size)))
+        return self.norm(index, "after_attn").linear(weight.T.unflatten(0, (heads.count, heads.size)))
 
     def norm(self, index: int, place: str) -> NormMap:
         """Of "before_attn", "after_attn", "before_mlp"."""

@@ -88,6 +88,8 @@ class Request:
         self.positions = positions
         if not isinstance(positions, str | None):
             self.positions = arguments.sequence("positions", positions, '"all", "joint" or a sequence')
+        if self.mode not in _PAIRED and not (isinstance(align, str) and align == "auto"):
+            raise ValueError(f"Expected align, of two texts, with two of them alone, got mode {self.mode!r}")
         self.align, self.seed = align, arguments.whole("seed", seed, 0)
         self.metric = metric if metric is None else arguments.function("metric", metric, "the rewards (K,)")
         if (baseline is not None) != (self.mode in ("mean", "resample")):
