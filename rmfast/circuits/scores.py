@@ -142,7 +142,7 @@ class EdgeScores:
 
         if not isinstance(exact, Mapping):
             raise TypeError(f"Expected exact to be effects by (sender, receiver), got {arguments.shown(exact)}")
-        theirs = arguments.finite("exact", list(exact.values()))
+        theirs = [arguments.number("an effect of exact", effect) for effect in exact.values()]
         ours = [self._score("an edge of exact", edge) for edge in exact]
         return float(spearmanr(ours, theirs).statistic) if len(ours) > 2 else float("nan")
 

@@ -198,6 +198,9 @@ def test_arguments_are_checked():
     other = Circuit((Edge(Node("mlp_out", 7), Node("reward")),))
     with pytest.raises(ValueError, match="Expected edges between senders and receivers of this model"):
         faithfulness(rm, other, CLEAN, OTHER)
+    backwards = Circuit((Edge(Node("mlp_out", 1), Node("q_input", 0, 0)),))
+    with pytest.raises(ValueError, match=r"Expected circuits of edges .* got mlp_out\[1\] -> q_input\[0, 0\]"):
+        faithfulness(rm, [circuit(scores, 5), backwards], CLEAN, OTHER)
     with pytest.raises(ValueError, match="Expected circuits to hold at least one"):
         faithfulness(rm, [], CLEAN, OTHER)
     with pytest.raises(ValueError, match="Expected baseline"):

@@ -223,7 +223,7 @@ def test_scores_are_ranked_shown_and_kept(tmp_path):
     for wrong, message in (
         (list(exact), "exact to be effects by"),
         ({0: 1.0}, "an edge of exact to be a sender and a receiver"),
-        (dict.fromkeys(exact, float("nan")), "exact to be finite"),
+        (dict.fromkeys(exact, float("nan")), "an effect of exact to be a finite number"),
     ):
         with pytest.raises((TypeError, ValueError), match=message):
             found.agreement(wrong)
