@@ -9,7 +9,7 @@ senders with all receivers of a layer, some tokens at a time, so that no array i
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -23,13 +23,11 @@ from rmfast.circuits.scores import EdgeScores
 from rmfast.engine.options import Encoding, takes
 from rmfast.engine.scorer import Scorer
 from rmfast.patching.pairs import Align, Pair
-from rmfast.patching.request import Request
+from rmfast.patching.request import Metric, Request
 from rmfast.texts.inputs import words
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
-
-Metric = Callable[[Tensor], Any]
 
 _ELEMENTS = 1 << 26  # of what senders write, at once: 256 MiB
 _ROWS = 3072  # tokens of the runs that go backward together

@@ -22,12 +22,12 @@ import torch
 from rmfast import arguments
 from rmfast.circuits.ablation import Ablation
 from rmfast.circuits.circuit import Circuit
-from rmfast.circuits.edges import Metric, aligned_sent, checked_metric, measured
+from rmfast.circuits.edges import aligned_sent, checked_metric, measured
 from rmfast.circuits.parts import Parts, Sent
 from rmfast.engine.options import Encoding, takes
 from rmfast.engine.scorer import Scorer
 from rmfast.patching.pairs import Align, Pair
-from rmfast.patching.request import Request
+from rmfast.patching.request import Metric, Request
 from rmfast.plots import axes, needed, shown_figure
 from rmfast.resampling import clusters, drawn
 
