@@ -74,7 +74,6 @@ def edge_attribution(
         ValueError, TypeError: an argument is wrong, texts do not differ, or the model is no decoder whose layers rmfast
             takes apart into heads and MLPs.
     """
-    arguments.instance("rm", rm, Scorer)
     steps = steps if steps is None else arguments.whole("steps", steps, 1, 1_000_000)
     arguments.word("rule", rule, ("midpoint", "left"))
     every = arguments.word("positions", positions, ("joint", "all")) == "all"

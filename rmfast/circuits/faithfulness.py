@@ -173,7 +173,6 @@ def faithfulness(
     Raises:
         ValueError, TypeError: as `edge_attribution`; edges that the model lacks.
     """
-    arguments.instance("rm", rm, Scorer)
     arguments.word("ablation", ablation, ("resample", "mean"))
     confidence = arguments.number("confidence", confidence, 0, 1, above=True, below=True)
     arguments.whole("resamples", resamples, 1)

@@ -80,7 +80,6 @@ def path_patch(
         ValueError, TypeError: an argument is wrong, the texts do not differ, no path leads from any sender to any
             receiver, or the model's layers lack a part that a node names.
     """
-    arguments.instance("rm", rm, Scorer)
     arguments.word("mode", mode, ("noising", "denoising"))
     arguments.word("through", through, ("residual", "mlps"))
     given: dict[str, Any] = dict(options)

@@ -54,7 +54,8 @@ class Request:
         patterns: Literal["own", "frozen"] = "own",
         **encoding: Unpack[Encoding],
     ) -> None:
-        self.rm, self.binding = rm, rm.binding
+        self.rm = arguments.instance("rm", rm, Scorer)
+        self.binding = rm.binding
         self.patcher: Patcher = patcher_of(rm)
         self.causal = rm.binding.causal
         self.mode = mode if isinstance(mode, str) else "values"

@@ -379,15 +379,16 @@ def _sweeps(w: SimpleNamespace) -> Iterator[Call]:
     yield call("PatchSweep.load", rmfast.PatchSweep.load, folder=(w.folder / "sweep", path))
     yield call("Comparison.plot", w.comparison.plot, ax=(None, optional(anything)))
     alone = {name: each for name, each in SWEEP.items() if name != "metric"}
-    yield call("credit_sweep", partial(credit_sweep, rm), **alone, **OPTIONS,
+    yield call("credit_sweep", credit_sweep, rm=(rm, instance(Scorer)), **alone, **OPTIONS,
                reference=(w.reference, optional(instance(Reference))))  # fmt: skip
     yield call("CreditSweep.select", w.credits.select, layer=(0, either(whole(), all_of(whole()))))
     yield call("CreditSweep.top", w.credits.top, n=(3, whole(0)))
     yield call("CreditSweep.save", w.credits.save, folder=("credits", path))
     yield call("CreditSweep.plot", w.credits.select(layer=0).plot,
                value=("credit", one_of("credit", "effect", "values")), ax=(None, optional(anything)))  # fmt: skip
-    yield call("fit, a reference", partial(fit, rm), texts=(TEXTS * 9, texts), sites=("resid_post", SITES), **LAYERS,
-               level=(0.8, number(0, 1, open=True)), rows=(50, whole(2)), **SEED, **OPTIONS)  # fmt: skip
+    yield call("fit, a reference", fit, rm=(rm, instance(Scorer)), texts=(TEXTS * 9, texts),
+               sites=("resid_post", SITES), **LAYERS, level=(0.8, number(0, 1, open=True)),
+               rows=(50, whole(2)), **SEED, **OPTIONS)  # fmt: skip
     sweeps = either(instance(rmfast.PatchSweep), all_of(instance(rmfast.PatchSweep), 1))
     yield call("pernicious", pernicious, sweeps=([w.judged], sweeps), share=(0.1, number(0)),
                gap=(1.0, optional(either(number(), all_of(number())))), **CONFIDENCE, **SEED)  # fmt: skip
