@@ -78,6 +78,12 @@ class EdgeScores:
     tokens: list[str] | None = None
     dtype: str
 
+    def __post_init__(self) -> None:
+        shape = (*([] if self.tokens is None else [len(self.tokens)]), len(self.senders), len(self.receivers))
+        for name, given, wanted in (("scores", self.scores, shape), ("error", self.error, shape[-2:])):
+            if given is not None and tuple(given.shape) != wanted:
+                raise ValueError(f"Expected {name} of shape {wanted} by the nodes, got {tuple(given.shape)}")
+
     @property
     def joint(self) -> Tensor:
         """(U, V), the sum over tokens."""
@@ -239,7 +245,7 @@ class EdgeScores:
             for side in ("senders", "receivers"):
                 rest[side] = [Node(*node) for node in rest[side]]
             return cls(**{**rest, **load_file(path / "edges.safetensors")})
-        except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
+        except (OSError, ValueError, LookupError, TypeError, SafetensorError) as error:
             raise ValueError(f"Expected a folder that EdgeScores.save wrote, got {str(path)!r}: {error}") from error
 
 

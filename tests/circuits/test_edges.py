@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 
 import families
 import models as M
@@ -234,6 +235,10 @@ def test_scores_are_ranked_shown_and_kept(tmp_path):
     assert torch.equal(again.scores.nan_to_num(), found.scores.nan_to_num())
     with pytest.raises(ValueError, match=r"Expected a folder that EdgeScores\.save wrote"):
         EdgeScores.load(tmp_path / "none")
+    told = json.loads((tmp_path / "edges.json").read_text())
+    (tmp_path / "edges.json").write_text(json.dumps({**told, "senders": told["senders"][1:]}))
+    with pytest.raises(ValueError, match=r"scores of shape .* by the nodes"):
+        EdgeScores.load(tmp_path)
 
 
 def test_scores_as_a_table_and_a_map():

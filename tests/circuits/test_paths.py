@@ -134,6 +134,27 @@ def test_texts_of_unequal_length():
         check(m, found, clean, corrupted, len(clean) - 1, partner=partner)
 
 
+@pytest.mark.parametrize("through", ["residual", "mlps"])
+def test_text_behind_the_token_that_is_read(through):
+    m, (clean, corrupted) = model("gemma2"), texts()
+    clean, corrupted = ([65 if t == 10 else x + (x == 65) for t, x in enumerate(ids)] for ids in (clean, corrupted))
+    with oracle.everything_in_fp64():
+        rm = rmfast.RewardModel(m, pooling=65)
+        found = path_patch(
+            rm, clean, corrupted, receivers=RECEIVERS, positions=[slice(None), [6, 9, 12]], through=through
+        )
+        check(m, found, clean, corrupted, 10)
+
+
+def test_texts_of_one_token():
+    m, long = model("llama"), texts()[0]
+    with oracle.everything_in_fp64():
+        rm = rmfast.RewardModel(m)
+        check(m, path_patch(rm, [7], [9], receivers=RECEIVERS), [7], [9], 0)
+        check(m, path_patch(rm, [7], long, receivers=RECEIVERS), [7], long, 0, partner=[12])
+        check(m, path_patch(rm, long, [7], receivers=RECEIVERS), long, [7], 12, partner=[-1] * 12 + [0])
+
+
 def test_a_small_budget_and_single_edges_give_the_same_numbers():
     m, (clean, corrupted) = model("llama"), texts()
     rm = rmfast.RewardModel(m)

@@ -13,6 +13,11 @@ import torch
 
 import rmfast
 from rmfast import DirectionRemoval, NeuronClamp, heads
+from rmfast.circuits.circuit import circuit
+from rmfast.circuits.edges import edge_attribution
+from rmfast.circuits.faithfulness import faithfulness
+from rmfast.circuits.nodes import RECEIVERS
+from rmfast.circuits.paths import path_patch
 from rmfast.last_token import LastTokenRuns
 from rmfast.patching.layers_patcher import LayersPatcher
 from rmfast.patching.sites import KINDS
@@ -294,6 +299,28 @@ def test_the_suffix_engine_edits_texts_of_two_read_rows_as_hooks_do(name, family
         assert want.engine == "layers"
         torch.testing.assert_close(got.rewards, want.rewards, rtol=0, atol=1e-5, equal_nan=True)
         C.assert_near(got.clean_reward, want.clean_reward.double())
+
+
+@pytest.mark.parametrize("through", ["residual", "mlps"])
+def test_paths_to_two_read_rows_are_those_of_hooks(through, monkeypatch):
+    rm, asked = model("gated", num_hidden_layers=3), {"receivers": RECEIVERS, "positions": "all", "through": through}
+    found = path_patch(rm, CLEAN, CORRUPTED, **asked)
+    monkeypatch.setattr("rmfast.patching.request.patcher_of", lambda scorer: LayersPatcher(scorer.binding))
+    want = path_patch(rm, CLEAN, CORRUPTED, **asked)
+    assert (found.engine, want.engine) == ("suffix", "layers")
+    torch.testing.assert_close(found.rewards, want.rewards, rtol=0, atol=1e-5, equal_nan=True)
+    positions = (found.effect[:, -1] != 0).any(0).nonzero()[:, 0].tolist()
+    assert len(positions) == 2 and positions[1] == len(found.tokens) - 1  # the gate's row and the reward's
+
+
+def test_edges_and_circuits_take_the_whole_program_of_a_gated_head():
+    rm = model("gated")
+    scores = edge_attribution(rm, CLEAN, CORRUPTED, steps=48)
+    rewards = rm.score([CLEAN, CORRUPTED])
+    np.testing.assert_allclose([scores.clean, scores.corrupted], rewards, atol=1e-5)
+    assert float(scores.scores[0].nansum()) == pytest.approx(scores.corrupted - scores.clean, rel=0.02)
+    found = faithfulness(rm, circuit(scores, scores.edges), CLEAN, CORRUPTED)
+    np.testing.assert_allclose([found.circuit[0, 0], found.none[0]], rewards, atol=1e-5)
 
 
 def test_a_reward_that_is_read_before_its_prompts_end_is_no_sweeps():
