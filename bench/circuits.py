@@ -149,11 +149,13 @@ class Loop:
         if receiver.head is not None:
             module = getattr(layers[receiver.layer].self_attn, f"{receiver.kind[0]}_proj")
 
-        def patch(_: Any, args: Any, out: Any) -> Any:
+        made = [self._made(sender, to) for sender, to in pairs]  # by the same modules, before they are hooked
+
+        def patch(module: Any, args: Any, out: Any) -> Any:
             x = (out[0] if isinstance(out, tuple) else out).clone()
-            for row, (sender, to) in enumerate(pairs):
+            for row, ((_, to), new) in enumerate(zip(pairs, made)):
                 columns = slice(None) if to.head is None else slice(to.head * self.size, (to.head + 1) * self.size)
-                x[row, :, columns] = self._made(sender, to)[:, columns]
+                x[row, :, columns] = new[:, columns]
             return (x, *out[1:]) if isinstance(out, tuple) else x
 
         handle = module.register_forward_hook(patch)

@@ -5,7 +5,7 @@
 MODEL, VADER and HH as for bench.reproduce.cirm, whose heads these are. For each data set a clamp is found on 500
 pairs, k by nested cross-validation (`debias.validate`); what that says the clamp gains stands beside what it gains on
 all pairs that are left, with the gain of each choice of k, which nobody knows beforehand. Prints tables, writes
-held-out-NAME.json to OUT. Some 20 minutes on one core.
+held-out-NAME.json to OUT. Some 6 minutes of one core for each.
 
 - *reviews, planted*: in 90% of the head's training pairs the chosen snippet is the longer one.
 - *reviews, natural*: the same snippets, training pairs as they come.

@@ -66,4 +66,8 @@ Attended by_dtype(const Tensor& q, const Run& run) {
   return run(cuda::f16{});
 }
 
+// The kernels of mma.sync, compiled once, in suffix_attention.cu.
+cudaError_t attend(const cuda::SuffixAttention<cuda::bf16>& a, cudaStream_t stream);
+cudaError_t attend(const cuda::SuffixAttention<cuda::f16>& a, cudaStream_t stream);
+
 }  // namespace rmfast

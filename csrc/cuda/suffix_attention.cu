@@ -2,6 +2,14 @@
 #include "suffix_arguments.h"
 
 namespace rmfast {
+
+cudaError_t attend(const cuda::SuffixAttention<cuda::bf16>& a, cudaStream_t stream) {
+  return cuda::suffix_attention(a, stream);
+}
+cudaError_t attend(const cuda::SuffixAttention<cuda::f16>& a, cudaStream_t stream) {
+  return cuda::suffix_attention(a, stream);
+}
+
 namespace {
 
 constexpr int64_t kSeenWords = sizeof(cuda::SeenKeys) / 4;
@@ -46,7 +54,7 @@ Attended suffix_attention_seen(const Tensor& q, const Tensor& k, const Tensor& v
     const auto a = suffix_arguments<decltype(type)>(q, k, v, prefix_k.has_value() ? *prefix_k : k,
                                                     prefix_v.has_value() ? *prefix_v : v, seen, scale, softcap, sinks,
                                                     alibi, out, lse);
-    const cudaError_t error = cuda::suffix_attention(a, current_stream(device));
+    const cudaError_t error = attend(a, current_stream(device));
     STD_TORCH_CHECK(error == cudaSuccess, "suffix_attention: launching the kernel failed: ", cudaGetErrorString(error));
     return {out, lse};
   });

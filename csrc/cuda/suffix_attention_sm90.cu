@@ -39,15 +39,15 @@ cudaError_t run(cuda::SuffixAttention<E> a, const Tensor& k, const Tensor& v, co
 
   const int64_t tiles = (int64_t{a.queries} * a.group + Tile::kRows - 1) / Tile::kRows;
   // PyTorch's allocator keeps freed memory for its stream: the kernels may still read it when this returns.
-  Tensor redo = torch::stable::new_empty(k, {a.kv_heads, tiles}, ScalarType::Int);
+  Tensor redo = torch::stable::new_empty(k, {k.size(1), tiles}, ScalarType::Int);
   const dim3 blocks(static_cast<unsigned>(tiles), static_cast<unsigned>(a.kv_heads));
-  const auto kernel = a.softcap != 0 ? cuda::suffix_attention_sm90_kernel<E, D, true>
-                                     : cuda::suffix_attention_sm90_kernel<E, D, false>;
-  const cudaError_t error = cuda::launch(kernel, blocks, Tile::kThreads, Tile::kShared,
-                                         stream, a, maps, static_cast<int*>(redo.data_ptr()));
+  auto* kernel = cuda::suffix_attention_sm90_kernel<E, D, false>;
+  if (a.softcap != 0) kernel = cuda::suffix_attention_sm90_kernel<E, D, true>;
+  const cudaError_t error = cuda::launch(kernel, blocks, Tile::kThreads, Tile::kShared, stream, a, maps,
+                                         static_cast<int*>(redo.data_ptr()));
   if (error != cudaSuccess) return error;
   a.redo = static_cast<const int*>(redo.data_ptr());
-  return cuda::suffix_attention(a, stream);
+  return attend(a, stream);
 }
 
 Attended suffix_attention_wgmma(const Tensor& q, const Tensor& k, const Tensor& v,

@@ -75,7 +75,7 @@ def config(n: int) -> dict[str, int]:
     A cap on registers well above the need keeps ptxas from spilling for the sake of one more program per SM.
     """
     words = triton.next_power_of_2(n)
-    return {"BM": min(64, 2048 // words), "BN": words, "num_warps": 4, "maxnreg": 192}
+    return {"BM": min(64, 2048 // words), "BN": words, "num_warps": 4, "maxnreg": 255}
 
 
 def why_not(activations: Tensor) -> str | None:

@@ -5,7 +5,7 @@ A row's order of additions depends only on d, K, J and the dtype: launch configu
 else (`enable_fp_fusion=False`), and rows are read with the vector width that d allows. Layouts, and with them the
 order of a reduction, follow that width, so rows that are not aligned to it are first copied to where they are.
 
-    forward     K + J <= 8   triton_few.py             one read of the rows at the speed of the read
+    forward     K + J <= 6   triton_few.py             one read of the rows at the speed of the read; 8 in 32 bits
                 more         triton_many.py            a skinny GEMM on the tensor cores
                              triton_prepare.py before it, and before interventions: triton_intervene.py on the dots
     backward    K d small    triton_backward_fused.py  one read of the rows, kept in registers
@@ -23,7 +23,7 @@ from rmfast.kernels.launch import aligned, on_device
 from .triton_backward_fused import backward_fused, fused_backward_config
 from .triton_backward_split import backward_split
 from .triton_few import few
-from .triton_fma import FEW
+from .triton_fma import few_dots
 from .triton_intervene import intervene
 from .triton_many import many
 from .triton_prepare import prepare
@@ -47,15 +47,17 @@ def forward(
     """Rewards (M, K), or (M, I, K) with interventions and no `intervention_index`.
 
     A row or intervention index out of range gives NaN for its row. Nothing synchronises with the host. Parameters may
-    have any floating dtype and stride: `few` reads those of 16 bits as they are, which saves a launch for each.
+    have any floating dtype and stride: those of one or two heads in 16 bits are read as they are, which saves a launch
+    for each.
     """
-    is_few = weight.size(0) + (0 if directions is None else directions.size(0)) <= FEW
+    is_few = weight.size(0) + (0 if directions is None else directions.size(0)) <= few_dots(hidden.dtype)
     acc = accumulation(hidden.dtype)
 
     def taken(value: Any) -> Any:
         if value is None:
             return None
-        as_it_is = is_few and directions is None and value.itemsize == 2
+        # A conversion for each weight and number of a row costs more than it saves from three heads on.
+        as_it_is = is_few and weight.size(0) <= 2 and directions is None and value.itemsize == 2
         return aligned((value if as_it_is else value.to(acc)).contiguous())
 
     with on_device(hidden):

@@ -145,14 +145,13 @@ def _config(dtype: torch.dtype, d: int, sm: int) -> dict[str, int]:
     LOOPS: 2 where loops over keys with and without masks both do. PACKS: whether triton_packed.py does, which keeps two
     outputs of a row.
     """
-    bd = max(16, triton.next_power_of_2(d))
+    bd, loops = max(16, triton.next_power_of_2(d)), 2 if d <= 64 else 1
     if dtype == torch.float64:
         parts = {"DQ": bd, "num_warps": 4} if d <= 64 else {"DQ": 32, "num_warps": 8}
-        return {"BD": bd, "BM": 16, "BN": 16, "num_stages": 1, "LOOPS": 2, "PACKS": 1, **parts}
+        return {"BD": bd, "BM": 16, "BN": 16, "num_stages": 1, "LOOPS": loops, "PACKS": loops - 1, **parts}
     if dtype == torch.float32:
         # tf32x3 splits Q into two parts, each as large as it.
         parts = {"BN": 32, "DQ": bd, "num_warps": 4} if d <= 128 else {"BN": 16, "DQ": 128, "num_warps": 8}
-        loops = 2 if d <= 64 else 1
         return {"BD": bd, "BM": 32 if d <= 64 else 16, "num_stages": 2, "LOOPS": loops, "PACKS": loops - 1, **parts}
     if sm >= 90 and d <= 128:
         # Two warpgroups of 64 rows each: with 64 rows in all, both would compute the same.

@@ -23,7 +23,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from rmfast.circuits.head_parts import head_parts, wide_dtype
+from rmfast.circuits.head_parts import head_part, wide_dtype
 from rmfast.circuits.nodes import Node
 from rmfast.engine.invariance import padded
 from rmfast.patching.sites import SourcedValues
@@ -81,27 +81,22 @@ class SuffixPaths:
         return _Changed(self, senders, torch.from_numpy(positions).to(self.patcher.binding.device)).made
 
     def changes(self, senders: Sequence[Node], at: Tensor) -> Tensor:
-        """(S, n, d): what each sender adds in the other run less what it adds in the base run."""
-        stream = self.base.stream[0]
+        """(S, n, d): what each sender adds in the other run less what it adds in the base run.
+
+        One sender at a time, so that its numbers are the same beside any others.
+        """
+        stream, there = self.base.stream[0], self.partner.to(at.device)[at]
         out = stream.new_empty(len(senders), len(at), stream.size(1), dtype=wide_dtype(stream.dtype))
-        there = self.partner.to(at.device)[at]
-        groups: dict[tuple[str, int], list[int]] = {}
-        for i, node in enumerate(senders):
-            groups.setdefault((node.kind, node.layer or 0), []).append(i)
-        for (kind, m), some in groups.items():
-            if kind != "head_out":
-                kept = "resid_pre" if kind == "embedding" else kind
-                new, old = self.other.activations(kept, m)[there, 0], self.base.activations(kept, m)[at, 0]
-                out[some] = new.to(out) - old.to(out)
-                continue
-            layer = self.layers[m]
-            heads = torch.tensor([senders[i].head for i in some], device=at.device).repeat_interleave(len(at))
-            new, old = (
-                head_parts(layer.o_proj, layer.after_attn, run.activations(kind, m)[rows.repeat(len(some))], heads)
-                for run, rows in ((self.other, there), (self.base, at))
-            )
-            out[some] = (new - old).unflatten(0, (-1, len(at)))
+        for into, node in zip(out, senders):
+            into.copy_(self._added(self.other, node, there).to(out) - self._added(self.base, node, at).to(out))
         return out
+
+    def _added(self, run: SuffixRecord, node: Node, rows: Tensor) -> Tensor:
+        m = node.layer or 0
+        if node.kind != "head_out":
+            return run.activations("resid_pre" if node.kind == "embedding" else node.kind, m)[rows, 0]
+        layer = self.layers[m]
+        return head_part(layer.o_proj, layer.after_attn, run.activations("head_out", m)[rows], node.head or 0)
 
 
 class _Changed:

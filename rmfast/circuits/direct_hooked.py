@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from rmfast.binding.modules import active
 from rmfast.circuits.direct import MADE, Through
-from rmfast.circuits.head_parts import head_parts
+from rmfast.circuits.head_parts import head_part
 from rmfast.circuits.nodes import Node
 from rmfast.engine.norms import Norm
 from rmfast.patching.layers_patcher import LayerRecord, LayersPatcher
@@ -87,8 +87,7 @@ class HookedPaths:
             return self.other.activations(_LANDS[node.kind], layer)[there, 0]
 
         def part(run: LayerRecord, rows: Tensor) -> Tensor:
-            heads = run.activations("head_out", layer)[rows]
-            return head_parts(*self.out[layer], heads, torch.full((len(rows),), node.head or 0, device=heads.device))
+            return head_part(*self.out[layer], run.activations("head_out", layer)[rows], node.head or 0)
 
         new = part(self.other, there) - part(self.base, at)
         return self.base.activations("attn_out", layer)[at, 0].to(new) + new

@@ -34,7 +34,6 @@ from rmfast.resampling import clusters, drawn
 if TYPE_CHECKING:
     from typing_extensions import Unpack
 
-
 _ROUNDING = 1e-6  # of metrics in fp32, relative
 
 
@@ -190,11 +189,9 @@ def faithfulness(
         of = clusters([str(each) for each in arguments.sequence("prompts", prompts, "a prompt for each pair", len(of))])
     parts = Parts(rm)
     masks = torch.stack([each.mask(parts.senders, parts.receivers) for each in chosen])
-    if len(none := (masks & ~parts.edges()).nonzero()):
-        sender, receiver = parts.senders[int(none[0, 1])], parts.receivers[int(none[0, 2])]
-        raise ValueError(
-            f"Expected circuits of edges that there are, got {sender} -> {receiver}, which does not read it"
-        )
+    for _, row, column in (masks & ~parts.edges()).nonzero().tolist():
+        edge = f"{parts.senders[row]} -> {parts.receivers[column]}"
+        raise ValueError(f"Expected circuits of edges that there are, got {edge}, which does not read it")
     kept = torch.cat([masks, ~masks, torch.zeros_like(masks[:1])]).to(parts.device)
     numbers = np.zeros((len(kept) + 1, len(pairs)))
     with parts.binding.session(grad=True), torch.no_grad():

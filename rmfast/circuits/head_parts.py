@@ -18,35 +18,29 @@ def wide_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-def head_parts(project: nn.Module, norm: Norm | None, heads: Tensor, unit: Tensor) -> Tensor:
-    """What head unit[i] adds in row i, of heads' outputs (n, H, D) as the output projection takes them: (n, d).
+def head_part(project: nn.Module, norm: Norm | None, heads: Tensor, head: int) -> Tensor:
+    """What one head adds to the stream, of heads' outputs (n, H, D) as the output projection takes them: (n, d).
 
     The projection's bias is no head's. A norm between projection and stream (Gemma 2 and 3, OLMo 2, GLM-4) is taken as
     the linear map that it is with the scale that it has in the row: the parts of all heads then sum to what attention
     adds, but for biases.
     """
     wide = wide_dtype(heads.dtype)
-    part = _projected(project, heads, unit, wide)
+    part = _projected(project, heads, head, wide)
     if norm is None:
         return part
     made = NormMap.of(norm, part)
     return made.linear(part) * made.scale(project(heads.flatten(1)).to(wide))
 
 
-def _projected(project: nn.Module, heads: Tensor, unit: Tensor, wide: torch.dtype) -> Tensor:
+def _projected(project: nn.Module, heads: Tensor, head: int, wide: torch.dtype) -> Tensor:
     """(n, d), without the projection's bias."""
     weight = _weight(project)
-    if weight is None:  # an adapter, a quantised or a clamped one: by its own forward, with the other heads at 0
-        rows = torch.arange(len(heads), device=heads.device)
-        alone = torch.zeros_like(heads)
-        alone[rows, unit] = heads[rows, unit]
-        return project(alone.flatten(1)).to(wide) - project(torch.zeros_like(alone[:1]).flatten(1)).to(wide)
-    columns = weight.unflatten(0, heads.shape[1:])
-    out = heads.new_empty(len(heads), weight.size(1), dtype=wide)
-    for head in unit.unique().tolist():
-        rows = (unit == head).nonzero()[:, 0]
-        out[rows] = heads[rows, head].to(wide) @ columns[head].to(wide)
-    return out
+    if weight is not None:
+        return heads[:, head].to(wide) @ weight.unflatten(0, heads.shape[1:])[head].to(wide)
+    alone = torch.zeros_like(heads)  # an adapter, a quantised or a clamped one: by its own forward, other heads at 0
+    alone[:, head] = heads[:, head]
+    return project(alone.flatten(1)).to(wide) - project(torch.zeros_like(alone[:1]).flatten(1)).to(wide)
 
 
 def _weight(project: nn.Module) -> Tensor | None:

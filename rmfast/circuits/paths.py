@@ -196,7 +196,9 @@ def _patched(
         )  # fmt: skip
         budget = row_budget(request.rm, request.patcher, base, edits, batch_tokens)
         bar.total = (bar.total or 0) + len(edits)
-        for some, block, rows in _blocks(request, edits, budget):
+        rows = np.flatnonzero(groups[np.unique(group)].any(0))  # of all blocks the same, and so the bits of each path
+        count = len(rows) if isinstance(request.patcher, SuffixPatcher) else len(base.ids)
+        for some, block in _blocks(edits, max(1, budget // max(1, count))):
 
             def finish(which: np.ndarray, rewards: Tensor, some: np.ndarray = some) -> None:
                 flat[torch.from_numpy(cell[some[which]])] = rewards.to(flat.dtype)
@@ -226,17 +228,13 @@ def _runs(request: Request, graph: _Graph, pair: Pair, through: Through) -> tupl
     return base, other, HookedPaths(patcher, base, other, pair.partner, graph.senders, graph.receivers, through).values
 
 
-def _blocks(request: Request, edits: Edits, budget: int) -> Iterable[tuple[np.ndarray, np.ndarray, np.ndarray]]:
-    """Edits by index, their senders and the positions at which these are changed, in blocks of about `budget` rows."""
+def _blocks(edits: Edits, each: int) -> Iterable[tuple[np.ndarray, np.ndarray]]:
+    """Edits by index and their senders, of `each` senders at a time."""
     assert edits.source is not None
     senders = np.unique(edits.source)
-    used = edits.groups[np.unique(edits.group)].any(0)
-    count = int(used.sum()) if isinstance(request.patcher, SuffixPatcher) else len(used)
-    each = max(1, budget // max(1, count))
     for start in range(0, len(senders), each):
         block = senders[start : start + each]
-        some = np.flatnonzero((edits.source >= block[0]) & (edits.source <= block[-1]))
-        yield some, block, np.flatnonzero(edits.groups[np.unique(edits.group[some])].any(0))
+        yield np.flatnonzero((edits.source >= block[0]) & (edits.source <= block[-1])), block
 
 
 def _result(

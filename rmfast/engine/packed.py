@@ -193,6 +193,8 @@ class Engine:
         attention = _backends.runs("suffix_attention", self.binding.device.type)
         if attention == "eager":
             return "eager attention goes through the BLAS"
+        if attention == "cuda":
+            return "a tile of the CUDA kernel holds rows of several texts"
         key = attention, torch.get_num_threads(), self.binding, self.binding.device, self._stored
         if key not in self._moves:
             with self.binding.session():

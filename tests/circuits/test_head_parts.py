@@ -8,7 +8,7 @@ from torch import nn
 from transformers.models.gemma2.modeling_gemma2 import Gemma2RMSNorm
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
-from rmfast.circuits.head_parts import head_parts
+from rmfast.circuits.head_parts import head_part
 from rmfast.engine.norms import Norm
 
 N, H, D, WIDTH = 5, 3, 4, 10
@@ -32,10 +32,8 @@ def test_parts_sum_to_what_attention_adds(norm, dtype):
         if module is not None:
             for weight in module.to(dtype).parameters():
                 weight.uniform_(0.3, 2, generator=draw)
-        each = [
-            head_parts(project, None if module is None else Norm.of(module, WIDTH), heads, torch.full((N,), unit))
-            for unit in range(H)
-        ]
+        behind = None if module is None else Norm.of(module, WIDTH)
+        each = [head_part(project, behind, heads, head) for head in range(H)]
         whole = project(heads.flatten(1))
         whole = whole if module is None else module(whole)
     assert each[0].dtype == torch.float32

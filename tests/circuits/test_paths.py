@@ -18,6 +18,7 @@ from rmfast.circuits.paths import path_patch
 
 SUFFIX = ["llama", "gemma2", "qwen3", "gpt2", "olmo2", "neox"]
 HOOKED = ["bert", "distilbert", "modernbert"]
+SOME = ["gemma2", "gpt2", "neox", "bert"]
 
 
 def model(family, dtype=torch.float64, layers=3, **kw):
@@ -69,8 +70,10 @@ def check(m, found, base, other, read, cells=10, tolerance=1e-9, scale=1.0, seed
         assert float(error.max()) <= tolerance, (str(sender), str(receiver), positions, float(error.max()))
 
 
-@pytest.mark.parametrize("through", ["residual", "mlps"])
-@pytest.mark.parametrize("family", [*SUFFIX, *HOOKED])
+@pytest.mark.parametrize(
+    "family, through",
+    [*((family, "residual") for family in (*SUFFIX, *HOOKED)), *((family, "mlps") for family in SOME)],
+)
 def test_every_path_is_what_two_hooked_forwards_give(family, through):
     m, (clean, corrupted) = model(family), texts()
     with oracle.everything_in_fp64():
@@ -81,7 +84,7 @@ def test_every_path_is_what_two_hooked_forwards_give(family, through):
         for s, sender in enumerate(found.senders):
             for r, receiver in enumerate(found.receivers):
                 assert bool(found.rewards[s, r].isnan()) != leads(sender, receiver, parallel), (sender, receiver)
-        check(m, found, clean, corrupted, len(clean) - 1, cells=14, parallel=parallel)
+        check(m, found, clean, corrupted, len(clean) - 1, cells=10, parallel=parallel)
     assert (found.effect.nan_to_num().abs() > 1e-6).float().mean() > 0.2
 
 
@@ -106,8 +109,7 @@ def test_fp32_is_within_1e_5_of_the_reward_scale(family):
         check(exact, found, clean, corrupted, len(clean) - 1, cells=8, tolerance=1e-5, scale=scale)
 
 
-@pytest.mark.parametrize("through", ["residual", "mlps"])
-@pytest.mark.parametrize("mode", ["noising", "denoising"])
+@pytest.mark.parametrize("mode, through", [("noising", "mlps"), ("denoising", "residual")])
 def test_positions_modes_and_labels(mode, through):
     m, (clean, corrupted) = model("qwen3", labels=2), texts()
     base, other = (clean, corrupted) if mode == "noising" else (corrupted, clean)
@@ -122,6 +124,15 @@ def test_positions_modes_and_labels(mode, through):
     nothing = found.effect[:, :, 3]
     assert (nothing.isnan() | (nothing == 0)).all()
     assert (found.effect[:, -1, 0] == 0).all()
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma2"])
+def test_a_path_has_the_same_bits_beside_any_others(family):
+    rm, (clean, corrupted) = rmfast.RewardModel(model(family, torch.float32, layers=2)), texts()
+    if reason := rm.packed_engine().moves():
+        pytest.skip(reason)
+    whole, small = (path_patch(rm, clean, corrupted, receivers=RECEIVERS, batch_tokens=rows) for rows in (None, 13))
+    assert torch.equal(small.rewards.nan_to_num(7), whole.rewards.nan_to_num(7))
 
 
 def test_texts_of_unequal_length():
@@ -155,13 +166,11 @@ def test_texts_of_one_token():
         check(m, path_patch(rm, long, [7], receivers=RECEIVERS), long, [7], 12, partner=[-1] * 12 + [0])
 
 
-def test_a_small_budget_and_single_edges_give_the_same_numbers():
+def test_single_edges_are_those_of_the_whole_grid():
     m, (clean, corrupted) = model("llama"), texts()
     rm = rmfast.RewardModel(m)
     with oracle.everything_in_fp64():
         whole = path_patch(rm, clean, corrupted, receivers=RECEIVERS)
-        small = path_patch(rm, clean, corrupted, receivers=RECEIVERS, batch_tokens=13)
-        torch.testing.assert_close(small.rewards, whole.rewards, rtol=1e-10, atol=1e-10, equal_nan=True)
         edges = [
             (Node("head_out", 0, 3), Node("q_input", 2, -1)),
             ("embedding", "reward"),

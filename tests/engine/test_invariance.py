@@ -55,6 +55,15 @@ def test_rewards_and_values_have_the_bits_that_their_text_has_alone(family, dtyp
         assert all(map(torch.equal, rm.token_values(some, batch_tokens=budget), values))
 
 
+def test_the_cuda_kernel_of_attention_promises_no_bits(monkeypatch):
+    rm = RewardModel(M.decoder("llama"), invariant=True)
+    engine = rm.packed_engine()
+    assert engine.moves() is None
+    runs = rmfast.backends.runs
+    monkeypatch.setattr(rmfast.backends, "runs", lambda op, on: "cuda" if op == "suffix_attention" else runs(op, on))
+    assert engine.moves() == "a tile of the CUDA kernel holds rows of several texts"
+
+
 @settings(max_examples=15, deadline=None)
 @given(st.integers(0, 10**6), st.integers(1, 20), st.sampled_from([None, 16, 64, 300]))
 def test_no_batch_moves_a_bit(seed, count, budget):

@@ -108,7 +108,8 @@ def agree(run: Run) -> None:
 
 def attention(run: Run) -> None:
     """suffix_attention's kernels and well-kept ones, TFLOP/s at three head sizes: whole texts, and a shared prompt."""
-    for d, heads, kv_heads in ((128, 32, 8), (64, 32, 8), (256, 16, 8)):
+    shapes = ((128, 32, 8), (64, 32, 8), (256, 16, 8))
+    for d, heads, kv_heads in shapes[: 1 if run.rehearsal else 3]:
         for work in attentions.WORKS:
             case = attentions.Case.of(work, d, heads, kv_heads, run.device, small=run.rehearsal)
             truth = case.truth()
@@ -149,7 +150,8 @@ def _model(run: Run) -> Any:
 
 def _texts(run: Run, count: int, shared: int, own: tuple[int, int]) -> list[list[int]]:
     """Random ids; the first `shared` of each text are the same in all of 16 texts."""
-    small = 8 if run.rehearsal else 1
+    small = 16 if run.rehearsal else 1
+    count = -(-count // small)
     draw = torch.Generator().manual_seed(0)
 
     def ids(n: int) -> list[int]:

@@ -10,26 +10,28 @@ from test_cuda_build import Kernel, build, named
 SOURCE = r"""
 #include "rmfast/cuda/suffix_attention_sm90.cuh"
 namespace rmfast::cuda {
-template cudaError_t suffix_attention(const SuffixAttention<bf16>&, cudaStream_t);
 static_assert(SuffixTile<64, false>::kShared <= 99 * 1024 && SuffixTile<128, false>::kShared <= 99 * 1024 &&
               SuffixTile<256, false>::kShared <= 99 * 1024, "the smallest shared memory of a GPU from sm_80 on");
 static_assert(HopperTile<64>::kShared <= 227 * 1024 && HopperTile<128>::kShared <= 227 * 1024 &&
               HopperTile<256>::kShared <= 227 * 1024, "that of sm_90");
-#ifdef WITH_WGMMA
+#define MMA(...) template __global__ void suffix_attention_kernel<__VA_ARGS__>(const SuffixAttention<bf16>)
 #define WGMMA(...) template __global__ void suffix_attention_sm90_kernel<__VA_ARGS__>( \
     const SuffixAttention<bf16>, const __grid_constant__ Maps, int*)
-WGMMA(bf16, 64, false);
-WGMMA(bf16, 128, false);
-WGMMA(bf16, 256, true);
-#endif
+INSTANCES
 }
 """
+# Head sizes, and whether logits are capped: by mma, and by wgmma.
+INSTANCES = {
+    "80": ["MMA(bf16, 64, false)", "MMA(bf16, 128, false)", "MMA(bf16, 256, false)", "MMA(bf16, 128, true)"],
+    "90a": ["MMA(bf16, 128, false)", "WGMMA(bf16, 64, false)", "WGMMA(bf16, 128, false)", "WGMMA(bf16, 256, true)"],
+    "100": ["MMA(bf16, 128, false)", "MMA(bf16, 256, true)"],
+}
 
 
-@pytest.fixture(scope="session", params=["80", "90a", "100"], ids=lambda arch: f"sm_{arch}")
+@pytest.fixture(scope="session", params=INSTANCES, ids=lambda arch: f"sm_{arch}")
 def kernels(request, tmp_path_factory) -> list[Kernel]:
-    define = "#define WITH_WGMMA\n" if request.param == "90a" else ""
-    return build(define + SOURCE, request.param, tmp_path_factory.mktemp(f"suffix_{request.param}"))
+    source = SOURCE.replace("INSTANCES", ";\n".join(INSTANCES[request.param]) + ";")
+    return build(source, request.param, tmp_path_factory.mktemp(f"suffix_{request.param}"))
 
 
 def width(kernel: Kernel) -> int:

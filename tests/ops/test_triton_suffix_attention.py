@@ -107,4 +107,4 @@ def test_kernels_compile_fit_and_do_not_spill(launch, capability, tmp_path):
     assert got.spills <= (2 if dtype == torch.float64 else 0), got
     if dtype != torch.float64:
         assert "mma" in got.ptx, got  # tensor cores
-        assert "cp.async.cg" in got.ptx, got  # reads of 16 bytes
+        assert "cp.async.cg" in got.ptx or "ld.global.v4" in got.ptx, got  # reads of 16 bytes

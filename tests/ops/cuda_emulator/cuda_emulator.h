@@ -317,19 +317,18 @@ void matmul_16x8x16(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t
   } in{{a[0], a[1], a[2], a[3]}, {b0, b1}};
   const auto all = gather(in);
   const int lane = current % 32;
-  const auto a_at = [&](int row, int k) {
-    float v[2];
-    unpack2<E>(all[row % 8 * 4 + k % 8 / 2].a[k / 8 * 2 + row / 8], v[0], v[1]);
-    return v[k % 2];
-  };
-  const auto b_at = [&](int k, int column) {
-    float v[2];
-    unpack2<E>(all[column * 4 + k % 8 / 2].b[k / 8], v[0], v[1]);
-    return v[k % 2];
-  };
+  // Rows lane / 4 and 8 further on of A, columns lane % 4 · 2 and the next of B.
+  float rows[2][16], columns[2][16];
+  for (int half = 0; half < 2; ++half) {
+    for (int pair = 0; pair < 8; ++pair) {
+      const In of_row = all[lane / 4 * 4 + pair % 4], of_column = all[(lane % 4 * 2 + half) * 4 + pair % 4];
+      unpack2<E>(of_row.a[pair / 4 * 2 + half], rows[half][2 * pair], rows[half][2 * pair + 1]);
+      unpack2<E>(of_column.b[pair / 4], columns[half][2 * pair], columns[half][2 * pair + 1]);
+    }
+  }
   for (int i = 0; i < 4; ++i) {
     double sum = c[i];
-    for (int k = 0; k < 16; ++k) sum += double(a_at(lane / 4 + i / 2 * 8, k)) * b_at(k, lane % 4 * 2 + i % 2);
+    for (int k = 0; k < 16; ++k) sum += double(rows[i / 2][k]) * columns[i % 2][k];
     c[i] = static_cast<float>(sum);
   }
 }

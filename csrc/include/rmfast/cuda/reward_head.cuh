@@ -37,7 +37,8 @@ cudaError_t run_few(const Few<T>& q, const Plan& plan, int processors, cudaStrea
   const bool share = q.M >= int64_t{few_blocks(kDots)} * processors * kFewWarps * kRows;
   if constexpr (sizeof(T) < 8) {  // fp64 is there for tests
     if (q.norm != kLayer) {
-      return share ? run(few_kernel<T, kDots, kRows, 2, true, false>, kRows)
+      constexpr int kTwo = kDots == 4 ? 1 : 2;  // vectors of each row in flight, in 128 registers
+      return share ? run(few_kernel<T, kDots, kRows, kTwo, true, false>, kRows)
                    : run(few_kernel<T, kDots, 1, kUnroll, true, false>, 1);
     }
   }

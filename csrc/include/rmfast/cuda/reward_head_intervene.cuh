@@ -46,7 +46,7 @@ constexpr int64_t intervene_shared(int64_t J, int64_t K) {
 // A block takes 64 rows through all interventions: [G; U] is loaded once for a block, z once for a tile. A thread makes 4
 // rows by 4 columns of the products, 16 FMAs for two loads of 16 bytes. Sums of fp32 only.
 template <typename T>
-__global__ __launch_bounds__(kTileThreads) void intervene_tile_kernel(const Intervene<T> q) {
+__global__ __launch_bounds__(kTileThreads, 4) void intervene_tile_kernel(const Intervene<T> q) {
   const Problem<T>& p = q.p;
   const int J = static_cast<int>(p.J), K = static_cast<int>(p.K);
   const int g_columns = static_cast<int>(tile_columns(J)), u_columns = static_cast<int>(tile_columns(K));

@@ -24,11 +24,10 @@ struct Suffixes {
   int64_t window;  // 0: none; else below 2^31
 };
 
-constexpr int kSeenThreads = 128;
-
 // A thread to a row of q. Once for all layers of a chunk: they differ in what their rows hold, not in where those lie.
-__global__ __launch_bounds__(kSeenThreads) void seen_keys_kernel(const Suffixes q, SeenKeys* out) {
-  const int64_t row = int64_t{blockIdx.x} * kSeenThreads + threadIdx.x;
+template <int kThreads>
+__global__ __launch_bounds__(kThreads) void seen_keys_kernel(const Suffixes q, SeenKeys* out) {
+  const int64_t row = int64_t{blockIdx.x} * kThreads + threadIdx.x;
   if (row >= q.queries) return;
   int64_t s = 0, behind = q.suffixes;  // asks[s] <= row < asks[behind]
   while (behind - s > 1) {
@@ -67,8 +66,9 @@ __global__ __launch_bounds__(kSeenThreads) void seen_keys_kernel(const Suffixes 
 
 // Writes a record for each of q.queries > 0 rows.
 inline cudaError_t seen_keys(const Suffixes& q, SeenKeys* out, cudaStream_t stream) {
-  const dim3 blocks(static_cast<unsigned>((q.queries + kSeenThreads - 1) / kSeenThreads));
-  return launch(seen_keys_kernel, blocks, kSeenThreads, 0, stream, q, out);
+  constexpr int kThreads = 128;
+  const dim3 blocks(static_cast<unsigned>((q.queries + kThreads - 1) / kThreads));
+  return launch(seen_keys_kernel<kThreads>, blocks, kThreads, 0, stream, q, out);
 }
 
 }  // namespace rmfast::cuda
