@@ -9,7 +9,7 @@ senders with all receivers of a layer, some tokens at a time, so that no array i
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -23,13 +23,11 @@ from rmfast.circuits.scores import EdgeScores
 from rmfast.engine.options import Encoding, takes
 from rmfast.engine.scorer import Scorer
 from rmfast.patching.pairs import Align, Pair
-from rmfast.patching.request import Request
+from rmfast.patching.request import Metric, Request
 from rmfast.texts.inputs import words
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
-
-Metric = Callable[[Tensor], Any]
 
 _ELEMENTS = 1 << 26  # of what senders write, at once: 256 MiB
 _ROWS = 3072  # tokens of the runs that go backward together
@@ -76,8 +74,7 @@ def edge_attribution(
         ValueError, TypeError: an argument is wrong, texts do not differ, or the model is no decoder whose layers rmfast
             takes apart into heads and MLPs.
     """
-    arguments.instance("rm", rm, Scorer)
-    steps = steps if steps is None else arguments.whole("steps", steps, 1)
+    steps = steps if steps is None else arguments.whole("steps", steps, 1, 1_000_000)
     arguments.word("rule", rule, ("midpoint", "left"))
     every = arguments.word("positions", positions, ("joint", "all")) == "all"
     request = Request(rm, mode="noising", align=align, **options)
@@ -138,9 +135,15 @@ def measured(metric: Metric, rewards: Tensor) -> Tensor:
 
 
 def aligned_sent(parts: Parts, own: Sent, other: Sent, pair: Pair) -> Sent:
-    """What the other run's senders wrote, at the tokens of the base run; what has no partner there stays its own."""
+    """What the other run's senders wrote, at the tokens of the base run; what has no partner there stays its own.
+
+    Raises:
+        ValueError: no token that counts has one.
+    """
     partner = torch.from_numpy(pair.partner).to(parts.device)
     paired = partner >= 0
+    if not paired[: pair.base_read + 1].any():
+        raise ValueError("Expected align to give a token of the clean text a partner, up to the one read, got none")
 
     def placed(own: Tensor, other: Tensor) -> Tensor:
         return torch.where(paired.view(-1, *[1] * (own.dim() - 1)), other[partner.clamp(min=0)], own)

@@ -22,22 +22,25 @@ import torch
 from rmfast import arguments
 from rmfast.circuits.ablation import Ablation
 from rmfast.circuits.circuit import Circuit
-from rmfast.circuits.edges import Metric, aligned_sent, checked_metric, measured
+from rmfast.circuits.edges import aligned_sent, checked_metric, measured
 from rmfast.circuits.parts import Parts, Sent
 from rmfast.engine.options import Encoding, takes
 from rmfast.engine.scorer import Scorer
 from rmfast.patching.pairs import Align, Pair
-from rmfast.patching.request import Request
+from rmfast.patching.request import Metric, Request
 from rmfast.plots import axes, needed, shown_figure
 from rmfast.resampling import clusters, drawn
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
 
+_ROUNDING = 1e-6  # of metrics in fp32, relative
+
 
 class Share(NamedTuple):
     """Of one circuit: its size, its share of what the model does, and the share that is left without it, each with the
-    ends of its interval."""
+    ends of its interval. Shares are NaN where the model's metric is that of no edges, as far as fp32 tells; intervals
+    where it is so in one of their draws."""
 
     edges: int
     nodes: int
@@ -169,7 +172,6 @@ def faithfulness(
     Raises:
         ValueError, TypeError: as `edge_attribution`; edges that the model lacks.
     """
-    arguments.instance("rm", rm, Scorer)
     arguments.word("ablation", ablation, ("resample", "mean"))
     confidence = arguments.number("confidence", confidence, 0, 1, above=True, below=True)
     arguments.whole("resamples", resamples, 1)
@@ -187,6 +189,9 @@ def faithfulness(
         of = clusters([str(each) for each in arguments.sequence("prompts", prompts, "a prompt for each pair", len(of))])
     parts = Parts(rm)
     masks = torch.stack([each.mask(parts.senders, parts.receivers) for each in chosen])
+    for _, row, column in (masks & ~parts.edges()).nonzero().tolist():
+        edge = f"{parts.senders[row]} -> {parts.receivers[column]}"
+        raise ValueError(f"Expected circuits of edges that there are, got {edge}, which does not read it")
     kept = torch.cat([masks, ~masks, torch.zeros_like(masks[:1])]).to(parts.device)
     numbers = np.zeros((len(kept) + 1, len(pairs)))
     with parts.binding.session(grad=True), torch.no_grad():
@@ -234,10 +239,15 @@ def _mean(parts: Parts, rm: Scorer, texts: list[Any]) -> Sent:
 def _share(
     part: np.ndarray, none: np.ndarray, model: np.ndarray, weights: np.ndarray, confidence: float
 ) -> tuple[float, float, float]:
-    """A share of the whole, over all pairs, and the ends of its interval, by percentiles of draws (b, n)."""
-    with np.errstate(divide="ignore", invalid="ignore"):
-        share = (part - none).sum() / (model - none).sum()
-        draws = (weights @ (part - none)) / (weights @ (model - none))
+    """A share of the whole, over all pairs, and the ends of its interval, by percentiles of draws (b, n).
+
+    NaN where the whole is no more than what rounding makes of the metrics, and an interval of which a draw is.
+    """
+
+    def ratio(weights: np.ndarray) -> np.ndarray:
+        whole, size = weights @ (model - none), weights @ (abs(model) + abs(none))
+        return weights @ (part - none) / np.where(abs(whole) > _ROUNDING * size, whole, np.nan)
+
     tail = (1 - confidence) / 2
-    low, high = np.quantile(draws, [tail, 1 - tail])
-    return float(share), float(low), float(high)
+    low, high = np.quantile(ratio(weights), [tail, 1 - tail])
+    return float(ratio(np.ones(len(part)))), float(low), float(high)

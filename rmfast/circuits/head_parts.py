@@ -9,8 +9,8 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from rmfast.binding.modules import active, is_plain, is_readable
+from rmfast.circuits.norm_map import NormMap
 from rmfast.engine.norms import Norm
-from rmfast.kernels.reward_head.reference import LAYER, NORMS, fold_gain
 
 
 def wide_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -29,12 +29,8 @@ def head_part(project: nn.Module, norm: Norm | None, heads: Tensor, head: int) -
     part = _projected(project, heads, head, wide)
     if norm is None:
         return part
-    given = norm.head_arguments(heads.device)
-    whole, kind, weight = project(heads.flatten(1)).to(wide), NORMS[given["norm"]], given["norm_weight"]
-    if kind == LAYER:
-        whole, part = (x - x.mean(-1, keepdim=True) for x in (whole, part))
-    scale = torch.rsqrt(whole.square().mean(-1, keepdim=True) + given["eps"])
-    return fold_gain(part, kind, None if weight is None else weight.to(wide)) * scale
+    made = NormMap.of(norm, part)
+    return made.linear(part) * made.scale(project(heads.flatten(1)).to(wide))
 
 
 def _projected(project: nn.Module, heads: Tensor, head: int, wide: torch.dtype) -> Tensor:

@@ -22,8 +22,8 @@ from rmfast.binding.binding import Binding
 from rmfast.binding.compute import chosen
 from rmfast.binding.modules import active, is_readable, is_untouched
 from rmfast.circuits.nodes import Node
+from rmfast.circuits.norm_map import NormMap
 from rmfast.engine.layers import Layer
-from rmfast.engine.norms import Norm
 from rmfast.engine.scorer import Scorer
 from rmfast.patching.layers_patcher import LayersPatcher
 from rmfast.patching.points import Point
@@ -33,53 +33,6 @@ _LOW = (torch.bfloat16, torch.float16)
 
 # Tensors of a run by name and layer, (B, T, n) each; a name has several where several modules are given the same.
 Seen = dict[tuple[str, int], list[Tensor]]
-
-
-@dataclass(frozen=True)
-class NormMap:
-    """A norm as y = gain ⊙ s (x − its mean, where centred) + bias, s = 1 / rms; as it is made, none: y = x."""
-
-    gain: Tensor | None = None
-    bias: Tensor | None = None
-    eps: float | None = None
-    centred: bool = False
-
-    @classmethod
-    def of(cls, norm: Norm | None, like: Tensor) -> NormMap:
-        """With weights of the dtype and device of `like`."""
-        if norm is None:
-            return cls()
-        given = norm.head_arguments(like.device)
-        gain, bias = (None if x is None else x.detach().to(like) for x in (given["norm_weight"], given["norm_bias"]))
-        if given["norm"] == "gemma_rms" and gain is not None:
-            gain = gain + 1
-        return cls(gain, bias, given["eps"], given["norm"] == "layer")
-
-    def centre(self, x: Tensor) -> Tensor:
-        return x - x.mean(-1, keepdim=True) if self.centred else x
-
-    def scale(self, x: Tensor) -> Tensor:
-        """(..., d) -> (..., 1)."""
-        if self.eps is None:
-            return x.new_ones(*x.shape[:-1], 1)
-        return torch.rsqrt(self.centre(x).square().mean(-1, keepdim=True) + self.eps)
-
-    def fold(self, directions: Tensor) -> Tensor:
-        """Directions (..., d) in what it gives as those in what it is given, but for the scale."""
-        return self.centre(directions if self.gain is None else directions * self.gain)
-
-    def __call__(self, x: Tensor) -> Tensor:
-        y = self.centre(x) * self.scale(x)
-        y = y if self.gain is None else y * self.gain
-        return y if self.bias is None else y + self.bias
-
-    def back(self, x: Tensor, slope: Tensor) -> Tensor:
-        """The gradient at x (..., d), of one at y."""
-        folded = self.fold(slope)
-        if self.eps is None:
-            return folded
-        s, x = self.scale(x), self.centre(x)
-        return s * folded - s**3 * (x * folded).mean(-1, keepdim=True) * x
 
 
 @dataclass(eq=False)
@@ -224,7 +177,7 @@ class Parts:
         layer = self.layers[index]
         heads = layer.projections
         weight, _ = self._linear(layer.o_proj)
-        return self.norm(index, "after_attn").fold(weight.T.unflatten(0, (heads.count, heads.size)))
+        return self.norm(index, "after_attn").linear(weight.T.unflatten(0, (heads.count, heads.size)))
 
     def norm(self, index: int, place: str) -> NormMap:
         """Of "before_attn", "after_attn", "before_mlp"."""

@@ -217,5 +217,5 @@ class PathPatch:
             for name in ("senders", "receivers"):
                 rest[name] = [Node(*node) for node in rest[name]]
             return cls(**{**rest, **load_file(path / "paths.safetensors")})
-        except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
+        except (OSError, ValueError, LookupError, TypeError, SafetensorError) as error:
             raise ValueError(f"Expected a folder that PathPatch.save wrote, got {str(path)!r}: {error}") from error

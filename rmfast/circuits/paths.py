@@ -21,13 +21,12 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from rmfast import arguments
-from rmfast.binding.session import on_the_host
 from rmfast.circuits.direct import MADE, SuffixPaths, Through, written
 from rmfast.circuits.direct_hooked import HookedPaths
 from rmfast.circuits.nodes import RECEIVERS, SENDERS, Node
 from rmfast.circuits.path_result import PathPatch
 from rmfast.circuits.selection import expanded, named
-from rmfast.engine.options import checked_run
+from rmfast.engine.options import RunOptions, checked_run, takes
 from rmfast.engine.scorer import Scorer
 from rmfast.patching.pairs import Align, Pair
 from rmfast.patching.request import Metric, Request
@@ -39,17 +38,15 @@ from rmfast.texts.inputs import words
 if TYPE_CHECKING:
     from typing_extensions import Unpack
 
-    from rmfast.engine.options import Encoding
-
 Nodes = str | Node | Sequence[str | Node]
 
 
+@takes(RunOptions)
 def path_patch(
     rm: Scorer, clean: Any, corrupted: Any, *, senders: Nodes = SENDERS, receivers: Nodes = "reward",
     edges: Iterable[tuple[str | Node, str | Node]] | None = None, positions: str | Iterable[Any] | None = "joint",
     through: Through = "residual", mode: Literal["noising", "denoising"] = "noising", align: Align = "auto",
-    metric: Metric | None = None, batch_tokens: int | None = None, progress: bool = False,
-    **encoding: Unpack[Encoding],
+    metric: Metric | None = None, **options: Unpack[RunOptions],
 ) -> PathPatch | list[PathPatch]:  # fmt: skip
     """The reward of a run in which one direct path is patched, for each sender and receiver (docs/circuits.md).
 
@@ -73,9 +70,8 @@ def path_patch(
             round).
         align: which positions of two texts correspond, as for `patch_sweep`.
         metric: a function of the rewards (K,) that gives one number, taken in their place.
-        batch_tokens: rows that run at once; an edited run must fit. Default: twice that of `score`.
-        progress: whether to show a bar.
-        encoding: max_length, truncation, format (`rmfast.engine.options.Encoding`).
+        options: max_length, truncation, format, batch_tokens, progress (`rmfast.engine.options`). batch_tokens are the
+            rows that run at once; an edited run must fit. Default: twice that of `score`.
 
     Returns:
         A `PathPatch`, or for lists one for each pair of texts.
@@ -84,22 +80,23 @@ def path_patch(
         ValueError, TypeError: an argument is wrong, the texts do not differ, no path leads from any sender to any
             receiver, or the model's layers lack a part that a node names.
     """
-    with on_the_host():
-        arguments.word("mode", mode, ("noising", "denoising"))
-        arguments.word("through", through, ("residual", "mlps"))
-        batch_tokens = checked_run(batch_tokens, progress)
-        asked = _asked(senders, receivers, edges)
-        kinds = {node.kind for pair in asked for node in pair} & {"head_out", "mlp_out"}
-        made = {MADE[receiver.kind] for _, receiver in asked}
-        request = Request(
-            rm, mode=mode, sites=sorted({"attn_out", "mlp_out", "resid_post", *kinds, *made}), positions=positions,
-            align=align, metric=metric, **encoding,
-        )  # fmt: skip
-        rm.expect_invariance(getattr(request.patcher, "engine", None))
-        graph = _Graph.of(asked, request)
-        pairs, many = request.pairs(clean, corrupted)
-        with tqdm(unit="path", disable=not progress) as bar:
-            results = [_patched(request, graph, pair, through, batch_tokens, bar) for pair in pairs]
+    arguments.word("mode", mode, ("noising", "denoising"))
+    arguments.word("through", through, ("residual", "mlps"))
+    given: dict[str, Any] = dict(options)
+    progress = given.pop("progress", False)
+    batch_tokens = checked_run(given.pop("batch_tokens", None), progress)
+    asked = _asked(senders, receivers, edges)
+    kinds = {node.kind for pair in asked for node in pair} & {"head_out", "mlp_out"}
+    made = {MADE[receiver.kind] for _, receiver in asked}
+    request = Request(
+        rm, mode=mode, sites=sorted({"attn_out", "mlp_out", "resid_post", *kinds, *made}), positions=positions,
+        align=align, metric=metric, **given,
+    )  # fmt: skip
+    rm.expect_invariance(getattr(request.patcher, "engine", None))
+    graph = _Graph.of(asked, request)
+    pairs, many = request.pairs(clean, corrupted)
+    with tqdm(unit="path", disable=not progress) as bar:
+        results = [_patched(request, graph, pair, through, batch_tokens, bar) for pair in pairs]
     return results if many else results[0]
 
 

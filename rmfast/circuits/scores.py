@@ -78,6 +78,12 @@ class EdgeScores:
     tokens: list[str] | None = None
     dtype: str
 
+    def __post_init__(self) -> None:
+        shape = (*([] if self.tokens is None else [len(self.tokens)]), len(self.senders), len(self.receivers))
+        for name, given, wanted in (("scores", self.scores, shape), ("error", self.error, shape[-2:])):
+            if given is not None and tuple(given.shape) != wanted:
+                raise ValueError(f"Expected {name} of shape {wanted} by the nodes, got {tuple(given.shape)}")
+
     @property
     def joint(self) -> Tensor:
         """(U, V), the sum over tokens."""
@@ -90,12 +96,21 @@ class EdgeScores:
 
     def __getitem__(self, edge: tuple[Node, Node]) -> float:
         """Of a sender and a receiver, all tokens together; ValueError where there is no such edge."""
-        sender, receiver = edge
+        return self._score("edge", edge)
+
+    def _score(self, name: str, edge: Any) -> float:
+        sender, receiver = nodes = arguments.sequence(name, edge, "a sender and a receiver", 2)
+        if not all(isinstance(node, Node) for node in nodes):
+            raise TypeError(f"Expected {name} to be a sender and a receiver (Node), got {arguments.shown(edge)}")
         if sender not in self.senders or receiver not in self.receivers:
-            raise ValueError(f"Expected a sender and a receiver of this model, got {sender} and {receiver}")
+            raise ValueError(
+                f"Expected {name} to be a sender and a receiver of this model, got {sender} and {receiver}"
+            )
         value = float(self.joint[self.senders.index(sender), self.receivers.index(receiver)])
         if np.isnan(value):
-            raise ValueError(f"Expected an edge, got {sender} -> {receiver}, which does not read it")
+            raise ValueError(
+                f"Expected {name} to be one of this model, got {sender} -> {receiver}, which does not read it"
+            )
         return value
 
     def top(self, n: int = 10) -> list[Edge]:
@@ -124,12 +139,18 @@ class EdgeScores:
         """Spearman's correlation with exact effects of edges, NaN for fewer than three.
 
         Args:
-            exact: by (sender, receiver), as path patching gives them.
+            exact: by (sender, receiver), of `path_patch` with the clean run as its base ("noising").
+
+        Raises:
+            ValueError, TypeError: an edge that there is not, or an effect that is no finite number.
         """
         from scipy.stats import spearmanr
 
-        ours = [self[edge] for edge in exact]
-        return float(spearmanr(ours, list(exact.values())).statistic) if len(ours) > 2 else float("nan")
+        if not isinstance(exact, Mapping):
+            raise TypeError(f"Expected exact to be effects by (sender, receiver), got {arguments.shown(exact)}")
+        theirs = [arguments.number("an effect of exact", effect) for effect in exact.values()]
+        ours = [self._score("an edge of exact", edge) for edge in exact]
+        return float(spearmanr(ours, theirs).statistic) if len(ours) > 2 else float("nan")
 
     def __repr__(self) -> str:
         ways = f"{self.steps} steps, {self.rule}" if self.method == "EAP-IG" else "1 gradient"
@@ -224,7 +245,7 @@ class EdgeScores:
             for side in ("senders", "receivers"):
                 rest[side] = [Node(*node) for node in rest[side]]
             return cls(**{**rest, **load_file(path / "edges.safetensors")})
-        except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
+        except (OSError, ValueError, LookupError, TypeError, SafetensorError) as error:
             raise ValueError(f"Expected a folder that EdgeScores.save wrote, got {str(path)!r}: {error}") from error
 
 

@@ -187,7 +187,7 @@ def compare_components(
 def rbo_weights(sites: int, p: float) -> np.ndarray:
     """(S,): what a site adds to the overlap of two rankings of S sites, by the larger of its two ranks."""
     depth = np.arange(1, sites + 1)
-    terms = (1 - p) / p * p**depth / depth
+    terms = (1 - p) * p ** (depth - 1) / depth
     return np.cumsum(terms[::-1])[::-1] + p**sites / sites
 
 

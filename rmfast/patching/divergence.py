@@ -19,7 +19,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
@@ -37,9 +37,6 @@ from rmfast.patching.request import Request
 from rmfast.patching.sites import KINDS, Edits, Values
 from rmfast.patching.suffix_patcher import SuffixPatcher
 from rmfast.texts.inputs import Encoded, inputs_of
-
-if TYPE_CHECKING:
-    pass
 
 SORTS = ("read", "first", "other")  # of positions
 _SHELL = 8  # values of a unit from which on the density of distances at 0 is as good as none

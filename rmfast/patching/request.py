@@ -54,7 +54,8 @@ class Request:
         patterns: Literal["own", "frozen"] = "own",
         **encoding: Unpack[Encoding],
     ) -> None:
-        self.rm, self.binding = rm, rm.binding
+        self.rm = arguments.instance("rm", rm, Scorer)
+        self.binding = rm.binding
         self.patcher: Patcher = patcher_of(rm)
         self.causal = rm.binding.causal
         self.mode = mode if isinstance(mode, str) else "values"
@@ -88,6 +89,8 @@ class Request:
         self.positions = positions
         if not isinstance(positions, str | None):
             self.positions = arguments.sequence("positions", positions, '"all", "joint" or a sequence')
+        if self.mode not in _PAIRED and not (isinstance(align, str) and align == "auto"):
+            raise ValueError(f"Expected align, of two texts, with two of them alone, got mode {self.mode!r}")
         self.align, self.seed = align, arguments.whole("seed", seed, 0)
         self.metric = metric if metric is None else arguments.function("metric", metric, "the rewards (K,)")
         if (baseline is not None) != (self.mode in ("mean", "resample")):

@@ -170,16 +170,45 @@ def test_shares_have_intervals_over_prompts():
     assert "left without it" in str(got)
 
 
+def test_without_a_gap_there_are_no_shares():
+    rm = rmfast.RewardModel(M.decoder("llama"))
+    two = [CLEAN, OTHER], [OTHER, CLEAN]  # whose gaps cancel
+    share = faithfulness(rm, circuit(edge_attribution(rm, *two), 20), *two, resamples=5).shares[0]
+    assert np.isnan([share.faithfulness, share.left, share.low, share.high]).all()
+
+
+def test_a_layer_norm_behind_attention_centres_what_heads_write(fp64):
+    """Before its gain, and not behind it: with no edges a run is the corrupted one."""
+    model = M.decoder("gemma2").double()
+    for i, block in enumerate(model.model.layers):
+        norm = torch.nn.LayerNorm(48, bias=False).double()
+        torch.nn.init.uniform_(norm.weight, 0.3, 2.0, generator=torch.Generator().manual_seed(i))
+        block.post_attention_layernorm = norm
+    rm = rmfast.RewardModel(model)
+    scores = edge_attribution(rm, CLEAN, OTHER, steps=48)
+    assert float(scores.scores[0].nansum()) == pytest.approx(scores.corrupted - scores.clean, rel=0.01)
+    got = faithfulness(rm, Circuit(tuple(every_edge(scores))), CLEAN, OTHER)
+    assert got.circuit[0, 0] == pytest.approx(got.model[0], rel=1e-9)
+    assert [got.none[0], got.rest[0, 0]] == pytest.approx([scores.corrupted] * 2, rel=1e-9)
+
+
 def test_arguments_are_checked():
     rm = rmfast.RewardModel(M.decoder("llama"))
     scores = edge_attribution(rm, CLEAN, OTHER)
     other = Circuit((Edge(Node("mlp_out", 7), Node("reward")),))
     with pytest.raises(ValueError, match="Expected edges between senders and receivers of this model"):
         faithfulness(rm, other, CLEAN, OTHER)
+    backwards = Circuit((Edge(Node("mlp_out", 1), Node("q_input", 0, 0)),))
+    with pytest.raises(ValueError, match=r"Expected circuits of edges .* got mlp_out\[1\] -> q_input\[0, 0\]"):
+        faithfulness(rm, [circuit(scores, 5), backwards], CLEAN, OTHER)
     with pytest.raises(ValueError, match="Expected circuits to hold at least one"):
         faithfulness(rm, [], CLEAN, OTHER)
     with pytest.raises(ValueError, match="Expected baseline"):
         faithfulness(rm, circuit(scores, 5), CLEAN, ablation="mean")
+    with pytest.raises(ValueError, match="Expected align to give a token of the clean text a partner"):
+        faithfulness(rm, circuit(scores, 5), CLEAN, OTHER, align={})
+    with pytest.raises(ValueError, match="Expected align"):
+        faithfulness(rm, circuit(scores, 5), CLEAN, ablation="mean", baseline=[OTHER], align="strict")
     with pytest.raises(ValueError, match="Expected method"):
         circuit(scores, 5, "best")
 

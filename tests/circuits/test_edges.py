@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 
 import families
 import models as M
@@ -117,6 +118,11 @@ def test_texts_of_other_lengths_are_aligned_as_in_sweeps(fp64):
     assert_edges(scored(model, corrupted=LONGER, align=align), want)
 
 
+def test_texts_of_which_no_tokens_correspond_are_refused():
+    with pytest.raises(ValueError, match="Expected align to give a token of the clean text a partner"):
+        scored(M.decoder("llama"), corrupted=LONGER, align={})
+
+
 def test_a_gradient_is_of_the_metric_that_is_asked_for(fp64):
     model = M.decoder("llama", labels=3).double()
     with pytest.raises(ValueError, match="Expected metric, a number of the 3 rewards"):
@@ -211,10 +217,17 @@ def test_scores_are_ranked_shown_and_kept(tmp_path):
     assert str(edge) in str(found)
     with pytest.raises(ValueError, match="does not read it"):
         found[Node("mlp_out", 1), Node("mlp_input", 0)]
-    with pytest.raises(ValueError, match="Expected a sender and a receiver of this model"):
+    with pytest.raises(ValueError, match="Expected edge to be a sender and a receiver of this model"):
         found[Node("mlp_out", 2), Node("reward")]
     exact = {edge[:2]: 2 * edge.score for edge in found.top(5)}
     assert found.agreement(exact) == pytest.approx(1)
+    for wrong, message in (
+        (list(exact), "exact to be effects by"),
+        ({0: 1.0}, "an edge of exact to be a sender and a receiver"),
+        (dict.fromkeys(exact, float("nan")), "an effect of exact to be a finite number"),
+    ):
+        with pytest.raises((TypeError, ValueError), match=message):
+            found.agreement(wrong)
     found.save(tmp_path)
     again = EdgeScores.load(tmp_path)
     assert repr(again) == repr(found)
@@ -222,6 +235,10 @@ def test_scores_are_ranked_shown_and_kept(tmp_path):
     assert torch.equal(again.scores.nan_to_num(), found.scores.nan_to_num())
     with pytest.raises(ValueError, match=r"Expected a folder that EdgeScores\.save wrote"):
         EdgeScores.load(tmp_path / "none")
+    told = json.loads((tmp_path / "edges.json").read_text())
+    (tmp_path / "edges.json").write_text(json.dumps({**told, "senders": told["senders"][1:]}))
+    with pytest.raises(ValueError, match=r"scores of shape .* by the nodes"):
+        EdgeScores.load(tmp_path)
 
 
 def test_scores_as_a_table_and_a_map():

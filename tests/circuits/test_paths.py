@@ -145,6 +145,27 @@ def test_texts_of_unequal_length():
         check(m, found, clean, corrupted, len(clean) - 1, partner=partner)
 
 
+@pytest.mark.parametrize("through", ["residual", "mlps"])
+def test_text_behind_the_token_that_is_read(through):
+    m, (clean, corrupted) = model("gemma2"), texts()
+    clean, corrupted = ([65 if t == 10 else x + (x == 65) for t, x in enumerate(ids)] for ids in (clean, corrupted))
+    with oracle.everything_in_fp64():
+        rm = rmfast.RewardModel(m, pooling=65)
+        found = path_patch(
+            rm, clean, corrupted, receivers=RECEIVERS, positions=[slice(None), [6, 9, 12]], through=through
+        )
+        check(m, found, clean, corrupted, 10)
+
+
+def test_texts_of_one_token():
+    m, long = model("llama"), texts()[0]
+    with oracle.everything_in_fp64():
+        rm = rmfast.RewardModel(m)
+        check(m, path_patch(rm, [7], [9], receivers=RECEIVERS), [7], [9], 0)
+        check(m, path_patch(rm, [7], long, receivers=RECEIVERS), [7], long, 0, partner=[12])
+        check(m, path_patch(rm, long, [7], receivers=RECEIVERS), long, [7], 12, partner=[-1] * 12 + [0])
+
+
 def test_single_edges_are_those_of_the_whole_grid():
     m, (clean, corrupted) = model("llama"), texts()
     rm = rmfast.RewardModel(m)
@@ -217,8 +238,13 @@ def test_refusals(asked, message):
         path_patch(rmfast.RewardModel(model("llama")), clean, corrupted, **asked)
 
 
-def test_wrong_types_are_refused():
+def test_wrong_types_and_options_of_sweeps_are_refused():
     rm, (clean, corrupted) = rmfast.RewardModel(model("llama")), texts()
+    with pytest.raises(TypeError, match="rm to be a Scorer"):
+        path_patch(rm.model, clean, corrupted)
+    for option in ({"layers": [0]}, {"patterns": "frozen"}, {"heads": [1]}, {"batch_token": 99}):
+        with pytest.raises(TypeError, match=f"unexpected keyword argument '{next(iter(option))}'"):
+            path_patch(rm, clean, corrupted, senders="head_out", **option)
     with pytest.raises(TypeError, match="senders to be kinds or nodes"):
         path_patch(rm, clean, corrupted, senders=[("head_out", 1)])
     with pytest.raises(ValueError, match="differ in at least one token"):

@@ -22,6 +22,13 @@ from safetensors.torch import save_file
 
 import rmfast
 from rmfast import debias, evaluation, interventions, last_token, losses, ops, values
+from rmfast.circuits.circuit import Circuit, circuit
+from rmfast.circuits.edges import edge_attribution
+from rmfast.circuits.faithfulness import faithfulness
+from rmfast.circuits.nodes import RECEIVERS, SENDERS, Node
+from rmfast.circuits.path_result import PathPatch
+from rmfast.circuits.paths import path_patch
+from rmfast.circuits.scores import EdgeScores
 from rmfast.engine.scorer import Scorer
 from rmfast.integrations.datasets import scorer
 from rmfast.integrations.serve import remote_reward
@@ -164,6 +171,11 @@ def world() -> SimpleNamespace:
     sweep.save(folder / "sweep")
     clamp = rmfast.NeuronClamp({"model.layers.0.mlp.up_proj": ([1, 2], [0.5, 0.25])})
     clamp.save(folder / "clamp")
+    paths, edges = path_patch(rm, "a text", "b text"), edge_attribution(rm, "a text", "b text")
+    paths.save(folder / "paths")
+    edges.save(folder / "edges")
+    chosen = circuit(edges, 20)
+    chosen.save(folder / "circuit.json")
     return SimpleNamespace(
         keep=keep,
         folder=folder,
@@ -175,6 +187,10 @@ def world() -> SimpleNamespace:
         reference=reference,
         judged=rm.patch_sweep("a text", "b text", reference=reference),
         credits=credit_sweep(rm, "a text", "b text"),
+        paths=paths,
+        edges=edges,
+        circuit=chosen,
+        faithful=faithfulness(rm, chosen, "a text", "b text", resamples=5),
         joint=rm.patch_sweep("a text", "b text", sites=["attn_out", "mlp_out"], positions="joint"),
         attribution=rm.attribute("a text"),
         features=rm.sae_attribution("a text", sae),
@@ -224,6 +240,7 @@ def calls() -> Iterator[Call]:
     w = world()
     yield from _models(w)
     yield from _sweeps(w)
+    yield from _circuits(w)
     yield from _readings(w)
     yield from _biases(w)
     yield from _benchmarks(w)
@@ -362,15 +379,16 @@ def _sweeps(w: SimpleNamespace) -> Iterator[Call]:
     yield call("PatchSweep.load", rmfast.PatchSweep.load, folder=(w.folder / "sweep", path))
     yield call("Comparison.plot", w.comparison.plot, ax=(None, optional(anything)))
     alone = {name: each for name, each in SWEEP.items() if name != "metric"}
-    yield call("credit_sweep", partial(credit_sweep, rm), **alone, **OPTIONS,
+    yield call("credit_sweep", credit_sweep, rm=(rm, instance(Scorer)), **alone, **OPTIONS,
                reference=(w.reference, optional(instance(Reference))))  # fmt: skip
     yield call("CreditSweep.select", w.credits.select, layer=(0, either(whole(), all_of(whole()))))
     yield call("CreditSweep.top", w.credits.top, n=(3, whole(0)))
     yield call("CreditSweep.save", w.credits.save, folder=("credits", path))
     yield call("CreditSweep.plot", w.credits.select(layer=0).plot,
                value=("credit", one_of("credit", "effect", "values")), ax=(None, optional(anything)))  # fmt: skip
-    yield call("fit, a reference", partial(fit, rm), texts=(TEXTS * 9, texts), sites=("resid_post", SITES), **LAYERS,
-               level=(0.8, number(0, 1, open=True)), rows=(50, whole(2)), **SEED, **OPTIONS)  # fmt: skip
+    yield call("fit, a reference", fit, rm=(rm, instance(Scorer)), texts=(TEXTS * 9, texts),
+               sites=("resid_post", SITES), **LAYERS, level=(0.8, number(0, 1, open=True)),
+               rows=(50, whole(2)), **SEED, **OPTIONS)  # fmt: skip
     sweeps = either(instance(rmfast.PatchSweep), all_of(instance(rmfast.PatchSweep), 1))
     yield call("pernicious", pernicious, sweeps=([w.judged], sweeps), share=(0.1, number(0)),
                gap=(1.0, optional(either(number(), all_of(number())))), **CONFIDENCE, **SEED)  # fmt: skip
@@ -378,6 +396,68 @@ def _sweeps(w: SimpleNamespace) -> Iterator[Call]:
                top=(2, whole(1)), persistence=(0.9, number(0, 1, open=True)),
                shuffle=("all", one_of("all", "layer", "site")), shuffles=(9, whole(1, 1_000_000)), **CONFIDENCE,
                **SEED)  # fmt: skip
+
+
+def _circuits(w: SimpleNamespace) -> Iterator[Call]:
+    rm, two = (w.rm, instance(Scorer)), {"clean": ("a text", text), "corrupted": ("b text", text)}
+    lists = {"clean": (["a text", "so"], texts), "corrupted": (["b text", "no"], texts)}
+    metric, ax = (None, optional(callable)), (None, optional(anything))
+
+    def nodes(kinds: tuple[str, ...]) -> Right:
+        def node(x: Any) -> bool:
+            return (isinstance(x, Node) and x.kind in kinds) or one_of(*kinds)(x)
+
+        return either(node, all_of(node, 1))
+
+    def path_of(x: Any) -> bool:
+        return isinstance(x, list | tuple) and len(x) == 2 and nodes(SENDERS)([x[0]]) and nodes(RECEIVERS)([x[1]])
+
+    sent, read = ("head_out", nodes(SENDERS)), ([Node("q_input", 1), "reward"], nodes(RECEIVERS))
+    yield call(
+        "path_patch", path_patch, rm=rm, **two, senders=sent, receivers=read, positions=("joint", positions_to_patch),
+        through=("residual", one_of("residual", "mlps")), mode=("noising", one_of("noising", "denoising")),
+        align=("auto", alignment), metric=metric, **OPTIONS,
+    )  # fmt: skip
+    yield call("path_patch of edges", path_patch, rm=rm, **two,
+               edges=([("embedding", Node("mlp_input", 1))], optional(all_of(path_of, 1))))  # fmt: skip
+    value = ("effect", one_of("effect", "recovered", "rewards"))
+    yield call("PathPatch.top", w.paths.top, n=(3, whole(0)), by=value)
+    yield call("PathPatch.plot", w.paths.plot, value=value, ax=ax)
+    yield call("PathPatch.save", w.paths.save, folder=("paths", path))
+    yield call("PathPatch.load", PathPatch.load, folder=(w.folder / "paths", path))
+    common, aligned = {"rm": rm, "metric": metric, **ENCODING}, {"align": ("auto", alignment)}
+    yield call(
+        "edge_attribution", edge_attribution, **two, **common, **aligned, steps=(2, optional(whole(1, 1_000_000))),
+        rule=("left", one_of("midpoint", "left")), positions=("all", one_of("joint", "all")),
+    )  # fmt: skip
+    yield call("edge_attribution of lists", edge_attribution, rm=rm, **lists,
+               weights=([1.0, -1.0], optional(array)))  # fmt: skip
+
+    known = {edge[:2] for edge in w.edges.top(10**6)}
+
+    def effects(x: Any) -> bool:
+        return isinstance(x, Mapping) and all(edge in known for edge in x) and all(map(number(), x.values()))
+
+    yield call("EdgeScores.top", w.edges.top, n=(3, whole(0)))
+    yield call("EdgeScores.screen", w.edges.screen, n=(3, whole(0)))
+    yield call("EdgeScores.agreement", w.edges.agreement, exact=({w.edges.top(1)[0][:2]: 1.0}, effects))
+    yield call("EdgeScores.plot", w.edges.plot, ax=ax)
+    yield call("EdgeScores.save", w.edges.save, folder=("edges", path))
+    yield call("EdgeScores.load", EdgeScores.load, folder=(w.folder / "edges", path))
+    yield call("circuit", circuit, scores=(w.edges, instance(EdgeScores)), n=(20, whole(0)),
+               method=("greedy", one_of("top", "greedy")))  # fmt: skip
+    yield call("Circuit.plot", w.circuit.plot, ax=ax)
+    yield call("Circuit.save", w.circuit.save, path=("circuit.json", path))
+    yield call("Circuit.load", Circuit.load, path=(w.folder / "circuit.json", path))
+    drawn = {"resamples": (5, whole(1)), **CONFIDENCE, **SEED}
+    circuits = (w.circuit, either(instance(Circuit), all_of(instance(Circuit), 1)))
+    yield call("faithfulness", faithfulness, **common, **aligned, circuits=circuits, **two,
+               ablation=("resample", one_of("resample")), prompts=(None, optional(all_of(anything))),
+               **drawn)  # fmt: skip
+    yield call("faithfulness of means", faithfulness, **common, circuits=circuits, clean=("a text", text),
+               ablation=("mean", one_of("mean")), baseline=(TEXTS, texts), **drawn)  # fmt: skip
+    yield call("Faithfulness.plot", w.faithful.plot, ax=ax)
+    yield call("Faithfulness.save", w.faithful.save, path=("faithful.json", path))
 
 
 def _readings(w: SimpleNamespace) -> Iterator[Call]:

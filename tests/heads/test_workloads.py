@@ -13,6 +13,9 @@ import torch
 
 import rmfast
 from rmfast import DirectionRemoval, NeuronClamp, heads
+from rmfast.circuits.circuit import circuit
+from rmfast.circuits.edges import edge_attribution
+from rmfast.circuits.faithfulness import faithfulness
 from rmfast.circuits.nodes import RECEIVERS
 from rmfast.circuits.paths import path_patch
 from rmfast.last_token import LastTokenRuns
@@ -308,6 +311,16 @@ def test_paths_to_a_reward_of_two_read_rows_are_what_hooks_give(through, monkeyp
     want = path_patch(rm, CLEAN, CORRUPTED, **asked)
     assert want.engine == "layers"
     torch.testing.assert_close(found.rewards, want.rewards, rtol=0, atol=1e-5, equal_nan=True)
+
+
+def test_edges_and_circuits_take_the_whole_program_of_a_gated_head():
+    rm = model("gated")
+    scores = edge_attribution(rm, CLEAN, CORRUPTED, steps=48)
+    rewards = rm.score([CLEAN, CORRUPTED])
+    np.testing.assert_allclose([scores.clean, scores.corrupted], rewards, atol=1e-5)
+    assert float(scores.scores[0].nansum()) == pytest.approx(scores.corrupted - scores.clean, rel=0.02)
+    found = faithfulness(rm, circuit(scores, scores.edges), CLEAN, CORRUPTED)
+    np.testing.assert_allclose([found.circuit[0, 0], found.none[0]], rewards, atol=1e-5)
 
 
 def test_a_reward_that_is_read_before_its_prompts_end_is_no_sweeps():

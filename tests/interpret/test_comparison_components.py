@@ -49,6 +49,10 @@ def test_the_same_ranks_overlap_wholly():
     assert rbo_weights(20, 0.9).sum() == pytest.approx(1)
 
 
+def test_a_vanishing_persistence_asks_for_the_first_site_alone():
+    np.testing.assert_allclose(rbo_weights(4, 1e-320), [1, 0, 0, 0], atol=1e-300)
+
+
 def test_shuffled_ranks_overlap_as_random_ones_do():
     k, p, sites = 5, 0.9, 20
     found = compare_components(normal(), normal(seed=1), top=k, persistence=p, shuffles=4000)

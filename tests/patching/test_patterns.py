@@ -113,6 +113,23 @@ def test_with_frozen_patterns_only_values_change(family, kind):
     assert not torch.allclose(own.rewards[0], sweep.rewards[0])
 
 
+@pytest.mark.parametrize("family", ["llama", "gemma2"])
+def test_a_patched_value_under_frozen_patterns_reaches_all_later_rows_of_its_heads(family):
+    m, (clean, corrupted) = model(family), texts()
+    with oracle.everything_in_fp64():
+        sweep = RewardModel(m).patch_sweep(clean, corrupted, sites="v", positions=[9, [11, 14]], patterns="frozen")
+        kept = patterns(m, corrupted)
+        for layer, group, head in random.Random(0).sample(list(itertools.product(range(3), range(2), range(2))), 8):
+            positions, block = sweep.coords["position"][group], oracle.layers(m)[layer]
+            v = oracle.activation(m, corrupted, "v", layer)
+            v[positions, head] = oracle.activation(m, clean, "v", layer)[positions, head]
+            added = block.self_attn.o_proj(heads_with(kept[layer], v).flatten(1)).detach()
+            added = added if family == "llama" else block.post_attention_layernorm(added).detach()
+            with frozen(m, corrupted):
+                truth = oracle.oracle(m, corrupted, 20, "attn_out", layer, range(21), 0, added)
+            assert float((sweep.rewards[layer, group, head] - truth).abs()) <= 1e-9
+
+
 def test_values_patched_under_frozen_patterns_differ_from_ones_own_behind_the_layer_alone():
     m, (clean, corrupted) = model("llama"), texts()
     rm = RewardModel(m)
