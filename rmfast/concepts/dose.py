@@ -179,7 +179,7 @@ def dose_response(
     arguments.instance("rm", rm, Scorer)
     arguments.instance("concept", concept, Concept)
     arguments.word("way", way, ("add", "set"))
-    random = arguments.whole("random", random, 1)
+    random = arguments.whole("random", random, 1, 1_000_000)
     confidence = arguments.number("confidence", confidence, 0, 1, above=True, below=True)
     resamples, seed = arguments.whole("resamples", resamples, 1), arguments.whole("seed", seed, 0)
     levels = arguments.finite("doses", doses, "D")
@@ -193,7 +193,11 @@ def dose_response(
     inputs = arguments.sequence("inputs", inputs, "a sequence of texts")
     of = np.arange(len(inputs))
     if prompts is not None:
-        of = clusters(arguments.sequence("prompts", prompts, "a prompt for each text", len(inputs)))
+        of = clusters(
+            arguments.hashable(
+                "prompts", arguments.sequence("prompts", prompts, "a prompt for each of inputs", len(inputs))
+            )
+        )
     count = int(of.max()) + 1 if len(of) else 0
     if count < LEAST_PROMPTS:
         raise ValueError(f"Expected texts of at least {LEAST_PROMPTS} prompts, got {count}")

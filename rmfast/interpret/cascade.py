@@ -132,8 +132,8 @@ def cascade(
     count = len(known) if items is None else None
     of = np.arange(len(known))
     if prompts is not None:
-        of = clusters(_hashable("prompts", _looked_up("prompts", prompts, known, count)))
-    expect_prompts(int(of.max()) + 1 if len(of) else 0)
+        of = clusters(arguments.hashable("prompts", _looked_up("prompts", prompts, known, count)))
+    expect_prompts("items", int(of.max()) + 1 if len(of) else 0)
     plain = cluster_means(values, of)  # (G, D)
     columns = plain
     if hold is not None:
@@ -213,27 +213,19 @@ def _matched(differences: Any, items: Any) -> tuple[list[str], np.ndarray, list[
         if len(set(map(len, arrays))) > 1:
             raise ValueError("Expected items, since the kinds have different numbers of differences")
         return names, np.column_stack(arrays), list(range(len(arrays[0])))
-    arguments.instance("items", items, Mapping)
+    if not isinstance(items, Mapping):
+        raise TypeError(f"Expected items to be a mapping of kinds to items, got {arguments.shown(items)}")
     found: list[dict[Hashable, float]] = []
     for name, numbers in zip(names, arrays):
         if name not in items:
             raise ValueError(f"Expected items of {name!r}, got those of {', '.join(map(str, items))}")
         given = arguments.sequence(f"items of {name!r}", items[name], "an item for each difference", len(numbers))
-        of = _hashable(f"items of {name!r}", given)
+        of = arguments.hashable(f"items of {name!r}", given)
         found.append(dict(zip(of, numbers)))
         if len(found[-1]) < len(of):
             raise ValueError(f"Expected items of {name!r} to be different, got one twice")
     shared = [item for item in found[0] if all(item in other for other in found[1:])]
     return names, np.array([[each[item] for each in found] for item in shared]).reshape(-1, len(names)), shared
-
-
-def _hashable(name: str, given: list[Any]) -> list[Hashable]:
-    for each in given:
-        try:
-            hash(each)
-        except TypeError as error:
-            raise TypeError(f"Expected {name} to be hashable, got {arguments.shown(each)}") from error
-    return given
 
 
 def _looked_up(name: str, given: Any, known: Sequence[Any], count: int | None) -> list[Any]:
@@ -291,7 +283,8 @@ def _correlated(
         Correlation(names[i], names[j], *map(float, figures))
         for i, j, *figures in zip(first, second, value, low, high, p, p_all)
     ]
-    start, end = map(float, percentiles(np.nanmean(sampled, axis=1), confidence))
+    some = sampled[~np.isnan(sampled).all(1)]
+    start, end = map(float, percentiles(np.nanmean(some, axis=1), confidence))
     return Cascade(
         names=names, rows=rows, prompts=count, confidence=confidence, method=method, held=held,
         together=Mean("together", float(value.mean()), start, end, float(p_mean[0])),

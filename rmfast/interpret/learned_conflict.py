@@ -155,7 +155,7 @@ def _texts(items: Any) -> tuple[list[str], list[Any], np.ndarray]:
         if set(terms) != set(names) or len(names) < 2:
             raise ValueError(f"Expected at least two terms, the same in all items, got {', '.join(terms)} in item {i}")
     of = clusters([text_of(prompt) for prompt, _ in read])
-    expect_prompts(int(of.max()) + 1 if len(of) else 0)
+    expect_prompts("items", int(of.max()) + 1 if len(of) else 0)
     return names, [join(prompt, side) for prompt, terms in read for name in names for side in terms[name]], of
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -11,7 +12,8 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from rmfast.arguments import instance, whole, word
+from rmfast.arguments import instance, shown, whole, word
+from rmfast.engine.options import checked_run
 from rmfast.engine.scorer import Scorer
 from rmfast.interpret.sae import SAE
 from rmfast.interpret.sae_attribution import place_of
@@ -48,11 +50,15 @@ def sae_metrics(sae: SAE, activations: Activations | Tensor) -> SAEMetrics:
     Args:
         sae: of their width.
         activations: of `rmfast.patching.activations.collect`, or rows (N, d) of any float dtype.
+
+    Raises:
+        ValueError: rows of another width, that are not finite, or that are all the same.
     """
     instance("sae", sae, SAE)
     rows = activations.rows if isinstance(activations, Activations) else instance("activations", activations, Tensor)
-    if rows.dim() != 2 or not len(rows):
-        raise ValueError(f"Expected activations to be rows (N, d), got {tuple(rows.shape)}")
+    d = sae.W_enc.size(0)
+    if rows.dim() != 2 or not len(rows) or rows.size(1) != d or not rows.is_floating_point() or rows.is_meta:
+        raise ValueError(f"Expected activations to be rows (N, {d}) of floats, got {shown(rows)} of {rows.dtype}")
     device, n = sae.W_enc.device, len(rows)
     active = torch.zeros(sae.W_enc.size(1), dtype=torch.int64, device=device)
     off, spread = 0.0, _Spread(rows.size(1))
@@ -61,6 +67,8 @@ def sae_metrics(sae: SAE, activations: Activations | Tensor) -> SAEMetrics:
         off += float((found.cpu().double() - some.cpu().double()).square().sum())
         spread.add(some.cpu().double())
         active += used
+    if not (math.isfinite(off) and 0 < spread.total < math.inf):
+        raise ValueError(f"Expected activations to be finite rows that differ, got a spread of {spread.total}")
     return SAEMetrics(
         rows=n,
         explained_variance=1 - off / spread.total,
@@ -141,11 +149,13 @@ def reward_recovered(
     Raises:
         ValueError: no layer is named; the model lacks the layer or site; an SAE of another width; fewer than 2 texts.
     """
+    instance("rm", rm, Scorer)
+    batch_tokens = checked_run(batch_tokens, progress)
     layer, site = place_of(instance("sae", sae, SAE), None if layer is None else whole("layer", layer, 0), site)
     word("positions", positions, ("all", "last"))
     texts = rm.encode(inputs, **encoding)
     if len(texts) < 2:
-        raise ValueError(f"Expected at least 2 texts, got {len(texts)}")
+        raise ValueError(f"Expected inputs to be at least 2 texts, got {len(texts)}")
     rows = collect(rm, texts, layer=layer, site=site, positions=positions, batch_tokens=batch_tokens).rows
     if sae.W_enc.size(0) != rows.size(1):
         raise ValueError(f"Expected an SAE of the site's width, {rows.size(1)}, got one of {sae.W_enc.size(0)} (d_in)")

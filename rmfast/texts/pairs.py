@@ -102,6 +102,8 @@ def read_items(items: Iterable[Any], name: str, sides: tuple[str, str]) -> list[
             if not (isinstance(responses, list | tuple) and len(responses) == 2 and all(map(_side, responses))):
                 raise ValueError(f"Expected {two} of {key!r} in item {i}, got {arguments.shown(responses)}")
         found.append((prompt, {key: (first, second) for key, (first, second) in named.items()}))
+    if not found:
+        raise ValueError(f"Expected items to be {expected} each, got none")
     return found
 
 

@@ -15,7 +15,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from rmfast.arguments import device as device_of
-from rmfast.arguments import instance, whole
+from rmfast.arguments import flag, instance, whole
 from rmfast.arguments import path as path_of
 from rmfast.engine.memory import reuse_freed_memory
 from rmfast.patching.activations import Activations
@@ -93,6 +93,7 @@ def train_sae(
         activations = Activations(rows=activations)
     instance("activations", activations, Activations, " or a tensor")
     instance("recipe", recipe, TopKRecipe)
+    flag("progress", progress)
     folder, checkpoint_steps = path_of("folder", folder), whole("checkpoint_steps", checkpoint_steps, 1)
     where = activations.rows.device if device is None else device_of("device", device)
     batches = activations.batches(recipe.batch, seed=recipe.seed)  # refused before anything is written

@@ -94,6 +94,16 @@ def test_an_encoder_s_rewards_too():
     assert found.recovered.tolist() == pytest.approx([1], abs=1e-5)
 
 
+@pytest.mark.parametrize(
+    "rows", [torch.ones(3, 8), torch.ones(1, 8), torch.tensor([[float("nan")] * 8, [1.0] * 8]), torch.ones(3, 8).long()]
+)
+def test_rows_of_which_no_variance_is_explained_are_refused(rows):
+    sae = rmfast.SAE(architecture="topk", k=2, W_enc=torch.ones(8, 9), b_enc=torch.zeros(9), W_dec=torch.ones(9, 8),
+                     b_dec=torch.zeros(8))  # fmt: skip
+    with pytest.raises(ValueError, match="Expected activations to be"):
+        sae_metrics(sae, rows)
+
+
 def test_what_does_not_fit_is_named():
     rm = rmfast.RewardModel(M.decoder("llama"))
     narrow = rmfast.SAE(
@@ -104,8 +114,8 @@ def test_what_does_not_fit_is_named():
         (lambda: reward_recovered(rm, TEXTS, narrow, layer=0), "SAE of the site's width, 48, got one of 8 (d_in)"),
         (lambda: reward_recovered(rm, TEXTS[:1], identity()), "at least 2 texts, got 1"),
         (lambda: reward_recovered(rm, TEXTS, identity(layer=5)), "layer to be an int from 0 to 1, got 5"),
-        (lambda: sae_metrics(narrow, rows()), "shape (N, 8)"),
-        (lambda: sae_metrics(narrow, rows()[0]), "to be rows (N, d), got (48,)"),
+        (lambda: sae_metrics(narrow, rows()), "to be rows (N, 8) of floats, got a tensor of shape (50, 48)"),
+        (lambda: sae_metrics(narrow, rows()[0]), "to be rows (N, 8) of floats, got a tensor of shape (48,)"),
     ):
         with pytest.raises(ValueError, match=re.escape(message)):
             call()
