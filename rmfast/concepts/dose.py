@@ -203,7 +203,7 @@ def dose_response(
         raise ValueError(f"Expected texts of at least {LEAST_PROMPTS} prompts, got {count}")
 
     readout = Readout(rm, inputs, **options)
-    noise = torch.randn(random, len(concept.direction), generator=torch.Generator().manual_seed(seed))
+    noise = torch.from_numpy(np.random.default_rng(seed).normal(size=(random, len(concept.direction)))).float()
     nothing = torch.cat([noise / noise.norm(dim=1, keepdim=True), concept.shuffled])
     rewards = _rewards(readout, concept.direction[None], levels, way, (concept.mean, concept.spread))[:, 0]  # (N, D)
     controls = [

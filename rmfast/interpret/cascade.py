@@ -22,7 +22,7 @@ from scipy import stats
 
 from rmfast import arguments
 from rmfast.engine.scorer import Scorer
-from rmfast.interpret.pairwise import Pairwise, adjusted, checked, expect_prompts
+from rmfast.interpret.pairwise import Pairwise, adjusted, checked, expect_prompts, plain
 from rmfast.resampling import cluster_means, clusters, drawn, percentiles
 from rmfast.texts.pairs import join, read_items, text_of
 
@@ -89,7 +89,7 @@ class Cascade(Pairwise):
         return {
             "method": self.method,
             "held": self.held,
-            "together": self.together._asdict(),
+            "together": {name: plain(value) for name, value in self.together._asdict().items()},
             "means": [{"name": m.name, "value": m.value, "low": m.low, "high": m.high} for m in self.means],
         }
 
@@ -134,17 +134,19 @@ def cascade(
     if prompts is not None:
         of = clusters(arguments.hashable("prompts", _looked_up("prompts", prompts, known, count)))
     expect_prompts("items", int(of.max()) + 1 if len(of) else 0)
-    plain = cluster_means(values, of)  # (G, D)
-    columns = plain
+    each = cluster_means(values, of)  # (G, D)
+    columns = each
     if hold is not None:
         held = arguments.finite("hold", _looked_up("hold", hold, known, count), len(known))
-        columns = np.column_stack([plain, cluster_means(held, of)])
+        columns = np.column_stack([each, cluster_means(held, of)])
     if method == "spearman":
         columns = stats.rankdata(columns, axis=0)
     for name, column in zip([*names, "hold"], columns.T):
         if np.ptp(column) <= 1e-12 * np.abs(column).max():
             raise ValueError(f"Expected differences of {name!r} that differ between prompts, got the same for all")
-    return _correlated(names, plain, columns, method, confidence, resamples, permutations, seed, held=hold is not None)
+    columns = columns - columns.mean(0)
+    columns /= np.abs(columns).max(0)  # no product overflows
+    return _correlated(names, each, columns, method, confidence, resamples, permutations, seed, held=hold is not None)
 
 
 def misalignment_cascade(
@@ -239,10 +241,10 @@ def _looked_up(name: str, given: Any, known: Sequence[Any], count: int | None) -
 
 
 def _correlated(
-    names: list[str], plain: np.ndarray, columns: np.ndarray, method: str, confidence: float, resamples: int,
+    names: list[str], each: np.ndarray, columns: np.ndarray, method: str, confidence: float, resamples: int,
     permutations: int, seed: int, held: bool,
 ) -> Cascade:  # fmt: skip
-    count, kinds = plain.shape
+    count, kinds = each.shape
     first, second = np.triu_indices(kinds, 1)
     alone = columns[:, :kinds] if not held else _residuals(columns[:, :kinds], columns[:, kinds])
     for name, column, whole in zip(names, alone.T, columns.T):
@@ -258,7 +260,7 @@ def _correlated(
     draws, means = [], []
     for weights in drawn(np.arange(count), resamples, seed):
         draws.append(correlations(weights))
-        means.append(weights @ plain / weights.sum(1, keepdims=True))
+        means.append(weights @ each / weights.sum(1, keepdims=True))
     sampled = np.concatenate(draws)
     (low, high), mean_bounds = percentiles(sampled, confidence), percentiles(np.concatenate(means), confidence)
 
@@ -283,12 +285,13 @@ def _correlated(
         Correlation(names[i], names[j], *map(float, figures))
         for i, j, *figures in zip(first, second, value, low, high, p, p_all)
     ]
-    some = sampled[~np.isnan(sampled).all(1)]
-    start, end = map(float, percentiles(np.nanmean(some, axis=1), confidence))
+    usable = ~np.isnan(sampled).all(1)
+    averages = np.nanmean(sampled[usable], axis=1) if usable.any() else np.full(1, np.nan)
+    start, end = map(float, percentiles(averages, confidence))
     return Cascade(
         names=names, rows=rows, prompts=count, confidence=confidence, method=method, held=held,
         together=Mean("together", float(value.mean()), start, end, float(p_mean[0])),
-        means=[Mean(name, *map(float, figures)) for name, *figures in zip(names, plain.mean(0), *mean_bounds)],
+        means=[Mean(name, *map(float, figures)) for name, *figures in zip(names, each.mean(0), *mean_bounds)],
     )  # fmt: skip
 
 

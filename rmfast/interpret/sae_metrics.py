@@ -162,9 +162,8 @@ def reward_recovered(
     mean = rows.double().mean(0)
     runs = _Replaced(rm, layer, site, positions, batch_tokens)
     found = []
-    with rm.binding.session():
-        for text, read in zip(tqdm(texts, unit="text", disable=not progress), rm.positions(texts)):
-            found.append(runs.rewards(text, read, lambda x: sae.reconstruct(x)[0], lambda x: mean.expand(len(x), -1)))
+    for text, read in zip(tqdm(texts, unit="text", disable=not progress), rm.positions(texts)):
+        found.append(runs.rewards(text, read, lambda x: sae.reconstruct(x)[0], lambda x: mean.expand(len(x), -1)))
     rewards, reconstructed, ablated = (torch.stack(each).clone() for each in zip(*found))
     return RewardRecovery(
         rewards=rewards, reconstructed=reconstructed, ablated=ablated, layer=layer, site=site, positions=positions
@@ -182,15 +181,18 @@ class _Replaced:
 
     def rewards(self, text: Encoded, read: int, *made: Callable[[Tensor], Tensor]) -> list[Tensor]:
         """Rewards (K,): the model's own, and with what each of `made` makes of the rows (T, d) in their place."""
-        base = self.patcher.record(text, read, self.recorded, [self.layer])
+        session = self.rm.binding.session
+        with session():
+            base = self.patcher.record(text, read, self.recorded, [self.layer])
         at = np.ones(len(base.ids), bool) if self.every else np.arange(len(base.ids)) == base.read
         zero = np.zeros(1, np.int32)
         edits = Edits(np.array([KINDS.index(self.site)], np.int8), zero + self.layer, zero, zero, at[None])
         budget, rows = row_budget(self.rm, self.patcher, base, edits, self.batch_tokens), base.activations(*self.where)
         found = [base.reward]
         for make in made:
-            new = make(rows[:, 0])[:, None].to(rows)
-            self.patcher.rewards(
-                base, edits, lambda *_, new=new: new, budget, lambda _, out: found.append(out[0]), np.zeros(1, bool)
-            )
+            new = make(rows[:, 0])[:, None].to(rows)  # not in a session: one in fp32 would not let 16 bits be
+            with session():
+                self.patcher.rewards(
+                    base, edits, lambda *_, new=new: new, budget, lambda _, out: found.append(out[0]), np.zeros(1, bool)
+                )
         return found

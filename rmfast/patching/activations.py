@@ -54,7 +54,7 @@ class Activations:
 
     def __post_init__(self) -> None:
         rows = instance("rows", self.rows, Tensor)
-        if rows.dim() != 2 or rows.dtype not in _DTYPES.values() or 0 in rows.shape:
+        if rows.dim() != 2 or rows.dtype not in _DTYPES.values() or 0 in rows.shape or rows.is_meta:
             raise ValueError(
                 f"Expected activations to be rows (N, d) of {', '.join(_DTYPES)}, got {tuple(rows.shape)} of "
                 f"{str(rows.dtype)[6:]}"

@@ -111,8 +111,8 @@ def train_sae(
             result = training.step(next(batches).to(where, non_blocking=True))
             if not all(map(torch.isfinite, torch.tensor(result[:2]))):
                 raise ValueError(
-                    f"Expected a finite loss, got {result.loss} at step {at}: the rows hold values that are not "
-                    "finite, or lr is too high"
+                    f"Expected a finite loss, got {result.loss} at step {at}: activations hold values that are "
+                    "not finite, or lr is too high"
                 )
             found[at] = torch.tensor(result, dtype=torch.float64)
             bar.update()

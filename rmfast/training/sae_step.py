@@ -79,7 +79,8 @@ class TopKRecipe:
 
     def __post_init__(self) -> None:
         sizes = {name: whole(name, getattr(self, name), 1) for name in ("features", "steps", "batch", "dead_after")}
-        sizes |= {name: whole(name, getattr(self, name), 0) for name in ("warmup", "decay", "seed")}
+        sizes |= {name: whole(name, getattr(self, name), 0) for name in ("warmup", "decay")}
+        sizes["seed"] = whole("seed", self.seed, 0, 2**63 - 1)
         sizes["k"] = whole("k", self.k, 1, self.features)
         if self.k_aux is not None:
             sizes["k_aux"] = whole("k_aux", self.k_aux, 1)

@@ -113,6 +113,13 @@ def test_intervals_hold_the_true_correlation_as_often_as_they_say():
     assert inside / 150 >= 0.87
 
 
+def test_numbers_as_large_as_there_are_have_the_correlation_of_small_ones():
+    given = planted(0, 0.5)
+    found, want = (cascade({**given, "deceit": s * given["deceit"]}, resamples=50, permutations=50) for s in (1e300, 1))
+    np.testing.assert_allclose(found.matrix("low"), want.matrix("low"))
+    np.testing.assert_allclose(found.matrix("p"), want.matrix("p"))
+
+
 def test_a_planted_cascade_is_found():
     found = cascade(planted(0, 0.7), resamples=200, permutations=499)
     assert all(row.p_all <= 0.05 and row.low > 0 for row in found.rows) and found.together.p <= 0.01

@@ -88,6 +88,19 @@ def test_what_is_recovered_goes_from_all_to_none():
     assert float(worse.recovered.max()) < 1 - 1e-3
 
 
+def test_a_16_bit_sae_in_a_model_that_is_computed_in_fp32():
+    rm = rmfast.RewardModel(M.decoder("llama").bfloat16(), compute="fp32")
+    draw = torch.Generator().manual_seed(0)
+    w = {"W_enc": torch.randn(48, 30, generator=draw) / 7, "W_dec": torch.randn(30, 48, generator=draw) / 5}
+    w |= {"b_enc": torch.zeros(30), "b_dec": torch.zeros(48)}
+    wide, narrow = (
+        reward_recovered(rm, TEXTS, rmfast.SAE(architecture="topk", k=3, **{n: x.to(d) for n, x in w.items()}), layer=1)
+        for d in (torch.float32, torch.bfloat16)
+    )
+    torch.testing.assert_close(narrow.reconstructed, wide.reconstructed, rtol=0.05, atol=0.02)
+    assert torch.equal(narrow.rewards, wide.rewards)
+
+
 def test_an_encoder_s_rewards_too():
     rm = rmfast.RewardModel(M.encoder("ModernBert", task="TokenClassification"))
     found = reward_recovered(rm, TEXTS, identity(layer=0, site="mlp_out"))

@@ -60,11 +60,8 @@ def test_a_folder_is_memory_mapped_and_holds_the_same_bits(dtype, compute, tmp_p
     kept = collect(rm, TEXTS, layer=1, dtype=dtype)
     collect(rm, TEXTS, tmp_path, layer=1, dtype=dtype)
     found = Activations.open(tmp_path)
-    assert (
-        found.rows.dtype
-        == kept.rows.dtype
-        == getattr(torch, dtype or ("bfloat16" if compute == "native" else "float32"))
-    )
+    own = "bfloat16" if compute == "native" else "float32"
+    assert found.rows.dtype == kept.rows.dtype == getattr(torch, dtype or own)
     assert torch.equal(found.rows, kept.rows)
     assert repr(found) == repr(kept)
     assert found.fingerprint == kept.fingerprint
