@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import os
 import reprlib
-from collections.abc import Callable, Collection, Iterable, Mapping, Set
+from collections.abc import Callable, Collection, Hashable, Iterable, Mapping, Set
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -110,6 +110,16 @@ def sequence(name: str, value: Any, of: str = "a sequence", length: int | None =
     if length is not None and len(found) != length:
         raise ValueError(f"Expected {name} to be {of}, got {len(found)} of them")
     return found
+
+
+def hashable(name: str, values: list[Any]) -> list[Hashable]:
+    """Things that a mapping can have as keys."""
+    for value in values:
+        try:
+            hash(value)
+        except TypeError as error:
+            raise TypeError(f"Expected {name} to be hashable, got {shown(value)}") from error
+    return values
 
 
 def wholes(name: str, value: Any, length: int | None = None, **limits: int) -> list[int]:

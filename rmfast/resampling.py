@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Hashable, Iterator, Sequence
 
 import numpy as np
 
 _AT_ONCE = 1 << 20  # weights at a time, 8 MiB
 
 
-def clusters(prompts: Sequence[str]) -> np.ndarray:
+def clusters(prompts: Sequence[Hashable]) -> np.ndarray:
     """(n,) the number of each item's prompt."""
-    known: dict[str, int] = {}
+    known: dict[Hashable, int] = {}
     return np.array([known.setdefault(prompt, len(known)) for prompt in prompts], np.int64)
 
 

@@ -111,7 +111,10 @@ def _numbers(name: str, given: str) -> Any:
         return given
     if "=" not in given:
         return _number(name, given)
-    return {key.strip(): _number(name, value) for key, _, value in (item.partition("=") for item in given.split(","))}
+    each = [(key.strip(), _number(name, value)) for key, _, value in (item.partition("=") for item in given.split(","))]
+    if len(dict(each)) < len(each):
+        raise ValueError(f"Expected {name} to name each attribute once, got {given!r}")
+    return dict(each)
 
 
 def _number(name: str, given: str) -> int | float:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -10,12 +10,10 @@ import torch
 from torch import Tensor
 
 from rmfast import arguments
-from rmfast.engine.attention import entering, of_rows_read
 from rmfast.engine.options import RunOptions, takes
 from rmfast.engine.scorer import Scorer
 from rmfast.patching.layers_patcher import LayersPatcher
-from rmfast.patching.points import Point
-from rmfast.patching.watched import run_watched
+from rmfast.patching.watched import SiteRows, run_watched
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -76,50 +74,18 @@ def run(
     """`activations` of a site that was checked."""
     texts = rm.encode(inputs, **encoding)
     at = [np.array([i]) for i in rm.positions(texts)]
-    seen = _Seen(rm, site, layer)
-    # Inside of layers, the packed engine's fused parts pass some sites by.
-    packed = site not in ("resid_mid", "attn_out", "mlp_out")
-    found = run_watched(rm, seen.binding, seen.taps, texts, at, seen.read, batch_tokens, progress, packed)
+    bound, taps, packed, seen = rm.binding, [], True, None
+    if layer is not None:
+        patcher = LayersPatcher(bound)
+        seen = SiteRows(patcher, layer, site)
+        bound, taps, packed = patcher.binding, seen.taps, seen.packed
+
+    def read(hidden: Tensor, rows: Tensor) -> Tensor:
+        if site == "normed":
+            return bound.normed(hidden, rows)[0]
+        stream = hidden.reshape(-1, hidden.size(-1))[rows]
+        return stream if seen is None else seen.rows(stream)
+
+    found = run_watched(rm, bound, taps, texts, at, read, batch_tokens, progress, packed)
     rows = torch.cat([values for values, _ in found]) if found else torch.empty(0, rm.binding.width)
     return rows if rows.dtype == torch.float64 else rows.float()
-
-
-class _Seen:
-    """What has come by at a site, in the part of a run that is under way."""
-
-    def __init__(self, rm: Scorer, site: str, layer: int | None) -> None:
-        self.binding, self.site = rm.binding, site
-        self.x: Tensor | None = None
-        self.taps: list[tuple[Point, Callable[[Tensor], None]]] = []
-        if layer is None:
-            return
-        patcher = LayersPatcher(rm.binding)
-        patcher.units(site)  # refused by name where the layers lack it
-        self.binding, points = patcher.binding, patcher.points
-        if site == "resid_pre":
-            self.taps = [(points[layer]["resid_pre"], self._enters)]
-        elif site != "resid_post":
-            self.taps = [(points[0]["resid_pre"], self._start), (points[layer][site], self._at_site)]
-        elif layer + 1 < len(points):  # what enters the next layer, or after the last one leaves the body
-            self.taps = [(points[layer + 1]["resid_pre"], self._enters)]
-
-    # Copies, since the model may go on to change what it has.
-
-    def _enters(self, x: Tensor) -> None:
-        self.x = entering(x).clone()
-
-    def _start(self, x: Tensor) -> None:
-        self.x = None
-
-    def _at_site(self, x: Tensor) -> None:
-        if self.x is None:  # a module that has several calls: the first one, as the points are tried
-            self.x = of_rows_read(x).clone()
-
-    def read(self, hidden: Tensor, rows: Tensor) -> Tensor:
-        """(M, d) at the flat rows (M,) of the last hidden states."""
-        if self.site == "normed":
-            return self.binding.normed(hidden, rows)[0]
-        if not self.taps:
-            return hidden.reshape(-1, hidden.size(-1))[rows]
-        assert self.x is not None
-        return self.x.to(hidden.device)

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from rmfast import arguments
 from rmfast.concepts.activations import checked_site, run
-from rmfast.concepts.labels import METHODS, Logistic, MeanDifference, shuffled_labels, told_right
+from rmfast.concepts.labels import METHODS, Logistic, MeanDifference, held_out, shuffled_labels, told_right
 from rmfast.engine.options import RunOptions, takes
 from rmfast.engine.scorer import Scorer
 from rmfast.plots import needed
@@ -51,14 +51,16 @@ class Concept:
         site, layer: where it lies (`rmfast.concepts.activations`).
         mean, spread: of the activations' projections on it; spread within the sides (with, and without), pooled: the
             unit of doses.
-        gap: how much further along it the texts with the concept lie, in spreads.
+        gap: how much further along a direction of other prompts' pairs the texts with the concept lie, in spreads
+            there; along its own any direction of noise has a gap.
         accuracy: the share of held-out pairs whose text with the concept lies further along the direction of other
             prompts' pairs; a half is chance.
         chance: the mean accuracy under shuffled labels; accuracy − chance is the probe's selectivity.
         p: of so high an accuracy under shuffled labels.
         pairs, prompts: how many.
         shuffled: (S, d) fp32, directions of shuffled labels, of length 1: made as this one, of nothing.
-        confidence: of intervals.
+        confidence: of intervals, over prompts, the folds' directions as they are: whether there is anything at all is
+            what p says.
         fingerprint: of the model.
     """
 
@@ -194,7 +196,7 @@ def fit(
     arguments.word("method", method, METHODS)
     arguments.instance("name", name, str)
     penalty = arguments.number("penalty", penalty, 0, above=True)
-    folds, shuffles = arguments.whole("folds", folds, 2), arguments.whole("shuffles", shuffles, 1)
+    folds, shuffles = arguments.whole("folds", folds, 2), arguments.whole("shuffles", shuffles, 1, 1_000_000)
     confidence = arguments.number("confidence", confidence, 0, 1, above=True, below=True)
     resamples, seed = arguments.whole("resamples", resamples, 1), arguments.whole("seed", seed, 0)
     with_, without, of = sides(rm, pairs, site, layer, **options)
@@ -204,7 +206,7 @@ def fit(
     made = MeanDifference(with_, without) if method == "mean_difference" else Logistic(with_, without, penalty)
     labels = np.concatenate([np.ones((1, len(of))), shuffled_labels(of, shuffles, seed)])
     right = cluster_means(told_right(made, labels, of, folds, seed).T, of)  # (G, 1 + S)
-    directions = made.directions(labels)
+    directions = made.directions(labels, np.arange(len(of)))
     size = np.linalg.norm(directions, axis=1, keepdims=True)
     if not size[0, 0] > 0:
         raise ValueError(
@@ -212,12 +214,12 @@ def fit(
         )
     directions /= np.where(size > 0, size, 1)
     projected = np.stack([with_ @ directions[0], without @ directions[0]])  # (2, n)
-    gap, spread = _gap(projected, of, confidence, resamples, seed)
+    gap = _gap(held_out(made, with_, without, of, folds, seed), of, confidence, resamples, seed)
     accuracy = right.mean(0)
     draws = [weights @ right[:, 0] / weights.sum(1) for weights in drawn(np.arange(len(right)), resamples, seed)]
     return Concept(
         name=name, direction=torch.from_numpy(directions[0]).float(), method=method, site=site, layer=layer,
-        mean=float(projected.mean()), spread=spread, gap=gap,
+        mean=float(projected.mean()), spread=float(_in_spreads(projected, of, np.ones((1, len(right))))[1][0]), gap=gap,
         accuracy=Interval(float(accuracy[0]), *map(float, percentiles(np.concatenate(draws), confidence))),
         chance=float(accuracy[1:].mean()),
         p=float((1 + (accuracy[1:] >= accuracy[0] - 1e-12).sum()) / (1 + shuffles)),
@@ -242,18 +244,17 @@ def sides(
     return found[::2], found[1::2], of
 
 
-def _gap(projected: np.ndarray, of: np.ndarray, confidence: float, resamples: int, seed: int) -> tuple[Interval, float]:
-    """The difference of the sides' means in spreads, and the spread, of projections (2, n)."""
-    means = cluster_means(projected.T, of)  # (G, 2)
-    squares = cluster_means(projected.T**2, of)
+def _in_spreads(projected: np.ndarray, of: np.ndarray, weights: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """(b,) differences of the sides' means in spreads, and (b,) spreads, of projections (2, n) under weights (b, G)."""
+    total = weights.sum(1, keepdims=True)
+    mean, square = (weights @ cluster_means(x.T, of) / total for x in (projected, projected**2))
+    spread = np.sqrt(np.maximum(square - mean**2, 0).mean(1))
+    with np.errstate(divide="ignore", invalid="ignore"):
+        return (mean[:, 0] - mean[:, 1]) / spread, spread
 
-    def figures(weights: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        total = weights.sum(1, keepdims=True)
-        mean, square = weights @ means / total, weights @ squares / total
-        spread = np.sqrt(np.maximum(square - mean**2, 0).mean(1))
-        with np.errstate(divide="ignore", invalid="ignore"):
-            return (mean[:, 0] - mean[:, 1]) / spread, spread
 
-    value, spread = figures(np.ones((1, len(means))))
-    draws = np.concatenate([figures(weights)[0] for weights in drawn(np.arange(len(means)), resamples, seed)])
-    return Interval(float(value[0]), *map(float, percentiles(draws, confidence))), float(spread[0])
+def _gap(projected: np.ndarray, of: np.ndarray, confidence: float, resamples: int, seed: int) -> Interval:
+    count = int(of.max()) + 1
+    value = _in_spreads(projected, of, np.ones((1, count)))[0][0]
+    draws = [_in_spreads(projected, of, weights)[0] for weights in drawn(np.arange(count), resamples, seed)]
+    return Interval(float(value), *map(float, percentiles(np.concatenate(draws), confidence)))

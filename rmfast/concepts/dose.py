@@ -179,7 +179,7 @@ def dose_response(
     arguments.instance("rm", rm, Scorer)
     arguments.instance("concept", concept, Concept)
     arguments.word("way", way, ("add", "set"))
-    random = arguments.whole("random", random, 1)
+    random = arguments.whole("random", random, 1, 1_000_000)
     confidence = arguments.number("confidence", confidence, 0, 1, above=True, below=True)
     resamples, seed = arguments.whole("resamples", resamples, 1), arguments.whole("seed", seed, 0)
     levels = arguments.finite("doses", doses, "D")
@@ -193,13 +193,17 @@ def dose_response(
     inputs = arguments.sequence("inputs", inputs, "a sequence of texts")
     of = np.arange(len(inputs))
     if prompts is not None:
-        of = clusters(arguments.sequence("prompts", prompts, "a prompt for each text", len(inputs)))
+        of = clusters(
+            arguments.hashable(
+                "prompts", arguments.sequence("prompts", prompts, "a prompt for each of inputs", len(inputs))
+            )
+        )
     count = int(of.max()) + 1 if len(of) else 0
     if count < LEAST_PROMPTS:
         raise ValueError(f"Expected texts of at least {LEAST_PROMPTS} prompts, got {count}")
 
     readout = Readout(rm, inputs, **options)
-    noise = torch.randn(random, len(concept.direction), generator=torch.Generator().manual_seed(seed))
+    noise = torch.from_numpy(np.random.default_rng(seed).normal(size=(random, len(concept.direction)))).float()
     nothing = torch.cat([noise / noise.norm(dim=1, keepdim=True), concept.shuffled])
     rewards = _rewards(readout, concept.direction[None], levels, way, (concept.mean, concept.spread))[:, 0]  # (N, D)
     controls = [

@@ -15,7 +15,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
@@ -66,7 +66,7 @@ class Erasure:
         """(..., d) erased, in x's dtype, computed in fp64."""
         d = self.mean.numel()
         if not isinstance(x, Tensor) or x.dim() < 1 or x.size(-1) != d:
-            raise ValueError(f"Expected activations of shape (..., {d}), got {arguments.shown(x)}")
+            raise ValueError(f"Expected x to be activations of shape (..., {d}), got {arguments.shown(x)}")
         left, right, mean = (part.to(x.device) for part in (self.left, self.right, self.mean))
         wide = x.double()
         return (wide - (wide - mean) @ right.T @ left.T).to(x.dtype)
@@ -112,9 +112,7 @@ class Erasure:
         return f"Erasure({self.name!r}{where}, {self.rank} of {self.mean.numel()} dimensions{told})"
 
 
-def leace(
-    x: Any, z: Any, *, shrinkage: float | Literal["ledoit_wolf"] = "ledoit_wolf", about: dict[str, Any] | None = None
-) -> Erasure:
+def leace(x: Any, z: Any, *, shrinkage: float | Literal["ledoit_wolf"] = "ledoit_wolf") -> Erasure:
     """The LEACE eraser of labels from activations.
 
     Args:
@@ -122,13 +120,13 @@ def leace(
         z: (n,) or (n, k) labels: 0 and 1, or one column for each class or number.
         shrinkage: of the covariance towards a multiple of the identity: (1 − λ) Σ + λ tr(Σ)/d. Ledoit and Wolf's λ
             (scikit-learn), or a number in [0, 1]; 0 gives LEACE as published.
-        about: further attributes of the `Erasure`.
 
     Raises:
         ValueError: shapes that do not fit, numbers that are not finite; labels that are all equal, or that the
             activations know nothing of.
         ImportError: scikit-learn is not there, for Ledoit and Wolf's.
     """
+    shrinkage = _checked_shrinkage(shrinkage)
     x = arguments.finite("x", x, "n", "d")
     z = arguments.finite("z", z)
     z = z[:, None] if z.ndim == 1 else z
@@ -138,7 +136,7 @@ def leace(
         raise ValueError(f"Expected x of at least two texts, got {len(x)}")
     mean = x.mean(0)
     centred = x - mean
-    shrinkage = _shrinkage(centred, shrinkage)
+    shrinkage = _ledoit_wolf(centred) if shrinkage == "ledoit_wolf" else shrinkage
     # In the span of the activations, where the covariance is diagonal: beyond it the labels have no covariance.
     _, s, basis = np.linalg.svd(centred, full_matrices=False)
     variance = (1 - shrinkage) * s**2 / len(x) + shrinkage * float((s**2).sum()) / len(x) / x.shape[1]
@@ -146,19 +144,24 @@ def leace(
     basis, root = basis[there], np.sqrt(variance[there])
     covariance = basis @ (centred.T @ (z - z.mean(0))) / len(x)  # (r, k)
     u, size, _ = np.linalg.svd(covariance / root[:, None], full_matrices=False)
-    u = u[:, size > 1e-9 * max(1.0, float(np.abs(z).max()))]
+    u = u[:, size > 1e-9 * float(np.abs(z - z.mean(0)).max())]
     if not u.shape[1]:
         raise ValueError("Expected labels that differ and that the activations know something of, got no covariance")
     left, right = basis.T @ (root[:, None] * u), (u / root[:, None]).T @ basis
     return Erasure(
-        left=torch.from_numpy(left), right=torch.from_numpy(right), mean=torch.from_numpy(mean), shrinkage=shrinkage,
-        **(about or {}),
-    )  # fmt: skip
+        left=torch.from_numpy(left), right=torch.from_numpy(right), mean=torch.from_numpy(mean), shrinkage=shrinkage
+    )
 
 
-def _shrinkage(centred: np.ndarray, given: Any) -> float:
-    if given != "ledoit_wolf":
-        return arguments.number("shrinkage", given, 0, 1)
+def _checked_shrinkage(given: Any) -> float | Literal["ledoit_wolf"]:
+    return (
+        "ledoit_wolf"
+        if isinstance(given, str) and given == "ledoit_wolf"
+        else arguments.number('shrinkage, where it is not "ledoit_wolf",', given, 0, 1)
+    )
+
+
+def _ledoit_wolf(centred: np.ndarray) -> float:
     try:
         from sklearn.covariance import ledoit_wolf_shrinkage
     except ImportError as error:
@@ -192,7 +195,8 @@ def erase(
     Arguments and errors are those of `rmfast.concepts.fit` and `leace`.
     """
     site, layer = checked_site(rm, site, layer)
-    penalty = arguments.number("penalty", penalty, 0, above=True)
+    arguments.instance("name", name, str)
+    penalty, shrinkage = arguments.number("penalty", penalty, 0, above=True), _checked_shrinkage(shrinkage)
     confidence = arguments.number("confidence", confidence, 0, 1, above=True, below=True)
     folds, resamples = arguments.whole("folds", folds, 2), arguments.whole("resamples", resamples, 1)
     seed = arguments.whole("seed", seed, 0)
@@ -207,9 +211,10 @@ def erase(
     ]
     low, high = percentiles(np.concatenate(draws), confidence)
     found = [Interval(*map(float, ends)) for ends in zip(right.mean(0), low, high)]
-    about = {"site": site, "layer": layer, "before": found[0], "after": found[1], "name": name,
-             "fingerprint": rm.fingerprint}  # fmt: skip
-    return leace(*_labelled(with_, without), shrinkage=shrinkage, about=about)
+    return replace(
+        leace(*_labelled(with_, without), shrinkage=shrinkage), site=site, layer=layer, before=found[0],
+        after=found[1], name=name, fingerprint=rm.fingerprint,
+    )  # fmt: skip
 
 
 def _labelled(with_: np.ndarray, without: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

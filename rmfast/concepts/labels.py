@@ -22,9 +22,9 @@ class MeanDifference:
         self.apart = with_ - without
         self.gram = self.apart @ self.apart.T
 
-    def directions(self, labels: np.ndarray) -> np.ndarray:
-        """(L, d) under labels (L, n)."""
-        return labels @ self.apart / self.apart.shape[0]
+    def directions(self, labels: np.ndarray, some: np.ndarray) -> np.ndarray:
+        """(L, d) of these pairs under labels (L, n)."""
+        return labels[:, some] @ self.apart[some] / len(some)
 
     def margins(self, labels: np.ndarray, train: np.ndarray, test: np.ndarray) -> np.ndarray:
         """(L, test) how much further along the direction of the training pairs a test pair's text with the concept,
@@ -52,10 +52,9 @@ class Logistic:
         model = classifier()(C=self.penalty, max_iter=1000)
         return model.fit(self.features[rows], with_).coef_[0]
 
-    def directions(self, labels: np.ndarray) -> np.ndarray:
-        """(L, d) under labels (L, n)."""
-        every = np.arange(self.count)
-        return np.stack([self._weights(each, every) @ self.basis / self.spread for each in labels])
+    def directions(self, labels: np.ndarray, some: np.ndarray) -> np.ndarray:
+        """(L, d) of these pairs under labels (L, n)."""
+        return np.stack([self._weights(each, some) @ self.basis / self.spread for each in labels])
 
     def margins(self, labels: np.ndarray, train: np.ndarray, test: np.ndarray) -> np.ndarray:
         """(L, test), as for mean differences."""
@@ -90,6 +89,19 @@ def told_right(
         margins = method.margins(labels, train, test)
         right[:, test] = (margins > 0) + 0.5 * (margins == 0)
     return right
+
+
+def held_out(
+    method: MeanDifference | Logistic, with_: np.ndarray, without: np.ndarray, of: np.ndarray, count: int, seed: int
+) -> np.ndarray:
+    """(2, n) projections of each pair's texts on the direction of other prompts' pairs, from their mean on."""
+    out = np.empty((2, len(of)))
+    for train, test in folds(of, count, seed):
+        direction = method.directions(np.ones((1, len(of))), train)[0]
+        direction /= np.linalg.norm(direction) or 1.0
+        mean = (with_[train].mean(0) + without[train].mean(0)) / 2
+        out[:, test] = [(side[test] - mean) @ direction for side in (with_, without)]
+    return out
 
 
 def shuffled_labels(of: np.ndarray, count: int, seed: int) -> np.ndarray:

@@ -40,7 +40,7 @@ class Readout:
 
         texts = rm.encode(inputs, **encoding)
         if not texts:
-            raise ValueError("Expected at least one text, got none")
+            raise ValueError("Expected inputs to be at least one text, got none")
         at = [np.array([i]) for i in rm.positions(texts)]
         found = run_watched(rm, bound, [], texts, at, read, batch_tokens, progress)
         values = torch.cat([value for value, _ in found])

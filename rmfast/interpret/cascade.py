@@ -5,6 +5,10 @@
 A prompt counts once (the mean of its items). Each two kinds are correlated over the prompts that all of them have, with
 intervals by a bootstrap over prompts, and tested by permutations of the prompts. Kinds of other items, cut to the same
 number and correlated in the order in which they come (arXiv 2604.26130's library), have no correlation to speak of.
+
+What is permuted is each correlation over its own standard error, Σ x y / √(Σ x² y²) (DiCiccio and Romano, JASA 2017).
+Of the correlation itself permutations test independence: where rewards of some prompts are all further apart than those
+of others, uncorrelated kinds would be found correlated.
 """
 
 from __future__ import annotations
@@ -18,9 +22,9 @@ from scipy import stats
 
 from rmfast import arguments
 from rmfast.engine.scorer import Scorer
-from rmfast.interpret.pairwise import Pairwise, adjusted, checked, expect_prompts
+from rmfast.interpret.pairwise import Pairwise, adjusted, checked, expect_prompts, plain
 from rmfast.resampling import cluster_means, clusters, drawn, percentiles
-from rmfast.texts.pairs import join, text_of
+from rmfast.texts.pairs import join, read_items, text_of
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -60,7 +64,7 @@ class Cascade(Pairwise):
     Attributes:
         names: of the kinds.
         rows: a `Correlation` of each two.
-        together: the mean correlation over all pairs of kinds, and p: are they correlated at all?
+        together: the mean correlation over all pairs of kinds, and p: are they correlated on the whole?
         means: of each kind, the mean difference in reward; above 0 the model prefers the failure.
         method: "pearson" or "spearman" (of the ranks among all prompts).
         held: whether a number of each item was held fixed (partial correlations).
@@ -85,7 +89,7 @@ class Cascade(Pairwise):
         return {
             "method": self.method,
             "held": self.held,
-            "together": self.together._asdict(),
+            "together": {name: plain(value) for name, value in self.together._asdict().items()},
             "means": [{"name": m.name, "value": m.value, "low": m.low, "high": m.high} for m in self.means],
         }
 
@@ -110,8 +114,8 @@ def cascade(
             them: `cascade(found.differences, items=found.of, prompts=found.prompts)`.
         prompts: the prompt of each item, by item (a mapping, or a sequence where items are ints); None: each has its
             own.
-        hold: a number of each item, as prompts are given, that is held fixed: correlations are partial. For differences
-            from one common control its reward, which they all contain.
+        hold: a number of each item, as prompts are given, that is held fixed: correlations are partial. What
+            differences from one control share is not to be held fixed by its reward: that is the prompt's too.
         method: "pearson", or "spearman" for that of the ranks.
         confidence, resamples, permutations, seed: of intervals and tests.
 
@@ -125,26 +129,30 @@ def cascade(
     confidence, resamples, permutations, seed = checked(confidence, resamples, permutations, seed)
     arguments.word("method", method, ("pearson", "spearman"))
     names, values, known = _matched(differences, items)
-    of = np.arange(len(known)) if prompts is None else clusters(_looked_up("prompts", prompts, known))
-    expect_prompts(int(of.max()) + 1 if len(of) else 0)
-    plain = cluster_means(values, of)  # (G, D)
-    columns = plain
+    count = len(known) if items is None else None
+    of = np.arange(len(known))
+    if prompts is not None:
+        of = clusters(arguments.hashable("prompts", _looked_up("prompts", prompts, known, count)))
+    expect_prompts("items", int(of.max()) + 1 if len(of) else 0)
+    each = cluster_means(values, of)  # (G, D)
+    columns = each
     if hold is not None:
-        held = arguments.finite("hold", _looked_up("hold", hold, known), len(known))
-        columns = np.column_stack([plain, cluster_means(held, of)])
+        held = arguments.finite("hold", _looked_up("hold", hold, known, count), len(known))
+        columns = np.column_stack([each, cluster_means(held, of)])
     if method == "spearman":
         columns = stats.rankdata(columns, axis=0)
     for name, column in zip([*names, "hold"], columns.T):
         if np.ptp(column) <= 1e-12 * np.abs(column).max():
             raise ValueError(f"Expected differences of {name!r} that differ between prompts, got the same for all")
-    return _correlated(names, plain, columns, method, confidence, resamples, permutations, seed, held=hold is not None)
+    columns = columns - columns.mean(0)
+    columns /= np.abs(columns).max(0)  # no product overflows
+    return _correlated(names, each, columns, method, confidence, resamples, permutations, seed, held=hold is not None)
 
 
 def misalignment_cascade(
     rm: Scorer,
     items: Sequence[tuple[Any, Mapping[str, tuple[Any, Any]]]],
     *,
-    shared_control: bool = False,
     method: Method = "pearson",
     confidence: float = 0.95,
     resamples: int = 2000,
@@ -157,96 +165,86 @@ def misalignment_cascade(
     Args:
         rm: a model of one reward.
         items: (prompt, {kind: (control, failing)}) each, of texts or messages; an item counts where it has all kinds.
-        shared_control: an item's kinds have one and the same control. What its reward is off by is in all differences,
-            which alone correlates them by about 0.5; so it is held fixed. Without it such items are refused.
         method, confidence, resamples, permutations, seed: as for `cascade`.
         options: of `RewardModel.score`.
 
     Raises:
-        ValueError: as `cascade`; a model of several rewards; items of another form; one control for two kinds of an
-            item, or with shared_control several.
+        ValueError: as `cascade`; a model of several rewards; items of another form; one response for two kinds of a
+            prompt. What its reward is off by is in both differences: one control for all correlates them by about 0.5.
     """
     arguments.instance("rm", rm, Scorer)
     if rm.num_labels != 1:
         raise ValueError(f"Expected a model of one reward, got one of {rm.num_labels}")
-    arguments.flag("shared_control", shared_control)
-    read = _read(items, shared_control)
+    read = read_items(items, "kind", ("control", "failing"))
+    _expect_own_responses(read)
     texts = [join(prompt, side) for prompt, kinds in read for two in kinds.values() for side in two]
     rewards = iter(rm.score(texts, **options).double().reshape(-1, 2).tolist()) if texts else iter([])
     differences: dict[str, list[float]] = {}
     of: dict[str, list[int]] = {}
-    controls = []
     for i, (_, kinds) in enumerate(read):
         for kind in kinds:
             control, failing = next(rewards)
             differences.setdefault(kind, []).append(failing - control)
             of.setdefault(kind, []).append(i)
-        controls.append(control)
     return cascade(
-        differences, items=of, prompts=[text_of(prompt) for prompt, _ in read],
-        hold=controls if shared_control else None, method=method, confidence=confidence, resamples=resamples,
-        permutations=permutations, seed=seed,
+        differences, items=of, prompts=[text_of(prompt) for prompt, _ in read], method=method, confidence=confidence,
+        resamples=resamples, permutations=permutations, seed=seed,
     )  # fmt: skip
 
 
-def _read(items: Any, shared: bool) -> list[tuple[Any, dict[str, tuple[Any, Any]]]]:
-    expected = "(prompt, {kind: (control, failing)})"
-    found = []
-    for i, item in enumerate(arguments.sequence("items", items, f"a sequence of {expected}")):
-        if not (isinstance(item, list | tuple) and len(item) == 2 and isinstance(item[1], Mapping) and item[1]):
-            raise ValueError(f"Expected item {i} to be {expected}, got {arguments.shown(item)}")
-        prompt, kinds = item
-        controls = []
-        for kind, two in kinds.items():
-            if not (isinstance(two, list | tuple) and len(two) == 2 and all(two)):
-                raise ValueError(f"Expected (control, failing) of {kind!r} in item {i}, got {arguments.shown(two)}")
-            controls.append(text_of(two[0]))
-        if shared and len(set(controls)) > 1:
-            raise ValueError(f"Expected one control for all kinds of item {i} with shared_control, got several")
-        if not shared and len(set(controls)) < len(controls):
-            raise ValueError(
-                f"Expected a control of its own for each kind of item {i}, got one for several: what its reward is off "
-                "by is in all their differences, and correlates them; shared_control=True holds it fixed"
-            )
-        found.append((prompt, dict(kinds)))
-    return found
+def _expect_own_responses(items: Sequence[tuple[Any, Mapping[str, tuple[Any, Any]]]]) -> None:
+    kind_of: dict[tuple[str, str], str] = {}
+    for i, (prompt, kinds) in enumerate(items):
+        for kind, sides in kinds.items():
+            for side in sides:
+                other = kind_of.setdefault((text_of(prompt), text_of(side)), kind)
+                if other != kind:
+                    raise ValueError(
+                        f"Expected responses of its own for each kind of a prompt, got one for {other!r} and {kind!r} "
+                        f"in item {i}: what its reward is off by is in both differences, and correlates them"
+                    )
 
 
 def _matched(differences: Any, items: Any) -> tuple[list[str], np.ndarray, list[Hashable]]:
     """Names, numbers (n, D) of the items that all kinds have, and these items."""
     if not isinstance(differences, Mapping) or len(differences) < 2:
         raise ValueError(f"Expected differences of at least two kinds, got {arguments.shown(differences)}")
-    arrays = {name: arguments.finite(f"differences of {name!r}", some, "n") for name, some in differences.items()}
-    names = list(arrays)
+    names = [arguments.instance("each kind of differences", name, str) for name in differences]
+    arrays = [arguments.finite(f"differences of {name!r}", differences[name], "n") for name in names]
     if items is None:
-        if len({len(some) for some in arrays.values()}) > 1:
+        if len(set(map(len, arrays))) > 1:
             raise ValueError("Expected items, since the kinds have different numbers of differences")
-        return names, np.column_stack([*arrays.values()]), list(range(len(arrays[names[0]])))
+        return names, np.column_stack(arrays), list(range(len(arrays[0])))
+    if not isinstance(items, Mapping):
+        raise TypeError(f"Expected items to be a mapping of kinds to items, got {arguments.shown(items)}")
     found: list[dict[Hashable, float]] = []
-    for name in names:
+    for name, numbers in zip(names, arrays):
         if name not in items:
             raise ValueError(f"Expected items of {name!r}, got those of {', '.join(map(str, items))}")
-        of = arguments.sequence(f"items of {name!r}", items[name], "an item for each difference", len(arrays[name]))
-        found.append(dict(zip(of, arrays[name])))
+        given = arguments.sequence(f"items of {name!r}", items[name], "an item for each difference", len(numbers))
+        of = arguments.hashable(f"items of {name!r}", given)
+        found.append(dict(zip(of, numbers)))
         if len(found[-1]) < len(of):
             raise ValueError(f"Expected items of {name!r} to be different, got one twice")
     shared = [item for item in found[0] if all(item in other for other in found[1:])]
     return names, np.array([[each[item] for each in found] for item in shared]).reshape(-1, len(names)), shared
 
 
-def _looked_up(name: str, given: Any, known: Sequence[Any]) -> list[Any]:
-    """What is given for each of the items."""
-    try:
-        return [given[item] for item in known]
-    except (KeyError, IndexError, TypeError) as error:
-        raise ValueError(f"Expected {name} of every item, by item, got none of {error}") from error
+def _looked_up(name: str, given: Any, known: Sequence[Any], count: int | None) -> list[Any]:
+    """What is given for each of the items; of a sequence its length, where that is known."""
+    if not isinstance(given, Mapping):
+        given = dict(enumerate(arguments.sequence(name, given, "one for each item", count)))
+    missing = [item for item in known if item not in given]
+    if missing:
+        raise ValueError(f"Expected {name} of every item, by item, got none of {arguments.shown(missing[0])}")
+    return [given[item] for item in known]
 
 
 def _correlated(
-    names: list[str], plain: np.ndarray, columns: np.ndarray, method: str, confidence: float, resamples: int,
+    names: list[str], each: np.ndarray, columns: np.ndarray, method: str, confidence: float, resamples: int,
     permutations: int, seed: int, held: bool,
 ) -> Cascade:  # fmt: skip
-    count, kinds = plain.shape
+    count, kinds = each.shape
     first, second = np.triu_indices(kinds, 1)
     alone = columns[:, :kinds] if not held else _residuals(columns[:, :kinds], columns[:, kinds])
     for name, column, whole in zip(names, alone.T, columns.T):
@@ -262,31 +260,38 @@ def _correlated(
     draws, means = [], []
     for weights in drawn(np.arange(count), resamples, seed):
         draws.append(correlations(weights))
-        means.append(weights @ plain / weights.sum(1, keepdims=True))
+        means.append(weights @ each / weights.sum(1, keepdims=True))
     sampled = np.concatenate(draws)
     (low, high), mean_bounds = percentiles(sampled, confidence), percentiles(np.concatenate(means), confidence)
+
+    def tested(some: np.ndarray) -> np.ndarray:
+        """(b, pairs + 1) correlations over their errors, and the mean of these, of kinds (b, G, D)."""
+        squares = some**2
+        products, errors = (x.transpose(0, 2, 1) @ x for x in (some, squares))
+        found = np.divide(products, np.sqrt(errors), out=np.zeros_like(products), where=errors > 0)[:, first, second]
+        return np.column_stack([found, found.mean(1)])
 
     def shuffled() -> Iterator[np.ndarray]:
         rng = np.random.default_rng(seed)
         size = max(1, _AT_ONCE // scaled.size)
         for start in range(0, permutations, size):
             some = np.broadcast_to(scaled, (min(size, permutations - start), *scaled.shape))
-            moved = rng.permuted(some, axis=1)
-            found = (moved.transpose(0, 2, 1) @ moved)[:, first, second] / count
-            yield np.column_stack([found, found.mean(1)])
+            yield tested(rng.permuted(some, axis=1))
 
-    parts = list(shuffled())
-    p, p_all = adjusted(value, (part[:, :-1] for part in parts))
-    p_mean, _ = adjusted(value.mean(keepdims=True), (part[:, -1:] for part in parts))
+    (observed,), parts = tested(scaled[None]), list(shuffled())
+    p, p_all = adjusted(observed[:-1], (part[:, :-1] for part in parts))
+    p_mean, _ = adjusted(observed[-1:], (part[:, -1:] for part in parts))
     rows = [
         Correlation(names[i], names[j], *map(float, figures))
         for i, j, *figures in zip(first, second, value, low, high, p, p_all)
     ]
-    start, end = map(float, percentiles(np.nanmean(sampled, axis=1), confidence))
+    usable = ~np.isnan(sampled).all(1)
+    averages = np.nanmean(sampled[usable], axis=1) if usable.any() else np.full(1, np.nan)
+    start, end = map(float, percentiles(averages, confidence))
     return Cascade(
         names=names, rows=rows, prompts=count, confidence=confidence, method=method, held=held,
         together=Mean("together", float(value.mean()), start, end, float(p_mean[0])),
-        means=[Mean(name, *map(float, figures)) for name, *figures in zip(names, plain.mean(0), *mean_bounds)],
+        means=[Mean(name, *map(float, figures)) for name, *figures in zip(names, each.mean(0), *mean_bounds)],
     )  # fmt: skip
 
 

@@ -136,19 +136,21 @@ def term_conflict(
         own = () if program is None else program.names
         names = list(own) if len(own) == count else list(map(str, range(count)))
     names = arguments.sequence("names", names, "a name for each term", count)
+    for name in names:
+        arguments.instance("each of names", name, str)
     if len(set(names)) < count:
         raise ValueError("Expected names of terms to be different, got one twice")
     arguments.expect_dimension("pairs", pairs)
     read = read_pairs(pairs)
     of = clusters([pair.prompt for pair in read])
-    expect_prompts(int(of.max()) + 1 if len(of) else 0)
+    expect_prompts("pairs", int(of.max()) + 1 if len(of) else 0)
 
     z, scale, mixed = _read(rm, head, [text for pair in read for text in pair.inputs], mixes, **options)
     mixed = np.broadcast_to(given, z.shape) if mixed is None else mixed
     direction = head.direction.double().cpu().numpy()
     for name, row, some in zip(names, direction, mixed.T):
         if not np.any(row) or not np.any(some):
-            raise ValueError(f"Expected terms with a direction and a weight in the reward, got {name!r} without")
+            raise ValueError(f"Expected terms with a direction, and weights that are not 0, got {name!r} without")
     first, second = np.triu_indices(count, 1)
     cosines = _cosines(direction, z, scale, head, width)[:, first, second] * np.sign(mixed[:, first] * mixed[:, second])
     contributions = mixed * (z + head.constant.double().cpu().numpy())

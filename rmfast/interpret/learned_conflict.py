@@ -26,7 +26,7 @@ from rmfast.engine.scorer import Scorer
 from rmfast.interpret.pairwise import Pairwise, adjusted, checked, expect_prompts
 from rmfast.patching.watched import run_watched
 from rmfast.resampling import cluster_means, clusters, drawn, percentiles
-from rmfast.texts.pairs import join, text_of
+from rmfast.texts.pairs import join, read_items, text_of
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -112,7 +112,7 @@ def learned_conflict(
         raise ValueError(f"{type(rm.binding.root).__name__} pools by itself: no stream of a token makes its reward")
     if norm == "before" and not rm.binding.leaves_norm_out:
         raise ValueError('Expected norm="after": the model has no final norm, or one with hooks')
-    names, texts, of = _items(items)
+    names, texts, of = _texts(items)
     streams = _streams(rm, texts, norm, **options).reshape(len(of), len(names), 2, -1)
     apart = cluster_means((streams[:, :, 0] - streams[:, :, 1]).double().numpy(), of)
     return compared(names, apart, norm, confidence, resamples, permutations, seed)
@@ -147,27 +147,16 @@ def compared(
     )  # fmt: skip
 
 
-def _items(items: Any) -> tuple[list[str], list[Any], np.ndarray]:
+def _texts(items: Any) -> tuple[list[str], list[Any], np.ndarray]:
     """Names of the terms, the texts (item by item, term by term, better and worse), and the items' prompts."""
-    expected = "(prompt, {term: (better, worse)})"
-    names: list[str] = []
-    texts, prompts = [], []
-    for i, item in enumerate(arguments.sequence("items", items, f"a sequence of {expected}")):
-        if not (isinstance(item, list | tuple) and len(item) == 2 and isinstance(item[1], Mapping)):
-            raise ValueError(f"Expected item {i} to be {expected}, got {arguments.shown(item)}")
-        prompt, terms = item
-        names = names or list(terms)
+    read = read_items(items, "term", ("better", "worse"))
+    names = list(read[0][1]) if read else []
+    for i, (_, terms) in enumerate(read):
         if set(terms) != set(names) or len(names) < 2:
             raise ValueError(f"Expected at least two terms, the same in all items, got {', '.join(terms)} in item {i}")
-        for name in names:
-            two = terms[name]
-            if not (isinstance(two, list | tuple) and len(two) == 2 and all(two)):
-                raise ValueError(f"Expected (better, worse) of {name!r} in item {i}, got {arguments.shown(two)}")
-            texts += [join(prompt, side) for side in two]
-        prompts.append(text_of(prompt))
-    of = clusters(prompts)
-    expect_prompts(int(of.max()) + 1 if len(of) else 0)
-    return names, texts, of
+    of = clusters([text_of(prompt) for prompt, _ in read])
+    expect_prompts("items", int(of.max()) + 1 if len(of) else 0)
+    return names, [join(prompt, side) for prompt, terms in read for name in names for side in terms[name]], of
 
 
 def _streams(

@@ -130,6 +130,6 @@ def checked(confidence: Any, resamples: Any, permutations: Any, seed: Any) -> tu
     )
 
 
-def expect_prompts(count: int) -> None:
+def expect_prompts(name: str, count: int) -> None:
     if count < LEAST_PROMPTS:
-        raise ValueError(f"Expected items of at least {LEAST_PROMPTS} prompts, got {count}")
+        raise ValueError(f"Expected {name} of at least {LEAST_PROMPTS} prompts, got {count}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -11,7 +12,8 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from rmfast.arguments import instance, whole, word
+from rmfast.arguments import instance, shown, whole, word
+from rmfast.engine.options import checked_run
 from rmfast.engine.scorer import Scorer
 from rmfast.interpret.sae import SAE
 from rmfast.interpret.sae_attribution import place_of
@@ -48,11 +50,15 @@ def sae_metrics(sae: SAE, activations: Activations | Tensor) -> SAEMetrics:
     Args:
         sae: of their width.
         activations: of `rmfast.patching.activations.collect`, or rows (N, d) of any float dtype.
+
+    Raises:
+        ValueError: rows of another width, that are not finite, or that are all the same.
     """
     instance("sae", sae, SAE)
     rows = activations.rows if isinstance(activations, Activations) else instance("activations", activations, Tensor)
-    if rows.dim() != 2 or not len(rows):
-        raise ValueError(f"Expected activations to be rows (N, d), got {tuple(rows.shape)}")
+    d = sae.W_enc.size(0)
+    if rows.dim() != 2 or not len(rows) or rows.size(1) != d or not rows.is_floating_point() or rows.is_meta:
+        raise ValueError(f"Expected activations to be rows (N, {d}) of floats, got {shown(rows)} of {rows.dtype}")
     device, n = sae.W_enc.device, len(rows)
     active = torch.zeros(sae.W_enc.size(1), dtype=torch.int64, device=device)
     off, spread = 0.0, _Spread(rows.size(1))
@@ -61,6 +67,8 @@ def sae_metrics(sae: SAE, activations: Activations | Tensor) -> SAEMetrics:
         off += float((found.cpu().double() - some.cpu().double()).square().sum())
         spread.add(some.cpu().double())
         active += used
+    if not (math.isfinite(off) and 0 < spread.total < math.inf):
+        raise ValueError(f"Expected activations to be finite rows that differ, got a spread of {spread.total}")
     return SAEMetrics(
         rows=n,
         explained_variance=1 - off / spread.total,
@@ -141,20 +149,21 @@ def reward_recovered(
     Raises:
         ValueError: no layer is named; the model lacks the layer or site; an SAE of another width; fewer than 2 texts.
     """
+    instance("rm", rm, Scorer)
+    batch_tokens = checked_run(batch_tokens, progress)
     layer, site = place_of(instance("sae", sae, SAE), None if layer is None else whole("layer", layer, 0), site)
     word("positions", positions, ("all", "last"))
     texts = rm.encode(inputs, **encoding)
     if len(texts) < 2:
-        raise ValueError(f"Expected at least 2 texts, got {len(texts)}")
+        raise ValueError(f"Expected inputs to be at least 2 texts, got {len(texts)}")
     rows = collect(rm, texts, layer=layer, site=site, positions=positions, batch_tokens=batch_tokens).rows
     if sae.W_enc.size(0) != rows.size(1):
         raise ValueError(f"Expected an SAE of the site's width, {rows.size(1)}, got one of {sae.W_enc.size(0)} (d_in)")
     mean = rows.double().mean(0)
     runs = _Replaced(rm, layer, site, positions, batch_tokens)
     found = []
-    with rm.binding.session():
-        for text, read in zip(tqdm(texts, unit="text", disable=not progress), rm.positions(texts)):
-            found.append(runs.rewards(text, read, lambda x: sae.reconstruct(x)[0], lambda x: mean.expand(len(x), -1)))
+    for text, read in zip(tqdm(texts, unit="text", disable=not progress), rm.positions(texts)):
+        found.append(runs.rewards(text, read, lambda x: sae.reconstruct(x)[0], lambda x: mean.expand(len(x), -1)))
     rewards, reconstructed, ablated = (torch.stack(each).clone() for each in zip(*found))
     return RewardRecovery(
         rewards=rewards, reconstructed=reconstructed, ablated=ablated, layer=layer, site=site, positions=positions
@@ -172,15 +181,18 @@ class _Replaced:
 
     def rewards(self, text: Encoded, read: int, *made: Callable[[Tensor], Tensor]) -> list[Tensor]:
         """Rewards (K,): the model's own, and with what each of `made` makes of the rows (T, d) in their place."""
-        base = self.patcher.record(text, read, self.recorded, [self.layer])
+        session = self.rm.binding.session
+        with session():
+            base = self.patcher.record(text, read, self.recorded, [self.layer])
         at = np.ones(len(base.ids), bool) if self.every else np.arange(len(base.ids)) == base.read
         zero = np.zeros(1, np.int32)
         edits = Edits(np.array([KINDS.index(self.site)], np.int8), zero + self.layer, zero, zero, at[None])
         budget, rows = row_budget(self.rm, self.patcher, base, edits, self.batch_tokens), base.activations(*self.where)
         found = [base.reward]
         for make in made:
-            new = make(rows[:, 0])[:, None].to(rows)
-            self.patcher.rewards(
-                base, edits, lambda *_, new=new: new, budget, lambda _, out: found.append(out[0]), np.zeros(1, bool)
-            )
+            new = make(rows[:, 0])[:, None].to(rows)  # not in a session: one in fp32 would not let 16 bits be
+            with session():
+                self.patcher.rewards(
+                    base, edits, lambda *_, new=new: new, budget, lambda _, out: found.append(out[0]), np.zeros(1, bool)
+                )
         return found

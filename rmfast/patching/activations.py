@@ -18,6 +18,7 @@ from tqdm.auto import tqdm
 
 from rmfast.arguments import instance, whole, word
 from rmfast.arguments import path as path_of
+from rmfast.engine.options import checked_run
 from rmfast.engine.scorer import Scorer
 from rmfast.patching.layers_patcher import LayersPatcher
 from rmfast.patching.sites import STREAM_KINDS
@@ -30,6 +31,8 @@ _FACTS, _ROWS = "activations.json", "activations.bin"
 # Rows that lie together in a file are read together; so many bytes of such blocks are shuffled row by row in memory.
 _BLOCK = 256
 _SHUFFLED_BYTES = 1 << 29
+
+_NONE_KEPT = "Expected inputs of at least one token to keep beyond skip, got none"
 
 # Tokens that are run and written at once.
 _WINDOW_TOKENS = 1 << 16
@@ -51,10 +54,15 @@ class Activations:
 
     def __post_init__(self) -> None:
         rows = instance("rows", self.rows, Tensor)
-        if rows.dim() != 2 or rows.dtype not in _DTYPES.values() or 0 in rows.shape:
+        if rows.dim() != 2 or rows.dtype not in _DTYPES.values() or 0 in rows.shape or rows.is_meta:
             raise ValueError(
-                f"Expected rows (N, d) of {', '.join(_DTYPES)}, got {tuple(rows.shape)} of {str(rows.dtype)[6:]}"
+                f"Expected activations to be rows (N, d) of {', '.join(_DTYPES)}, got {tuple(rows.shape)} of "
+                f"{str(rows.dtype)[6:]}"
             )
+        if self.hook_name is not None:
+            instance("hook_name", self.hook_name, str)
+        if self.positions is not None:
+            word("positions", self.positions, ("all", "last"))
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -99,7 +107,7 @@ class Activations:
     def fingerprint(self) -> str:
         """Of the shape, the dtype and a sample of the rows."""
         digest = hashlib.sha256(f"{tuple(self.rows.shape)} {self.rows.dtype}".encode())
-        digest.update(self.sample(64).numpy().tobytes())
+        digest.update(self.sample(64).cpu().numpy().tobytes())
         return digest.hexdigest()
 
     def batches(self, size: int, *, seed: int = 0, start: int = 0) -> Iterator[Tensor]:
@@ -117,7 +125,9 @@ class Activations:
         size, start = whole("size", size, 1), whole("start", start, 0)
         whole("seed", seed, 0)
         if len(self) < size:
-            raise ValueError(f"Expected at least {size} rows, one batch, got {len(self)}")
+            raise ValueError(
+                f"Expected size, of a batch, to be at most the {len(self)} rows of activations, got {size}"
+            )
         return self._batches(size, seed, start)
 
     def _batches(self, size: int, seed: int, skip: int) -> Iterator[Tensor]:
@@ -173,7 +183,8 @@ def collect(
     Raises:
         ValueError: a layer or site that the model lacks; a head that pools; no row at all.
     """
-    rm.expect_clamps_alone(("all",))
+    instance("rm", rm, Scorer).expect_clamps_alone(("all",))
+    batch_tokens = checked_run(batch_tokens, progress)
     word("site", site, STREAM_KINDS)
     word("positions", positions, ("all", "last"))
     skip = whole("skip", skip, 0)
@@ -189,18 +200,21 @@ def collect(
     seen = SiteRows(patcher, layer, site)
 
     def read(hidden: Tensor, at: Tensor) -> Tensor:
-        return seen.rows(hidden.reshape(-1, hidden.size(-1))[at]).to(stored)
+        return seen.rows(hidden.reshape(-1, hidden.size(-1))[at])
 
     def run(texts: list[Encoded]) -> Tensor:
         where = rm.reads(texts) if positions == "last" else [np.arange(len(text)) for text in texts]
         found = run_watched(rm, patcher.binding, seen.taps, texts, where, read, batch_tokens, packed=seen.packed)
-        return torch.cat([values[skip:] for values, _ in found])
+        # Not in the run: in one that is computed in fp32 nothing is made of 16 bits.
+        return torch.cat([values[skip:] for values, _ in found]).to(stored)
 
     facts = {"hook_name": f"blocks.{layer}.hook_{site}", "positions": positions}
     windows = (run(texts) for texts in _windows(rm.encode(inputs, **encoding), progress))
     if folder is None:
-        parts = list(windows)
-        return Activations(rows=torch.cat(parts) if parts else torch.empty(0, 0), **facts)
+        rows = torch.cat([*windows] or [torch.empty(0, 0)])
+        if not len(rows):
+            raise ValueError(_NONE_KEPT)
+        return Activations(rows=rows, **facts)
     folder = path_of("folder", folder)
     _write(folder, windows, dtype, facts)
     return Activations.open(folder)
@@ -228,6 +242,6 @@ def _write(folder: Path, windows: Iterable[Tensor], dtype: str, facts: dict[str,
             n, d = n + len(rows), rows.size(1)
     if n == 0:
         partial.unlink()
-        raise ValueError("Expected at least one token to keep, got none")
+        raise ValueError(_NONE_KEPT)
     os.replace(partial, folder / _ROWS)
     (folder / _FACTS).write_text(json.dumps({"rows": n, "width": d, "dtype": dtype, **facts}))

@@ -7,6 +7,8 @@ from dataclasses import dataclass, field
 from itertools import takewhile
 from typing import Any
 
+from rmfast import arguments
+
 
 @dataclass(frozen=True)
 class Pair:
@@ -76,6 +78,33 @@ def _pair(index: int, item: Any) -> Pair:
         prompt, chosen, rejected = whole[0][:shared], whole[0][shared:], whole[1][shared:]
     row = item if isinstance(item, Mapping) else {}
     return Pair(text_of(prompt), text_of(chosen), text_of(rejected), inputs, row)
+
+
+def read_items(items: Iterable[Any], name: str, sides: tuple[str, str]) -> list[tuple[Any, dict[str, tuple[Any, Any]]]]:
+    """Items (prompt, {name: (one, other)}) of responses to one prompt, two of each name; text or messages.
+
+    Raises:
+        ValueError: an item of another form, with its place; `name` and `sides` say what is expected.
+        TypeError: items is nothing that holds some in an order.
+    """
+    two = f"({', '.join(sides)})"
+    expected = f"(prompt, {{{name}: {two}}})"
+    found = []
+    for i, item in enumerate(arguments.sequence("items", items, f"a sequence of {expected}")):
+        if not (isinstance(item, list | tuple) and len(item) == 2 and isinstance(item[1], Mapping) and item[1]):
+            raise ValueError(f"Expected item {i} to be {expected}, got {arguments.shown(item)}")
+        prompt, named = item
+        if not (isinstance(prompt, str) or _messages(prompt)):
+            raise ValueError(f"Expected the prompt of item {i} as text or messages, got {arguments.shown(prompt)}")
+        for key, responses in named.items():
+            if not isinstance(key, str):
+                raise ValueError(f"Expected {name} in item {i} to be text, got {arguments.shown(key)}")
+            if not (isinstance(responses, list | tuple) and len(responses) == 2 and all(map(_side, responses))):
+                raise ValueError(f"Expected {two} of {key!r} in item {i}, got {arguments.shown(responses)}")
+        found.append((prompt, {key: (first, second) for key, (first, second) in named.items()}))
+    if not found:
+        raise ValueError(f"Expected items to be {expected} each, got none")
+    return found
 
 
 def join(prompt: Any, response: Any) -> Any:

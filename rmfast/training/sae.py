@@ -15,7 +15,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from rmfast.arguments import device as device_of
-from rmfast.arguments import instance, whole
+from rmfast.arguments import flag, instance, whole
 from rmfast.arguments import path as path_of
 from rmfast.engine.memory import reuse_freed_memory
 from rmfast.patching.activations import Activations
@@ -93,6 +93,7 @@ def train_sae(
         activations = Activations(rows=activations)
     instance("activations", activations, Activations, " or a tensor")
     instance("recipe", recipe, TopKRecipe)
+    flag("progress", progress)
     folder, checkpoint_steps = path_of("folder", folder), whole("checkpoint_steps", checkpoint_steps, 1)
     where = activations.rows.device if device is None else device_of("device", device)
     batches = activations.batches(recipe.batch, seed=recipe.seed)  # refused before anything is written
@@ -110,8 +111,8 @@ def train_sae(
             result = training.step(next(batches).to(where, non_blocking=True))
             if not all(map(torch.isfinite, torch.tensor(result[:2]))):
                 raise ValueError(
-                    f"Expected a finite loss, got {result.loss} at step {at}: the rows hold values that are not "
-                    "finite, or lr is too high"
+                    f"Expected a finite loss, got {result.loss} at step {at}: activations hold values that are "
+                    "not finite, or lr is too high"
                 )
             found[at] = torch.tensor(result, dtype=torch.float64)
             bar.update()

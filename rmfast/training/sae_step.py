@@ -78,28 +78,28 @@ class TopKRecipe:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        whole("features", self.features, 1)
-        whole("k", self.k, 1, self.features)
-        whole("steps", self.steps, 1)
-        whole("batch", self.batch, 1)
-        number("lr", self.lr, 0, above=True)
-        whole("warmup", self.warmup, 0)
-        whole("decay", self.decay, 0)
+        sizes = {name: whole(name, getattr(self, name), 1) for name in ("features", "steps", "batch", "dead_after")}
+        sizes |= {name: whole(name, getattr(self, name), 0) for name in ("warmup", "decay")}
+        sizes["seed"] = whole("seed", self.seed, 0, 2**63 - 1)
+        sizes["k"] = whole("k", self.k, 1, self.features)
+        if self.k_aux is not None:
+            sizes["k_aux"] = whole("k_aux", self.k_aux, 1)
         if self.warmup + self.decay > self.steps:
             raise ValueError(f"Expected warmup and decay within {self.steps} steps, got {self.warmup} and {self.decay}")
         betas = sequence("betas", self.betas, "two numbers", 2)
-        object.__setattr__(self, "betas", tuple(number("betas", beta, 0, 1, below=True) for beta in betas))
-        number("clip", self.clip, 0, above=True)
+        numbers = {
+            "lr": number("lr", self.lr, 0, above=True), "clip": number("clip", self.clip, 0, above=True),
+            "aux": number("aux", self.aux, 0),
+            "betas": tuple(number("betas", beta, 0, 1, below=True) for beta in betas),
+        }  # fmt: skip
         word("decoder", self.decoder, ("unit", "free"))
-        number("aux", self.aux, 0)
-        if self.k_aux is not None:
-            whole("k_aux", self.k_aux, 1)
-        whole("dead_after", self.dead_after, 1)
         word("b_dec", self.b_dec, ("geometric_median", "mean", "zero"))
         flag("apply_b_dec_to_input", self.apply_b_dec_to_input)
         word("normalize", self.normalize, (*NORMALIZATIONS, AVERAGE))
         word("product", self.product, ("float32", "bfloat16"))
-        whole("seed", self.seed, 0)
+        # Plain ones, which a checkpoint can hold.
+        for name, value in {**sizes, **numbers, "apply_b_dec_to_input": bool(self.apply_b_dec_to_input)}.items():
+            object.__setattr__(self, name, value)
 
     def rate(self, step: int) -> float:
         """The learning rate of a step, from 0."""

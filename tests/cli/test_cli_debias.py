@@ -141,6 +141,7 @@ def test_a_folder_with_an_intervention_is_replaced_only_when_asked(folder, tmp_p
     [
         (["--attributes", "size"], "to be of length, paragraphs"),
         (["--attributes", "length", "--k", "many"], 'Expected --k to be "search", a number, or like length=500'),
+        (["--attributes", "length", "--k", "length=1,length=2"], "Expected --k to name each attribute once"),
         (["--attributes", "length,bold", "--k", "1"], "bold is the same in all 60"),
         (["--attributes", "length", "--k", "9999"], "an int from 0 to 192"),
         (["--attributes", "length", "--choices", "1,x"], "Expected --choices to be numbers like 50,0.01, got 'x'"),

@@ -11,7 +11,8 @@ from scipy import stats
 
 import rmfast
 from rmfast import concepts
-from rmfast.concepts.labels import MeanDifference, shuffled_labels, told_right
+from rmfast.concepts.concept import _gap
+from rmfast.concepts.labels import MeanDifference, held_out, shuffled_labels, told_right
 
 QUICK = {"shuffles": 40, "resamples": 200}
 PAIRS = [(f"ask {i}", f"yes {i * i}", f"no, not {i}") for i in range(24)]
@@ -38,7 +39,7 @@ def test_a_planted_concept_is_found(likes_plus):
 
 def test_the_logistic_probe_finds_it_too(likes_plus):
     pytest.importorskip("sklearn")
-    found = concepts.fit(likes_plus, plus(), method="logistic", shuffles=19, resamples=200)
+    found = concepts.fit(likes_plus, plus(), method="logistic", folds=2, shuffles=19, resamples=20)
     assert found.accuracy.value > 0.95 and found.p == 0.05 and found.direction[1] > 0
     texts = [(p, side) for p, *both in plus() for side in both]
     weights = found.direction * concepts.activations(likes_plus, texts).std(
@@ -60,7 +61,14 @@ def test_the_mean_difference_by_hand(site, layer):
     projected = [x @ (want / want.norm()) for x in (with_, without)]
     spread = np.sqrt(np.mean([float(x.var(correction=0)) for x in projected]))
     assert found.spread == pytest.approx(spread) and found.mean == pytest.approx(float(torch.cat(projected).mean()))
-    assert found.gap.value == pytest.approx(float(projected[0].mean() - projected[1].mean()) / spread)
+    part, out = np.random.default_rng(0).permutation(24) % 5, torch.empty(2, 24, dtype=torch.float64)
+    for i in range(5):  # the gap is along directions of the other prompts' pairs
+        own, held = torch.from_numpy(part != i), torch.from_numpy(part == i)
+        u = (with_ - without)[own].mean(0)
+        centre = torch.cat([with_[own], without[own]]).mean(0)
+        out[:, held] = torch.stack([(x[held] - centre) @ (u / u.norm()) for x in (with_, without)])
+    spread = float(out.var(1, correction=0).mean().sqrt())
+    assert found.gap.value == pytest.approx(float(out[0].mean() - out[1].mean()) / spread)
 
 
 def test_logistic_weights_are_those_of_scikit_learn_in_all_dimensions():
@@ -73,7 +81,7 @@ def test_logistic_weights_are_those_of_scikit_learn_in_all_dimensions():
         x = np.concatenate([with_, without])
         scaled = (x - x.mean(0)) / x.std(0)
         model = linear.LogisticRegression(C=0.1, max_iter=5000, tol=1e-8).fit(scaled, np.repeat([1, 0], 20))
-        got = Logistic(with_, without, 0.1).directions(np.ones((1, 20)))[0]
+        got = Logistic(with_, without, 0.1).directions(np.ones((1, 20)), np.arange(20))[0]
         np.testing.assert_allclose(got, model.coef_[0] / x.std(0), rtol=1e-2, atol=1e-3)
 
 
@@ -89,6 +97,16 @@ def test_held_out_pairs_are_told_by_other_prompts_pairs_alone():
             others = part[of] != part[of[pair]]
             direction = (signs[others, None] * (with_ - without)[others]).mean(0)
             assert row[pair] == (signs[pair] * (with_ - without)[pair] @ direction > 0)
+
+
+def test_of_nothing_there_is_no_gap():
+    """Along the direction of the pairs themselves it would be 3 spreads."""
+    gaps = []
+    for seed in range(30):
+        with_, without = np.random.default_rng(seed).normal(size=(2, 40, 200))
+        along = held_out(MeanDifference(with_, without), with_, without, np.arange(40), 5, seed)
+        gaps.append(_gap(along, np.arange(40), 0.95, 1, 0).value)
+    assert abs(np.mean(gaps)) < 0.2
 
 
 @pytest.mark.parametrize("each", [1, 3])

@@ -140,7 +140,8 @@ def test_rewards_of_erased_streams_are_those_of_hooks(family):
     model = M.decoder(family)
     rm = rmfast.RewardModel(model, M.tokenizer(chat=True))
     x = concepts.activations(rm, [(p, side) for p, *both in PAIRS for side in both])
-    erasure = concepts.leace(x, [1, 0] * 20, shrinkage=0.2, about={"site": "final", "fingerprint": rm.fingerprint})
+    about = {"site": "final", "fingerprint": rm.fingerprint}
+    erasure = replace(concepts.leace(x, [1, 0] * 20, shrinkage=0.2), **about)
     got, scale = concepts.erased(rm, erasure, TEXTS).double().numpy(), M.reward_scale(model)
     with O.everything_in_fp64():
         model.double()
@@ -154,8 +155,8 @@ def test_a_head_of_layers_has_no_doses_but_erased_rewards():
         concepts.dose_response(rm, concept, TEXTS)
     x = concepts.activations(rm, TEXTS)
     about = {"site": "final", "fingerprint": rm.fingerprint}
-    nothing = concepts.leace(torch.cat([x, x + 1e-3 * torch.eye(20, 48)]), [1, 0] * 20, shrinkage=0.5, about=about)
-    assert concepts.erased(rm, nothing, TEXTS).shape == (20,)
+    nothing = concepts.leace(torch.cat([x, x + 1e-3 * torch.eye(20, 48)]), [1, 0] * 20, shrinkage=0.5)
+    assert concepts.erased(rm, replace(nothing, **about), TEXTS).shape == (20,)
 
 
 def test_a_gate_at_the_token_that_is_edited_is_refused():

@@ -82,6 +82,13 @@ def test_concept_erasure_s_own(n, d, k):
     torch.testing.assert_close(ours, theirs, rtol=1e-6, atol=1e-6)
 
 
+@pytest.mark.parametrize("scale, offset", [(1e-12, 0), (1, 1e10)])
+def test_labels_of_any_scale_are_erased_alike(scale, offset):
+    x, z = labelled()
+    want, got = concepts.leace(x, z, shrinkage=0), concepts.leace(x, offset + scale * z, shrinkage=0)
+    torch.testing.assert_close(got.left @ got.right, want.left @ want.right)
+
+
 def test_ledoit_and_wolf_s_shrinkage():
     pytest.importorskip("sklearn")
     from sklearn.covariance import LedoitWolf

@@ -224,7 +224,7 @@ def _concepts() -> dict[str, Any]:
     items = [(ask, {k: (f"no {k}, {i}", f"{k}! {i * i}") for k in kinds}) for i, ask in enumerate(asked)]
     return {
         "rm": _load(), "other": _load("other-model"), "gated": _load("RLHFlow/ArmoRM-Llama3-8B-v0.1"),
-        "pairs": _preferences(24), "texts": [(ask, f"one {i}") for i, ask in enumerate(asked)], "items": items,
+        "pairs": _preferences(42), "texts": [(ask, f"one {i}") for i, ask in enumerate(asked)], "items": items,
         "terms": items, "activations": torch.randn(3, 48),
     }  # fmt: skip
 

@@ -8,7 +8,7 @@ import json
 import math
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache, partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -21,7 +21,7 @@ import torch
 from safetensors.torch import save_file
 
 import rmfast
-from rmfast import debias, evaluation, interventions, last_token, losses, ops, values
+from rmfast import concepts, debias, evaluation, interventions, last_token, losses, ops, probes, values
 from rmfast.circuits.circuit import Circuit, circuit
 from rmfast.circuits.edges import edge_attribution
 from rmfast.circuits.faithfulness import faithfulness
@@ -29,14 +29,21 @@ from rmfast.circuits.nodes import RECEIVERS, SENDERS, Node
 from rmfast.circuits.path_result import PathPatch
 from rmfast.circuits.paths import path_patch
 from rmfast.circuits.scores import EdgeScores
+from rmfast.concepts.activations import SITES as SITES_OF_CONCEPTS
 from rmfast.engine.scorer import Scorer
 from rmfast.integrations.datasets import scorer
 from rmfast.integrations.serve import remote_reward
+from rmfast.interpret import cascade
 from rmfast.interpret.comparison import mean_of_pairs
 from rmfast.interpret.comparison_components import compare_components
+from rmfast.interpret.conflict import term_conflict
+from rmfast.interpret.learned_conflict import learned_conflict
 from rmfast.interpret.pernicious import pernicious
+from rmfast.interpret.sae_metrics import reward_recovered, sae_metrics
+from rmfast.patching.activations import Activations, collect
 from rmfast.patching.credit import credit_sweep
 from rmfast.patching.divergence import Reference, fit
+from rmfast.training.sae import TopKRecipe, train_sae
 
 Right = Callable[[Any], bool]
 
@@ -176,6 +183,10 @@ def world() -> SimpleNamespace:
     edges.save(folder / "edges")
     chosen = circuit(edges, 20)
     chosen.save(folder / "circuit.json")
+    concept = concepts.fit(rm, TWENTY_ONE, shuffles=5, resamples=5)
+    concept.save(folder / "concept")
+    collect(rm, TEXTS, folder / "rows", layer=1)
+    probed = probes.run(rm, TWENTY_ONE, resamples=5)
     return SimpleNamespace(
         keep=keep,
         folder=folder,
@@ -205,6 +216,9 @@ def world() -> SimpleNamespace:
         penalty=rmfast.LengthPenalty(0.01),
         curve=rmfast.LWR([1.0, 5.0], [0.5, 1.0]),
         values=rm.values_and_reward([("a", "b"), ("c", "de")]),
+        concept=concept,
+        probed=probed,
+        probed_axes=sorted({effect.axis for effect in probed.effects}),
     )
 
 
@@ -247,6 +261,8 @@ def calls() -> Iterator[Call]:
     yield from _training(w)
     yield from _kernels(w)
     yield from _server(w)
+    yield from _concepts(w)
+    yield from _autoencoders(w)
 
 
 def call(name: str, function: Callable[..., Any], /, **arguments: tuple[Any, Right]) -> Call:
@@ -563,6 +579,99 @@ def _biases(w: SimpleNamespace) -> Iterator[Call]:
     yield call("LWR.expected", w.curve.expected, characters=([1, 2], array))
     yield call("Intervention.save", w.clamp.save, path=("saved", path))
     yield call("interventions.load", interventions.load, path=(w.folder / "clamp", path))
+
+
+TWENTY_ONE = [(f"ask {i}", f"yes {i * i}", f"no, not {i}") for i in range(21)]
+ITEMS = [(f"ask {i}", {k: (f"no {k}, {i}", f"{k}! {i * i}") for k in ("deceit", "sabotage")}) for i in range(21)]
+
+
+def _concepts(w: SimpleNamespace) -> Iterator[Call]:
+    rm, draw = (w.rm, instance(rmfast.RewardModel)), np.random.default_rng(0)
+    pairs = {"pairs": (TWENTY_ONE, instance(list, tuple, Iterator))}
+    items = {"items": (ITEMS, instance(list, tuple, Iterator))}
+    place = {"site": ("final", one_of(*SITES_OF_CONCEPTS)), "layer": (None, lambda x: x is None)}
+    drawn = {"resamples": (5, whole(1)), **CONFIDENCE, **SEED}
+    tested = {"permutations": (5, whole(1)), **drawn}
+    labels = {"name": ("concept", instance(str)), "penalty": (0.01, number(0, open=True)), "folds": (3, whole(2, 21))}
+    shrinkage = {"shrinkage": (0.1, either(number(0, 1), one_of("ledoit_wolf")))}
+    yield call("concepts.activations", concepts.activations, rm=rm, inputs=(TEXTS, texts), **place, **OPTIONS)
+    yield call("concepts.fit", concepts.fit, rm=rm, **pairs, **place, **labels,
+               method=("mean_difference", one_of("mean_difference", "logistic")), shuffles=(5, whole(1, 1_000_000)),
+               **drawn, **OPTIONS)  # fmt: skip
+    yield call("concepts.leace", concepts.leace, x=(draw.normal(size=(9, 3)), array), z=([0, 1, 1] * 3, array),
+               **shrinkage)  # fmt: skip
+    if importlib.util.find_spec("sklearn") is not None:
+        yield call("concepts.erase", concepts.erase, rm=rm, **pairs, **place, **labels, **shrinkage, **drawn, **OPTIONS)
+    found = w.concept
+    yield call("Concept.removal", found.removal, strength=(1.0, number()))
+    yield call("Concept.save", found.save, path=("saved", path))
+    yield call("Concept.load", concepts.Concept.load, path=(w.folder / "concept", path))
+    eraser = concepts.leace(draw.normal(size=(9, 48)), [0, 1, 1] * 3, shrinkage=0.1)
+    eraser = replace(eraser, site="final", fingerprint=w.rm.fingerprint)
+    yield call("an eraser", eraser, x=(torch.zeros(2, 48), tensor))
+    yield call("Erasure.save", eraser.save, path=("saved", path))
+    yield call("concepts.erased", concepts.erased, rm=rm, erasure=(eraser, instance(concepts.Erasure)),
+               inputs=(TEXTS, texts), **OPTIONS)  # fmt: skip
+    yield call(
+        "dose_response", concepts.dose_response, rm=rm, concept=(found, instance(concepts.Concept)),
+        inputs=(TEXTS * 11, texts), doses=([-1.0, 0.0, 1.0], array), way=("add", one_of("add", "set")),
+        random=(2, whole(1, 1_000_000)), prompts=([str(i) for i in range(22)], optional(all_of(anything))), **drawn,
+        **OPTIONS,
+    )  # fmt: skip
+    numbers = {k: draw.normal(size=21).tolist() for k in ("deceit", "sabotage")}
+    each = instance(list, tuple, dict, np.ndarray, torch.Tensor, range, Iterator)
+    yield call(
+        "cascade", cascade.cascade, differences=(numbers, instance(dict)),
+        items=({k: list(range(21)) for k in numbers}, optional(instance(dict))),
+        prompts=([str(i) for i in range(21)], optional(each)), hold=(draw.normal(size=21).tolist(), optional(each)),
+        method=("pearson", one_of("pearson", "spearman")), **tested,
+    )  # fmt: skip
+    yield call("misalignment_cascade", cascade.misalignment_cascade, rm=rm, **items,
+               method=("pearson", one_of("pearson", "spearman")), **tested, **OPTIONS)  # fmt: skip
+    yield call("term_conflict", term_conflict, rm=(w.three, instance(rmfast.RewardModel)), **pairs,
+               names=(["a", "b", "c"], optional(all_of(instance(str), 3))), weights=([1.0, 2.0, 0.5], optional(array)),
+               **tested, **OPTIONS)  # fmt: skip
+    yield call("learned_conflict", learned_conflict, rm=rm, **items, norm=("after", one_of("before", "after")),
+               **tested, **OPTIONS)  # fmt: skip
+    axes = (None, optional(either(one_of(*w.probed_axes), all_of(one_of(*w.probed_axes), 1))))
+    yield call("probes.distortion", probes.distortion, found=(w.probed, instance(probes.Probed)), axes=axes)
+
+
+def _autoencoders(w: SimpleNamespace) -> Iterator[Call]:
+    rm, rows = (w.rm, instance(rmfast.RewardModel)), torch.randn(40, 48, generator=torch.Generator().manual_seed(0))
+    yield call(
+        "collect", collect, rm=rm, inputs=(TEXTS, texts), folder=(None, optional(path)), layer=(1, whole(0, 1)),
+        site=("resid_post", SITE), positions=("all", one_of("all", "last")), skip=(0, whole(0)),
+        dtype=(None, optional(one_of("float32", "bfloat16", "float16"))), **OPTIONS,
+    )  # fmt: skip
+    some = (rows, instance(torch.Tensor, Activations))
+    yield call("Activations", Activations, rows=(rows, tensor), hook_name=(None, optional(instance(str))),
+               positions=("all", optional(one_of("all", "last"))))  # fmt: skip
+    yield call("Activations.open", Activations.open, folder=(w.folder / "rows", path))
+    yield call("Activations.split", Activations(rows=rows).split, held_out=(3, whole(1, 39)))
+    yield call("Activations.sample", Activations(rows=rows).sample, most=(3, whole(1)))
+    yield call("Activations.batches", Activations(rows=rows).batches, size=(3, whole(1, 40)), start=(0, whole(0)),
+               **SEED)  # fmt: skip
+    positive, share = number(0, open=True), lambda x: is_number(x) and 0 <= x < 1
+    yield call(
+        "TopKRecipe", TopKRecipe, features=(30, whole(1)), k=(3, whole(1, 30)), steps=(4, whole(2)),
+        batch=(8, whole(1)), lr=(1e-3, positive), warmup=(1, whole(0, 3)), decay=(1, whole(0, 3)),
+        betas=((0.9, 0.99), all_of(share, 2)), clip=(1.0, positive), decoder=("unit", one_of("unit", "free")),
+        aux=(0.1, number(0)), k_aux=(None, optional(whole(1))), dead_after=(9, whole(1)),
+        b_dec=("mean", one_of("geometric_median", "mean", "zero")), apply_b_dec_to_input=(True, flag),
+        normalize=("none", one_of("none", "layer_norm", "constant_norm_rescale", "expected_average_only_in")),
+        product=("float32", one_of("float32", "bfloat16")), **SEED,
+    )  # fmt: skip
+    recipe = TopKRecipe(features=30, k=3, steps=2, batch=8)
+    yield call(
+        "train_sae", train_sae, activations=some, recipe=(recipe, instance(TopKRecipe)), folder=("sae", path),
+        checkpoint_steps=(1, whole(1)), device=(None, anything), progress=(False, flag),
+    )  # fmt: skip
+    yield call("sae_metrics", sae_metrics, sae=(w.sae, instance(rmfast.SAE)), activations=some)
+    yield call(
+        "reward_recovered", reward_recovered, rm=rm, inputs=(TEXTS, texts), sae=(w.sae, instance(rmfast.SAE)),
+        layer=(1, optional(whole(0, 1))), site=("resid_post", optional(SITE)), **LAST_OR_ALL, **OPTIONS,
+    )  # fmt: skip
 
 
 def _benchmarks(w: SimpleNamespace) -> Iterator[Call]:

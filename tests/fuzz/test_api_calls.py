@@ -72,7 +72,7 @@ def variants(right: Any) -> Iterator[Callable[[], Any]]:
 
 
 # That many resamples or trials would run for as long as was asked.
-ENDLESS = ("resamples", "trials")
+ENDLESS = ("resamples", "trials", "permutations")
 
 
 def trials() -> Iterator[tuple[api_calls.Call, str, Callable[[], Any]]]:
@@ -86,7 +86,9 @@ def trials() -> Iterator[tuple[api_calls.Call, str, Callable[[], Any]]]:
 
 def names(call: api_calls.Call, argument: str, value: Any, right: bool) -> list[str]:
     """What an error may call an argument: its name, a path itself; of a right value another that it does not fit to."""
-    also = {"functions": ["attribute"], "attributes": ["attribute"], "pairs": ["pair"]}.get(argument, [])
+    also = {"functions": ["attribute"], "attributes": ["attribute"], "pairs": ["pair"], "items": ["item"]}.get(
+        argument, []
+    )
     return [argument, *also, *([str(value)] if argument in OF_FILES else []), *(call.given if right else [])]
 
 

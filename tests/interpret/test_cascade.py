@@ -66,17 +66,43 @@ def test_what_is_held_fixed():
     np.testing.assert_allclose(found.matrix(), np.corrcoef(left))
 
 
-@pytest.mark.parametrize("held", [False, True])
-def test_without_a_cascade_one_in_twenty_is_found(held):
+def found_of_nothing(make, count=200, n=30, **options):
+    """How often any pair, and all together, are found correlated at a level of 5%."""
     pair = together = 0
-    for seed in range(200):
-        hold = np.random.default_rng(1000 + seed).normal(size=30) if held else None
-        given = {k: x + (hold if held else 0) for k, x in planted(seed, n=30, kinds=4).items()}
-        found = cascade(given, hold=hold, resamples=1, permutations=199, seed=seed)
+    for seed in range(count):
+        given, hold = make(np.random.default_rng(seed), n)
+        found = cascade(given, hold=hold, resamples=1, permutations=99, seed=seed, **options)
         pair += min(row.p_all for row in found.rows) <= 0.05
         together += found.together.p <= 0.05
-    for count in (pair, together):
-        assert stats.binom.ppf(0.001, 200, 0.05) <= count <= stats.binom.ppf(0.999, 200, 0.05)
+    return pair, together
+
+
+def independent(rng, n):
+    return {k: rng.normal(size=n) for k in "abcd"}, None
+
+
+def of_what_is_held(rng, n):
+    hold = rng.normal(size=n)
+    return {k: hold + rng.normal(size=n) for k in "abcd"}, hold
+
+
+def of_one_scale(rng, n):
+    """Uncorrelated, yet not independent: rewards of some prompts are all further apart than those of others."""
+    scale = np.exp(rng.normal(size=n))
+    return {k: scale * rng.normal(size=n) for k in "abcd"}, None
+
+
+@pytest.mark.parametrize("make", [independent, of_what_is_held, of_one_scale])
+def test_without_a_cascade_one_in_twenty_is_found(make):
+    for count in found_of_nothing(make):
+        assert count <= stats.binom.ppf(0.999, 200, 0.05)
+
+
+def test_kinds_that_never_differ_on_the_same_prompts_have_no_correlation_that_is_found():
+    some, other = np.zeros(20), np.zeros(20)
+    some[:2], other[2:4] = (1, -1), (1, -1)
+    found = cascade({"a": some, "b": other}, resamples=5, permutations=50)
+    assert found.rows[0].value == 0 and found.rows[0].p == 1
 
 
 def test_intervals_hold_the_true_correlation_as_often_as_they_say():
@@ -85,6 +111,13 @@ def test_intervals_hold_the_true_correlation_as_often_as_they_say():
         row = cascade(planted(seed, 0.6, n=60), resamples=400, permutations=1, seed=seed)["sabotage", "deceit"]
         inside += row.low <= 0.6 <= row.high
     assert inside / 150 >= 0.87
+
+
+def test_numbers_as_large_as_there_are_have_the_correlation_of_small_ones():
+    given = planted(0, 0.5)
+    found, want = (cascade({**given, "deceit": s * given["deceit"]}, resamples=50, permutations=50) for s in (1e300, 1))
+    np.testing.assert_allclose(found.matrix("low"), want.matrix("low"))
+    np.testing.assert_allclose(found.matrix("p"), want.matrix("p"))
 
 
 def test_a_planted_cascade_is_found():
@@ -99,16 +132,10 @@ class Formula(rmfast.RewardModel):
         return torch.tensor([float(text.rsplit(" ", 1)[1]) for _, text in inputs])
 
 
-def items(seed, shared, n=40):
+def items(seed, n=40):
     """A model that errs independently in each text, controls included."""
     rng = np.random.default_rng(seed)
-    return [
-        (
-            f"prompt {i}",
-            {k: (f"is {base}" if shared else f"is {rng.normal()}", f"not {rng.normal()}") for k in KINDS},
-        )
-        for i, base in enumerate(rng.normal(size=n))
-    ]
+    return [(f"prompt {i}", {k: (f"is {rng.normal()}", f"not {rng.normal()}") for k in KINDS}) for i in range(n)]
 
 
 @pytest.fixture(scope="module")
@@ -117,38 +144,37 @@ def rm():
 
 
 def test_texts_of_items_are_scored_in_one_run_and_matched(rm):
-    some = items(0, shared=False)
+    some = items(0)
     found = misalignment_cascade(rm, some, resamples=50, permutations=50)
     number = {k: [[float(x.rsplit(" ", 1)[1]) for x in kinds[k]] for _, kinds in some] for k in KINDS}
     apart = [np.diff(number[k], axis=1)[:, 0] for k in KINDS]
     np.testing.assert_allclose(found.matrix(), np.corrcoef(apart), atol=1e-6)
 
 
-def test_one_control_for_all_kinds_is_held_fixed_or_refused(rm):
-    with pytest.raises(ValueError, match="a control of its own for each kind of item 0"):
-        misalignment_cascade(rm, items(0, shared=True))
-    wrong = plain = 0
-    for seed in range(100):
-        some = items(seed, shared=True, n=30)
-        wrong += (
-            misalignment_cascade(rm, some, shared_control=True, resamples=1, permutations=199, seed=seed).together.p
-            <= 0.05
-        )
-        rewards = {k: [float(kinds[k][1][4:]) - float(kinds[k][0][3:]) for _, kinds in some] for k in KINDS}
-        plain += cascade(rewards, resamples=1, permutations=199, seed=seed).together.p <= 0.05
-    assert wrong <= stats.binom.ppf(0.999, 100, 0.05)
-    assert plain > 90  # what differences from one control seem to show
-    with pytest.raises(ValueError, match="one control for all kinds of item 0"):
-        misalignment_cascade(rm, items(0, shared=False), shared_control=True)
+@pytest.mark.parametrize("a, b", [(("c", "x"), ("c", "y")), (("c", "x"), ("d", "x")), (("c", "x"), ("x", "y"))])
+def test_one_response_for_two_kinds_of_a_prompt_is_refused(rm, a, b):
+    for some in ([("p", {"a": a, "b": b})], [("p", {"a": a, "b": ("1", "2")}), ("p", {"a": ("3", "4"), "b": b})]):
+        with pytest.raises(ValueError, match=r"responses of its own.*for 'a' and 'b' in item"):
+            misalignment_cascade(rm, some)
+
+
+def test_the_reward_of_one_control_does_not_make_up_for_it_where_prompts_differ():
+    """Why there is no such option: the control's reward is the prompt's, too, which the differences are without."""
+
+    def make(rng, n):
+        prompt = rng.normal(size=n)
+        control = prompt + rng.normal(size=n)
+        return {k: prompt + rng.normal(size=n) - control for k in "abcd"}, control
+
+    assert found_of_nothing(make, 20)[1] > 15
 
 
 def test_real_rewards_of_a_model():
     rm = rmfast.RewardModel(M.decoder(max_position_embeddings=256), M.tokenizer(chat=True))
     some = [(f"ask {i}", {k: (f"{k} fine {i}", f"{k} bad {i * i}") for k in KINDS}) for i in range(20)]
     found = misalignment_cascade(rm, some, resamples=20, permutations=20)
-    want = [
-        [float(rm.score([(p, kinds[k][1])])[0] - rm.score([(p, kinds[k][0])])[0]) for p, kinds in some] for k in KINDS
-    ]
+    failing, control = (rm.score([(p, kinds[k][side]) for k in KINDS for p, kinds in some]) for side in (1, 0))
+    want = (failing - control).reshape(3, 20).numpy()
     np.testing.assert_allclose(found.matrix(), np.corrcoef(want), atol=1e-5)
 
 
@@ -174,7 +200,13 @@ def test_what_it_writes(tmp_path):
         ({"a": range(20), "b": [*range(19), float("nan")]}, {}, "differences of 'b' to be finite"),
         ({"a": range(20), "b": range(20)}, {"items": {"a": range(20)}}, "items of 'b'"),
         ({"a": range(20), "b": range(20)}, {"items": {"a": range(20), "b": [1] * 20}}, "got one twice"),
-        ({"a": range(20), "b": range(20)}, {"hold": range(19)}, "hold of every item"),
+        ({"a": range(20), "b": range(20)}, {"hold": range(19)}, "hold to be one for each item, got 19"),
+        ({"a": range(20), "b": range(20)}, {"prompts": range(21)}, "prompts to be one for each item, got 21"),
+        (
+            {"a": range(20), "b": range(20)},
+            {"items": {k: range(-1, 19) for k in "ab"}, "hold": range(20)},
+            "hold of every item, by item, got none of -1",
+        ),
         ({"a": range(20), "b": range(0, 40, 2)}, {"hold": range(20)}, "no linear function of what is held fixed"),
         ({"a": range(20), "b": range(20)}, {"method": "kendall"}, "method"),
         ({"a": range(20), "b": range(20)}, {"confidence": 1}, "confidence"),

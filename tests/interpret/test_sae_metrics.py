@@ -88,10 +88,33 @@ def test_what_is_recovered_goes_from_all_to_none():
     assert float(worse.recovered.max()) < 1 - 1e-3
 
 
+def test_a_16_bit_sae_in_a_model_that_is_computed_in_fp32():
+    rm = rmfast.RewardModel(M.decoder("llama").bfloat16(), compute="fp32")
+    draw = torch.Generator().manual_seed(0)
+    w = {"W_enc": torch.randn(48, 30, generator=draw) / 7, "W_dec": torch.randn(30, 48, generator=draw) / 5}
+    w |= {"b_enc": torch.zeros(30), "b_dec": torch.zeros(48)}
+    wide, narrow = (
+        reward_recovered(rm, TEXTS, rmfast.SAE(architecture="topk", k=3, **{n: x.to(d) for n, x in w.items()}), layer=1)
+        for d in (torch.float32, torch.bfloat16)
+    )
+    torch.testing.assert_close(narrow.reconstructed, wide.reconstructed, rtol=0.05, atol=0.02)
+    assert torch.equal(narrow.rewards, wide.rewards)
+
+
 def test_an_encoder_s_rewards_too():
     rm = rmfast.RewardModel(M.encoder("ModernBert", task="TokenClassification"))
     found = reward_recovered(rm, TEXTS, identity(layer=0, site="mlp_out"))
     assert found.recovered.tolist() == pytest.approx([1], abs=1e-5)
+
+
+@pytest.mark.parametrize(
+    "rows", [torch.ones(3, 8), torch.ones(1, 8), torch.tensor([[float("nan")] * 8, [1.0] * 8]), torch.ones(3, 8).long()]
+)
+def test_rows_of_which_no_variance_is_explained_are_refused(rows):
+    sae = rmfast.SAE(architecture="topk", k=2, W_enc=torch.ones(8, 9), b_enc=torch.zeros(9), W_dec=torch.ones(9, 8),
+                     b_dec=torch.zeros(8))  # fmt: skip
+    with pytest.raises(ValueError, match="Expected activations to be"):
+        sae_metrics(sae, rows)
 
 
 def test_what_does_not_fit_is_named():
@@ -104,8 +127,8 @@ def test_what_does_not_fit_is_named():
         (lambda: reward_recovered(rm, TEXTS, narrow, layer=0), "SAE of the site's width, 48, got one of 8 (d_in)"),
         (lambda: reward_recovered(rm, TEXTS[:1], identity()), "at least 2 texts, got 1"),
         (lambda: reward_recovered(rm, TEXTS, identity(layer=5)), "layer to be an int from 0 to 1, got 5"),
-        (lambda: sae_metrics(narrow, rows()), "shape (N, 8)"),
-        (lambda: sae_metrics(narrow, rows()[0]), "to be rows (N, d), got (48,)"),
+        (lambda: sae_metrics(narrow, rows()), "to be rows (N, 8) of floats, got a tensor of shape (50, 48)"),
+        (lambda: sae_metrics(narrow, rows()[0]), "to be rows (N, 8) of floats, got a tensor of shape (48,)"),
     ):
         with pytest.raises(ValueError, match=re.escape(message)):
             call()

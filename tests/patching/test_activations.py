@@ -52,14 +52,16 @@ def test_the_first_tokens_may_be_left_out():
     assert_rows(found.rows, seen(model, "resid_post", 1, skip=2))
 
 
+@pytest.mark.parametrize("compute", ["native", "fp32"])
 @pytest.mark.parametrize("dtype", [None, "float32", "float16"])
-def test_a_folder_is_memory_mapped_and_holds_the_same_bits(dtype, tmp_path, monkeypatch):
+def test_a_folder_is_memory_mapped_and_holds_the_same_bits(dtype, compute, tmp_path, monkeypatch):
     monkeypatch.setattr("rmfast.patching.activations._WINDOW_TOKENS", 30)  # several windows
-    rm = rmfast.RewardModel(M.decoder("llama").bfloat16())
+    rm = rmfast.RewardModel(M.decoder("llama").bfloat16(), compute=compute)
     kept = collect(rm, TEXTS, layer=1, dtype=dtype)
     collect(rm, TEXTS, tmp_path, layer=1, dtype=dtype)
     found = Activations.open(tmp_path)
-    assert found.rows.dtype == kept.rows.dtype == getattr(torch, dtype or "bfloat16")
+    own = "bfloat16" if compute == "native" else "float32"
+    assert found.rows.dtype == kept.rows.dtype == getattr(torch, dtype or own)
     assert torch.equal(found.rows, kept.rows)
     assert repr(found) == repr(kept)
     assert found.fingerprint == kept.fingerprint
@@ -104,10 +106,10 @@ def test_what_does_not_fit_is_named(tmp_path):
         (lambda: collect(rm, TEXTS, layer=2), "layer to be an int from 0 to 1, got 2"),
         (lambda: collect(rm, TEXTS, layer=0, site="q"), "site to be one of resid_pre"),
         (lambda: collect(rm, TEXTS, layer=0, skip=1, positions="last"), 'skip with positions "all" alone, got 1'),
-        (lambda: collect(rm, [], layer=0), "Expected rows (N, d)"),
+        (lambda: collect(rm, [], layer=0), "at least one token to keep"),
         (lambda: collect(rm, [], tmp_path, layer=0), "at least one token to keep"),
         (lambda: collect(rmfast.RewardModel(M.encoder()), TEXTS, layer=0), "got one that pools"),
-        (lambda: numbered(10).batches(11), "at least 11 rows, one batch, got 10"),
+        (lambda: numbered(10).batches(11), "at most the 10 rows of activations, got 11"),
         (lambda: Activations(rows=torch.zeros(3)), "rows (N, d) of float32, bfloat16, float16, got (3,)"),
     ):
         with pytest.raises(ValueError, match=re.escape(message)):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 
+import numpy as np
 import pytest
 import torch
 
@@ -84,6 +85,12 @@ def test_a_training_repeats_and_resumes_bit_for_bit(normalize, tmp_path, monkeyp
     assert not torch.equal(whole.loss, train_sae(data, small(normalize=normalize, seed=1), tmp_path / "d").loss)
 
 
+def test_numbers_of_numpy_make_the_same_recipe(tmp_path):
+    given = small(steps=np.int64(2), seed=np.int32(1), lr=np.float32(0.5), apply_b_dec_to_input=np.True_)
+    assert given == small(steps=2, seed=1, lr=0.5)
+    train_sae(planted(600), given, tmp_path, checkpoint_steps=1)  # whose checkpoint holds it as JSON
+
+
 def test_losses_are_in_units_of_the_rows_given(tmp_path):
     """As explained variances are, which the factor leaves alone: at the first step both are of the same weights."""
     data = 10 * planted(400)
@@ -94,7 +101,7 @@ def test_losses_are_in_units_of_the_rows_given(tmp_path):
 
 def test_what_can_not_be_trained_on_is_named(tmp_path):
     data = planted(100)
-    with pytest.raises(ValueError, match="at least 101 rows, one batch, got 100"):
+    with pytest.raises(ValueError, match="at most the 100 rows of activations, got 101"):
         train_sae(data, small(batch=101), tmp_path / "a")
     assert not (tmp_path / "a").exists()
     data[:, 3] = torch.nan
