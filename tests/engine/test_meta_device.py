@@ -110,12 +110,11 @@ def test_a_chunk_of_a_sweep_is_sent_at_once_and_read_only_at_its_end(family, mon
             moved = tree_map(lambda x: x.to(META) if isinstance(x, torch.Tensor) else x, getattr(record, name))
             setattr(record, name, moved)
     some = edits(patcher.layers, {kind: patcher.units(kind)[0] for kind in KINDS}, 9)
-    rows, entry = sizes(base, some, patcher.layers)
+    rows, entry = sizes(base, some, patcher.layers, every=False)
     order = np.lexsort((-rows, entry))
     layers = [layer for _, layer in patcher.engine.layers]
     with rm.binding.session(), Watched() as watched:
-        rewards = Chunk(
-            rm.binding, layers, Plan(base, some[order], entry[order], len(layers), 4), other.activations
-        ).run()
+        plan = Plan(base, some[order], entry[order], len(layers), 4, frozen_patterns=False, every=False)
+        rewards = Chunk(rm.binding, layers, plan, other.activations).run()
     assert rewards.shape == (len(some), 1) and rewards.device == META
     assert watched.uploads <= 1 and not watched.faults, watched.faults
