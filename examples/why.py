@@ -4,7 +4,7 @@
 
 The model is SmolLM2-135M with a head fitted on pairs of rated film-review snippets, as in the demo, with one fault put
 in: in nine of ten training pairs the better review ends in an exclamation mark. Everything after that is measured on
-held-out text as it is for any model. Downloads what the demo does; about ten minutes on two cores. Writes Markdown.
+held-out text as it is for any model. Downloads what the demo does; takes half an hour of a core. Writes Markdown.
 """
 
 from __future__ import annotations
@@ -178,7 +178,15 @@ def traced(page: Page, rm: rmfast.RewardModel, rows: list[dict[str, str]]) -> No
         f"{TRACED} other",
         "reviews, when everything outside comes from the run of the full stop?",
     )
-    page.block(faithfulness(rm, [circuit(scores, n) for n in SIZES], others_loud, others))
+    found = faithfulness(rm, [circuit(scores, n) for n in SIZES], others_loud, others)
+    page.block(found)
+    some_edges = [share for share in found.shares if share.edges]
+    if some_edges:
+        few, many = some_edges[0], some_edges[-1]
+        page.text(
+            f"Without the {few.edges} edges {few.left:.0%} of the effect is left; alone they carry",
+            f"{few.faithfulness:.0%}, and {many.edges:,} edges {many.faithfulness:.0%}.",
+        )
 
 
 def clamped(page: Page, rm: rmfast.RewardModel, rows: list[dict[str, str]], before: Any) -> None:
@@ -201,12 +209,13 @@ def clamped(page: Page, rm: rmfast.RewardModel, rows: list[dict[str, str]], befo
     asked = rows[: len(set(before.prompts))]
     after = probes.run(rm.with_interventions(found.clamp), triples(asked), probes=PROBES)
     a, b = before["exclamation"], after["exclamation"]
-    verdict = "lies above 0: the clamp is worth having" if found.reliable else "includes 0: its worth is not shown"
+    over = found["gain_over_random"]
     page.text(
-        f"The interval of the gain {verdict}. Under the clamp of all pairs an exclamation mark moves the reward by",
-        f"{b.mean:+.3f} [{b.low:+.3f}, {b.high:+.3f}] instead of {a.mean:+.3f} [{a.low:+.3f}, {a.high:+.3f}].",
-        "All probes,",
-        "under the clamp less without it, in units of each one's spread:",
+        f"The interval of the gain {'lies above' if found.reliable else 'includes'} 0; that of the gain over as many",
+        f"random neurons {'does so, too' if over.low > 0 else 'includes 0'}. Under the clamp of all pairs an",
+        f"exclamation mark moves the reward by {b.mean:+.3f} [{b.low:+.3f}, {b.high:+.3f}] instead of",
+        f"{a.mean:+.3f} [{a.low:+.3f}, {a.high:+.3f}]. All probes, under the clamp less without it, in units of each",
+        "one's spread:",
     )
     page.block(after.minus(before))
 
