@@ -21,169 +21,82 @@ __device__ __forceinline__ void wgmma_fence() { asm volatile("wgmma.fence.sync.a
 __device__ __forceinline__ void wgmma_commit() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
 __device__ __forceinline__ void wgmma_wait() { asm volatile("wgmma.wait_group.sync.aligned 0;" ::: "memory"); }
 
+// The accumulators' registers in an instruction, and as its operands.
+#define RMFAST_REGISTERS_32 \
+  "%0, %1, %2, %3, %4, %5, %6, %7, " \
+  "%8, %9, %10, %11, %12, %13, %14, %15, " \
+  "%16, %17, %18, %19, %20, %21, %22, %23, " \
+  "%24, %25, %26, %27, %28, %29, %30, %31"
+#define RMFAST_REGISTERS_64 \
+  RMFAST_REGISTERS_32 ", " \
+  "%32, %33, %34, %35, %36, %37, %38, %39, " \
+  "%40, %41, %42, %43, %44, %45, %46, %47, " \
+  "%48, %49, %50, %51, %52, %53, %54, %55, " \
+  "%56, %57, %58, %59, %60, %61, %62, %63"
+#define RMFAST_REGISTERS_128 \
+  RMFAST_REGISTERS_64 ", " \
+  "%64, %65, %66, %67, %68, %69, %70, %71, " \
+  "%72, %73, %74, %75, %76, %77, %78, %79, " \
+  "%80, %81, %82, %83, %84, %85, %86, %87, " \
+  "%88, %89, %90, %91, %92, %93, %94, %95, " \
+  "%96, %97, %98, %99, %100, %101, %102, %103, " \
+  "%104, %105, %106, %107, %108, %109, %110, %111, " \
+  "%112, %113, %114, %115, %116, %117, %118, %119, " \
+  "%120, %121, %122, %123, %124, %125, %126, %127"
 #define RMFAST_FOUR(f) "+f"(f[0]), "+f"(f[1]), "+f"(f[2]), "+f"(f[3])
+#define RMFAST_SUMS_32(d, n) \
+  RMFAST_FOUR(d[n]), RMFAST_FOUR(d[n + 1]), RMFAST_FOUR(d[n + 2]), RMFAST_FOUR(d[n + 3]), RMFAST_FOUR(d[n + 4]), \
+      RMFAST_FOUR(d[n + 5]), RMFAST_FOUR(d[n + 6]), RMFAST_FOUR(d[n + 7])
+#define RMFAST_SUMS_64(d, n) RMFAST_SUMS_32(d, n), RMFAST_SUMS_32(d, n + 8)
+#define RMFAST_SUMS_128(d, n) RMFAST_SUMS_64(d, n), RMFAST_SUMS_64(d, n + 16)
 
-// d = a b (+ d): both in shared memory, each row's 16 elements side by side.
-#define RMFAST_WGMMA_SS(type) \
-  asm volatile( \
-      "{.reg .pred p; setp.ne.b32 p, %34, 0; wgmma.mma_async.sync.aligned.m64n64k16.f32." type "." type " {" \
-      "%0, %1, %2, %3, %4, %5, %6, %7, " \
-      "%8, %9, %10, %11, %12, %13, %14, %15, " \
-      "%16, %17, %18, %19, %20, %21, %22, %23, " \
-      "%24, %25, %26, %27, %28, %29, %30, %31}, " \
-      "%32, %33, p, 1, 1, 0, 0;}" \
-      : RMFAST_FOUR(d[0]), RMFAST_FOUR(d[1]), \
-        RMFAST_FOUR(d[2]), RMFAST_FOUR(d[3]), \
-        RMFAST_FOUR(d[4]), RMFAST_FOUR(d[5]), \
-        RMFAST_FOUR(d[6]), RMFAST_FOUR(d[7]) \
-      : "l"(a), "l"(b), "r"(add))
-template <typename E>
-__device__ __forceinline__ void wgmma_shared(float (&d)[8][4], uint64_t a, uint64_t b, int add) {
-  if constexpr (std::is_same_v<E, f16>) {
-    RMFAST_WGMMA_SS("f16");
-  } else {
-    RMFAST_WGMMA_SS("bf16");
+// d = a b (+ d) of `columns`, of which a thread has `count` numbers: both in shared memory, each row's 16 elements side
+// by side. `rest` are the operands behind the accumulators, by number.
+#define RMFAST_SHARED_AS(type, columns, count, add, rest) \
+  asm volatile("{.reg .pred p; setp.ne.b32 p, " add ", 0; wgmma.mma_async.sync.aligned.m64n" columns "k16.f32." type \
+               "." type " {" RMFAST_REGISTERS_##count "}, " rest ", p, 1, 1, 0, 0;}" \
+               : RMFAST_SUMS_##count(d, 0) \
+               : "l"(a), "l"(b), "r"(add_to))
+#define RMFAST_SHARED(columns, count, add, rest) \
+  template <typename E> \
+  __device__ __forceinline__ void wgmma_shared(float (&d)[count / 4][4], uint64_t a, uint64_t b, int add_to) { \
+    if constexpr (std::is_same_v<E, f16>) \
+      RMFAST_SHARED_AS("f16", columns, count, add, rest); \
+    else \
+      RMFAST_SHARED_AS("bf16", columns, count, add, rest); \
   }
-}
-#undef RMFAST_WGMMA_SS
+RMFAST_SHARED("64", 32, "%34", "%32, %33")
+RMFAST_SHARED("128", 64, "%66", "%64, %65")
 
-// d += a b: a in registers; b in shared memory, 16 rows of 64 columns side by side.
-#define RMFAST_WGMMA_RS(type) \
-  asm volatile( \
-      "{.reg .pred p; setp.ne.b32 p, 1, 0; wgmma.mma_async.sync.aligned.m64n64k16.f32." type "." type " {" \
-      "%0, %1, %2, %3, %4, %5, %6, %7, " \
-      "%8, %9, %10, %11, %12, %13, %14, %15, " \
-      "%16, %17, %18, %19, %20, %21, %22, %23, " \
-      "%24, %25, %26, %27, %28, %29, %30, %31}, " \
-      "{%32, %33, %34, %35}, %36, p, 1, 1, 1;}" \
-      : RMFAST_FOUR(d[0]), RMFAST_FOUR(d[1]), \
-        RMFAST_FOUR(d[2]), RMFAST_FOUR(d[3]), \
-        RMFAST_FOUR(d[4]), RMFAST_FOUR(d[5]), \
-        RMFAST_FOUR(d[6]), RMFAST_FOUR(d[7]) \
-      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b))
-template <typename E>
-__device__ __forceinline__ void wgmma_registers(float (&d)[8][4], const uint32_t (&a)[4], uint64_t b) {
-  if constexpr (std::is_same_v<E, f16>) {
-    RMFAST_WGMMA_RS("f16");
-  } else {
-    RMFAST_WGMMA_RS("bf16");
+// d += a b: a in registers; b in shared memory, 16 rows of `columns` side by side.
+#define RMFAST_FROM_REGISTERS_AS(type, columns, count, rest) \
+  asm volatile("{.reg .pred p; setp.ne.b32 p, 1, 0; wgmma.mma_async.sync.aligned.m64n" columns "k16.f32." type "." type \
+               " {" RMFAST_REGISTERS_##count "}, " rest ", p, 1, 1, 1;}" \
+               : RMFAST_SUMS_##count(d, 0) \
+               : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b))
+#define RMFAST_FROM_REGISTERS(columns, count, rest) \
+  template <typename E> \
+  __device__ __forceinline__ void wgmma_registers(float (&d)[count / 4][4], const uint32_t (&a)[4], uint64_t b) { \
+    if constexpr (std::is_same_v<E, f16>) \
+      RMFAST_FROM_REGISTERS_AS("f16", columns, count, rest); \
+    else \
+      RMFAST_FROM_REGISTERS_AS("bf16", columns, count, rest); \
   }
-}
-#undef RMFAST_WGMMA_RS
+RMFAST_FROM_REGISTERS("64", 32, "{%32, %33, %34, %35}, %36")
+RMFAST_FROM_REGISTERS("128", 64, "{%64, %65, %66, %67}, %68")
+RMFAST_FROM_REGISTERS("256", 128, "{%128, %129, %130, %131}, %132")
 
-// d = a b (+ d): both in shared memory, each row's 16 elements side by side.
-#define RMFAST_WGMMA_SS(type) \
-  asm volatile( \
-      "{.reg .pred p; setp.ne.b32 p, %66, 0; wgmma.mma_async.sync.aligned.m64n128k16.f32." type "." type " {" \
-      "%0, %1, %2, %3, %4, %5, %6, %7, " \
-      "%8, %9, %10, %11, %12, %13, %14, %15, " \
-      "%16, %17, %18, %19, %20, %21, %22, %23, " \
-      "%24, %25, %26, %27, %28, %29, %30, %31, " \
-      "%32, %33, %34, %35, %36, %37, %38, %39, " \
-      "%40, %41, %42, %43, %44, %45, %46, %47, " \
-      "%48, %49, %50, %51, %52, %53, %54, %55, " \
-      "%56, %57, %58, %59, %60, %61, %62, %63}, " \
-      "%64, %65, p, 1, 1, 0, 0;}" \
-      : RMFAST_FOUR(d[0]), RMFAST_FOUR(d[1]), \
-        RMFAST_FOUR(d[2]), RMFAST_FOUR(d[3]), \
-        RMFAST_FOUR(d[4]), RMFAST_FOUR(d[5]), \
-        RMFAST_FOUR(d[6]), RMFAST_FOUR(d[7]), \
-        RMFAST_FOUR(d[8]), RMFAST_FOUR(d[9]), \
-        RMFAST_FOUR(d[10]), RMFAST_FOUR(d[11]), \
-        RMFAST_FOUR(d[12]), RMFAST_FOUR(d[13]), \
-        RMFAST_FOUR(d[14]), RMFAST_FOUR(d[15]) \
-      : "l"(a), "l"(b), "r"(add))
-template <typename E>
-__device__ __forceinline__ void wgmma_shared(float (&d)[16][4], uint64_t a, uint64_t b, int add) {
-  if constexpr (std::is_same_v<E, f16>) {
-    RMFAST_WGMMA_SS("f16");
-  } else {
-    RMFAST_WGMMA_SS("bf16");
-  }
-}
-#undef RMFAST_WGMMA_SS
-
-// d += a b: a in registers; b in shared memory, 16 rows of 128 columns side by side.
-#define RMFAST_WGMMA_RS(type) \
-  asm volatile( \
-      "{.reg .pred p; setp.ne.b32 p, 1, 0; wgmma.mma_async.sync.aligned.m64n128k16.f32." type "." type " {" \
-      "%0, %1, %2, %3, %4, %5, %6, %7, " \
-      "%8, %9, %10, %11, %12, %13, %14, %15, " \
-      "%16, %17, %18, %19, %20, %21, %22, %23, " \
-      "%24, %25, %26, %27, %28, %29, %30, %31, " \
-      "%32, %33, %34, %35, %36, %37, %38, %39, " \
-      "%40, %41, %42, %43, %44, %45, %46, %47, " \
-      "%48, %49, %50, %51, %52, %53, %54, %55, " \
-      "%56, %57, %58, %59, %60, %61, %62, %63}, " \
-      "{%64, %65, %66, %67}, %68, p, 1, 1, 1;}" \
-      : RMFAST_FOUR(d[0]), RMFAST_FOUR(d[1]), \
-        RMFAST_FOUR(d[2]), RMFAST_FOUR(d[3]), \
-        RMFAST_FOUR(d[4]), RMFAST_FOUR(d[5]), \
-        RMFAST_FOUR(d[6]), RMFAST_FOUR(d[7]), \
-        RMFAST_FOUR(d[8]), RMFAST_FOUR(d[9]), \
-        RMFAST_FOUR(d[10]), RMFAST_FOUR(d[11]), \
-        RMFAST_FOUR(d[12]), RMFAST_FOUR(d[13]), \
-        RMFAST_FOUR(d[14]), RMFAST_FOUR(d[15]) \
-      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b))
-template <typename E>
-__device__ __forceinline__ void wgmma_registers(float (&d)[16][4], const uint32_t (&a)[4], uint64_t b) {
-  if constexpr (std::is_same_v<E, f16>) {
-    RMFAST_WGMMA_RS("f16");
-  } else {
-    RMFAST_WGMMA_RS("bf16");
-  }
-}
-#undef RMFAST_WGMMA_RS
-
-// d += a b: a in registers; b in shared memory, 16 rows of 256 columns side by side.
-#define RMFAST_WGMMA_RS(type) \
-  asm volatile( \
-      "{.reg .pred p; setp.ne.b32 p, 1, 0; wgmma.mma_async.sync.aligned.m64n256k16.f32." type "." type " {" \
-      "%0, %1, %2, %3, %4, %5, %6, %7, " \
-      "%8, %9, %10, %11, %12, %13, %14, %15, " \
-      "%16, %17, %18, %19, %20, %21, %22, %23, " \
-      "%24, %25, %26, %27, %28, %29, %30, %31, " \
-      "%32, %33, %34, %35, %36, %37, %38, %39, " \
-      "%40, %41, %42, %43, %44, %45, %46, %47, " \
-      "%48, %49, %50, %51, %52, %53, %54, %55, " \
-      "%56, %57, %58, %59, %60, %61, %62, %63, " \
-      "%64, %65, %66, %67, %68, %69, %70, %71, " \
-      "%72, %73, %74, %75, %76, %77, %78, %79, " \
-      "%80, %81, %82, %83, %84, %85, %86, %87, " \
-      "%88, %89, %90, %91, %92, %93, %94, %95, " \
-      "%96, %97, %98, %99, %100, %101, %102, %103, " \
-      "%104, %105, %106, %107, %108, %109, %110, %111, " \
-      "%112, %113, %114, %115, %116, %117, %118, %119, " \
-      "%120, %121, %122, %123, %124, %125, %126, %127}, " \
-      "{%128, %129, %130, %131}, %132, p, 1, 1, 1;}" \
-      : RMFAST_FOUR(d[0]), RMFAST_FOUR(d[1]), \
-        RMFAST_FOUR(d[2]), RMFAST_FOUR(d[3]), \
-        RMFAST_FOUR(d[4]), RMFAST_FOUR(d[5]), \
-        RMFAST_FOUR(d[6]), RMFAST_FOUR(d[7]), \
-        RMFAST_FOUR(d[8]), RMFAST_FOUR(d[9]), \
-        RMFAST_FOUR(d[10]), RMFAST_FOUR(d[11]), \
-        RMFAST_FOUR(d[12]), RMFAST_FOUR(d[13]), \
-        RMFAST_FOUR(d[14]), RMFAST_FOUR(d[15]), \
-        RMFAST_FOUR(d[16]), RMFAST_FOUR(d[17]), \
-        RMFAST_FOUR(d[18]), RMFAST_FOUR(d[19]), \
-        RMFAST_FOUR(d[20]), RMFAST_FOUR(d[21]), \
-        RMFAST_FOUR(d[22]), RMFAST_FOUR(d[23]), \
-        RMFAST_FOUR(d[24]), RMFAST_FOUR(d[25]), \
-        RMFAST_FOUR(d[26]), RMFAST_FOUR(d[27]), \
-        RMFAST_FOUR(d[28]), RMFAST_FOUR(d[29]), \
-        RMFAST_FOUR(d[30]), RMFAST_FOUR(d[31]) \
-      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b))
-template <typename E>
-__device__ __forceinline__ void wgmma_registers(float (&d)[32][4], const uint32_t (&a)[4], uint64_t b) {
-  if constexpr (std::is_same_v<E, f16>) {
-    RMFAST_WGMMA_RS("f16");
-  } else {
-    RMFAST_WGMMA_RS("bf16");
-  }
-}
-#undef RMFAST_WGMMA_RS
-
+#undef RMFAST_FROM_REGISTERS
+#undef RMFAST_FROM_REGISTERS_AS
+#undef RMFAST_SHARED
+#undef RMFAST_SHARED_AS
+#undef RMFAST_SUMS_128
+#undef RMFAST_SUMS_64
+#undef RMFAST_SUMS_32
 #undef RMFAST_FOUR
+#undef RMFAST_REGISTERS_128
+#undef RMFAST_REGISTERS_64
+#undef RMFAST_REGISTERS_32
 
 }  // namespace rmfast::cuda
 
