@@ -23,7 +23,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from rmfast.circuits.head_parts import head_part, wide_dtype
+from rmfast.circuits.head_parts import head_part
 from rmfast.circuits.nodes import Node
 from rmfast.engine.invariance import padded
 from rmfast.patching.sites import SourcedValues
@@ -86,7 +86,8 @@ class SuffixPaths:
         One sender at a time, so that its numbers are the same beside any others.
         """
         stream, there = self.base.stream[0], self.partner.to(at.device)[at]
-        out = stream.new_empty(len(senders), len(at), stream.size(1), dtype=wide_dtype(stream.dtype))
+        wide = torch.promote_types(stream.dtype, torch.float32)
+        out = stream.new_empty(len(senders), len(at), stream.size(1), dtype=wide)
         for into, node in zip(out, senders):
             into.copy_(self._added(self.other, node, there).to(out) - self._added(self.base, node, at).to(out))
         return out

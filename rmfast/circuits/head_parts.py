@@ -13,11 +13,6 @@ from rmfast.circuits.norm_map import NormMap
 from rmfast.engine.norms import Norm
 
 
-def wide_dtype(dtype: torch.dtype) -> torch.dtype:
-    """In which differences of activations are taken."""
-    return torch.float64 if dtype == torch.float64 else torch.float32
-
-
 def head_part(project: nn.Module, norm: Norm | None, heads: Tensor, head: int) -> Tensor:
     """What one head adds to the stream, of heads' outputs (n, H, D) as the output projection takes them: (n, d).
 
@@ -25,7 +20,7 @@ def head_part(project: nn.Module, norm: Norm | None, heads: Tensor, head: int) -
     the linear map that it is with the scale that it has in the row: the parts of all heads then sum to what attention
     adds, but for biases.
     """
-    wide = wide_dtype(heads.dtype)
+    wide = torch.promote_types(heads.dtype, torch.float32)
     part = _projected(project, heads, head, wide)
     if norm is None:
         return part

@@ -15,7 +15,7 @@ is a pair of them. The words for each:
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 SENDERS = ("embedding", "head_out", "mlp_out")
 RECEIVERS = ("q_input", "k_input", "v_input", "mlp_input", "reward")
@@ -38,3 +38,8 @@ class Node(NamedTuple):
     def __str__(self) -> str:
         where = ", ".join(str(x) for x in (self.layer, self.head) if x is not None)
         return f"{self.kind}[{where}]" if where else self.kind
+
+
+def with_nodes(stored: dict[str, Any]) -> dict[str, Any]:
+    """What was read from JSON, with its senders and receivers as nodes."""
+    return {**stored, **{side: [Node(*node) for node in stored[side]] for side in ("senders", "receivers")}}

@@ -2,26 +2,22 @@
 
 from __future__ import annotations
 
-import json
 from collections import namedtuple
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from rmfast.arguments import path as path_of
 from rmfast.arguments import whole, word
-from rmfast.circuits.nodes import Node
+from rmfast.circuits.nodes import Node, with_nodes
+from rmfast.patching import stored
 from rmfast.patching.grid import span
 from rmfast.plots import axes as axes_of
 from rmfast.plots import figure_size, heat_map, needed, shown_figure
 
 Value = Literal["effect", "recovered", "rewards"]
-_VERSION = 1  # of the files that `save` writes
 _TENSORS = ("rewards", "clean_reward", "corrupted_reward")
 
 
@@ -192,12 +188,7 @@ class PathPatch:
 
     def save(self, folder: str | Path) -> None:
         """Write `paths.safetensors` and `paths.json` to a folder, made where there is none. `load` gives all back."""
-        path = path_of("folder", folder)
-        path.mkdir(parents=True, exist_ok=True)
-        save_file({name: getattr(self, name).contiguous() for name in _TENSORS}, path / "paths.safetensors")
-        rest = {field.name: getattr(self, field.name) for field in fields(self) if field.name not in _TENSORS}
-        text = json.dumps({"format": "rmfast.PathPatch", "version": _VERSION, **rest}, default=np.generic.item)
-        (path / "paths.json").write_text(text + "\n", encoding="utf-8")
+        stored.save(self, folder, "paths", _TENSORS)
 
     @classmethod
     def load(cls, folder: str | Path) -> PathPatch:
@@ -206,16 +197,4 @@ class PathPatch:
         Raises:
             ValueError: the folder holds none, or one of another version.
         """
-        path = path_of("folder", folder)
-        try:
-            rest = json.loads((path / "paths.json").read_text(encoding="utf-8"))
-            if not isinstance(rest, dict) or rest.pop("format", None) != "rmfast.PathPatch":
-                raise ValueError("paths.json is something else")
-            if (version := rest.pop("version", None)) != _VERSION:
-                raise ValueError(f"its version is {version}, this rmfast reads {_VERSION}")
-            rest["axes"] = tuple(rest["axes"])
-            for name in ("senders", "receivers"):
-                rest[name] = [Node(*node) for node in rest[name]]
-            return cls(**{**rest, **load_file(path / "paths.safetensors")})
-        except (OSError, ValueError, LookupError, TypeError, SafetensorError) as error:
-            raise ValueError(f"Expected a folder that PathPatch.save wrote, got {str(path)!r}: {error}") from error
+        return stored.load(cls, folder, "paths", lambda rest: {**with_nodes(rest), "axes": tuple(rest["axes"])})

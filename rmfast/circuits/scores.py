@@ -2,22 +2,19 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from rmfast import arguments
-from rmfast.circuits.nodes import Node
+from rmfast.circuits.nodes import Node, with_nodes
+from rmfast.patching import stored
 from rmfast.plots import axes, figure_size, heat_map, needed, shown_figure
 
-_VERSION = 1  # of the files that `save` writes
 _TENSORS = ("scores", "error")
 
 
@@ -220,13 +217,7 @@ class EdgeScores:
 
     def save(self, folder: str | Path) -> None:
         """Write `edges.safetensors` and `edges.json` to a folder, made where there is none. `load` gives all back."""
-        path = arguments.path("folder", folder)
-        path.mkdir(parents=True, exist_ok=True)
-        tensors = {name: getattr(self, name) for name in _TENSORS}
-        save_file({k: v.contiguous() for k, v in tensors.items() if v is not None}, path / "edges.safetensors")
-        rest = {field.name: getattr(self, field.name) for field in fields(self) if field.name not in _TENSORS}
-        text = json.dumps({"format": "rmfast.EdgeScores", "version": _VERSION, **rest})
-        (path / "edges.json").write_text(text + "\n", encoding="utf-8")
+        stored.save(self, folder, "edges", _TENSORS)
 
     @classmethod
     def load(cls, folder: str | Path) -> EdgeScores:
@@ -235,18 +226,7 @@ class EdgeScores:
         Raises:
             ValueError: the folder holds none, or those of another version.
         """
-        path = arguments.path("folder", folder)
-        try:
-            rest = json.loads((path / "edges.json").read_text(encoding="utf-8"))
-            if not isinstance(rest, dict) or rest.pop("format", None) != "rmfast.EdgeScores":
-                raise ValueError("edges.json is something else")
-            if (version := rest.pop("version", None)) != _VERSION:
-                raise ValueError(f"its version is {version}, this rmfast reads {_VERSION}")
-            for side in ("senders", "receivers"):
-                rest[side] = [Node(*node) for node in rest[side]]
-            return cls(**{**rest, **load_file(path / "edges.safetensors")})
-        except (OSError, ValueError, LookupError, TypeError, SafetensorError) as error:
-            raise ValueError(f"Expected a folder that EdgeScores.save wrote, got {str(path)!r}: {error}") from error
+        return stored.load(cls, folder, "edges", with_nodes)
 
 
 def _of_layer(node: Node) -> str:

@@ -2,28 +2,24 @@
 
 from __future__ import annotations
 
-import json
 from collections import namedtuple
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from itertools import product
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from rmfast.arguments import path as path_of
 from rmfast.arguments import sequence, whole, word
+from rmfast.patching import stored
 from rmfast.patching.sites import UNITS
 from rmfast.plots import expect_axes, figure_size, heat_map, needed, reach_of, shown_figure
 
 AXES = ("site", "layer", "position", "head", "neuron", "unit", "label")  # the order in any grid
 Value = Literal["effect", "recovered", "rewards", "divergence"]
-_VERSION = 1  # of the files that `save` writes
 _TENSORS = ("rewards", "clean_reward", "corrupted_reward", "divergence")
 
 
@@ -261,13 +257,7 @@ class PatchSweep:
 
     def save(self, folder: str | Path) -> None:
         """Write `sweep.safetensors` and `sweep.json` to a folder, made where there is none. `load` gives all back."""
-        path = path_of("folder", folder)
-        path.mkdir(parents=True, exist_ok=True)
-        tensors = {name: getattr(self, name) for name in _TENSORS}
-        save_file({k: v.contiguous() for k, v in tensors.items() if v is not None}, path / "sweep.safetensors")
-        rest = {field.name: getattr(self, field.name) for field in fields(self) if field.name not in _TENSORS}
-        text = json.dumps({"format": "rmfast.PatchSweep", "version": _VERSION, **rest}, default=np.generic.item)
-        (path / "sweep.json").write_text(text + "\n", encoding="utf-8")
+        stored.save(self, folder, "sweep", _TENSORS)
 
     @classmethod
     def load(cls, folder: str | Path) -> PatchSweep:
@@ -276,17 +266,7 @@ class PatchSweep:
         Raises:
             ValueError: the folder holds none, or one of another version.
         """
-        path = path_of("folder", folder)
-        try:
-            rest = json.loads((path / "sweep.json").read_text(encoding="utf-8"))
-            if not isinstance(rest, dict) or rest.pop("format", None) != "rmfast.PatchSweep":
-                raise ValueError("sweep.json is something else")
-            if (version := rest.pop("version", None)) != _VERSION:
-                raise ValueError(f"its version is {version}, this rmfast reads {_VERSION}")
-            rest["axes"] = tuple(rest["axes"])
-            return cls(**{**rest, **load_file(path / "sweep.safetensors")})
-        except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
-            raise ValueError(f"Expected a folder that PatchSweep.save wrote, got {str(path)!r}: {error}") from error
+        return stored.load(cls, folder, "sweep", lambda rest: {**rest, "axes": tuple(rest["axes"])})
 
     def plot(self, value: Value = "effect", ax: Any = None, **options: Any) -> Any:
         """Heat map of layers (rows) by positions (columns), one for each site and label.
