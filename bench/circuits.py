@@ -22,14 +22,12 @@ import torch
 from torch import Tensor
 
 import rmfast
-from bench import scoring
 from bench.registry import Benchmark, Maker, Problem, Shape
-from bench.sweep import LLAMA, TINY, load
+from bench.sweep import LLAMA, TINY, TOLERANCE, load, two_texts
 from rmfast.circuits.nodes import Node
 from rmfast.circuits.paths import path_patch
 
 SAMPLE = 24  # pairs that a loop is timed on, and that are compared with the truth
-TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 0.1}  # of the reward scale ‖γ⊙w‖
 
 Pair = tuple[Node, Node]
 Some = tuple[list[int], Tensor]  # pairs by index and their rewards
@@ -42,12 +40,8 @@ class Paths(Problem):
         self.device, self.dtype = device, getattr(torch, shape["dtype"])
         self.model = load(shape, device)
         self.rm = rmfast.RewardModel(self.model)
-        config, tokens, shared = self.model.config, shape["tokens"], shape["tokens"] // 2
-        rng = np.random.default_rng(0)
-        clean: np.ndarray = rng.integers(scoring.FIRST, config.vocab_size, tokens)
-        corrupted = clean.copy()
-        corrupted[np.array([shared, *range(shared + 5, tokens, 9)])] += 1
-        corrupted %= config.vocab_size
+        config, tokens = self.model.config, shape["tokens"]
+        clean, corrupted = two_texts(tokens, tokens // 2, config.vocab_size)
         self.inputs, self.input_bytes = [(clean, corrupted)], clean.nbytes * 2
         heads, kv_heads = range(config.num_attention_heads), range(config.num_key_value_heads)
         last = config.num_hidden_layers

@@ -37,6 +37,14 @@ Site = tuple[str, int, Any, Any]  # kind, layer, positions (a slice), head or No
 Some = tuple[list[int], Tensor]  # sites by index and their rewards
 
 
+def two_texts(tokens: int, shared: int, vocabulary: int) -> tuple[np.ndarray, np.ndarray]:
+    """Ids (tokens,) of a clean and a corrupted text, which differ from the token `shared` on, at every ninth or so."""
+    clean: np.ndarray = np.random.default_rng(0).integers(scoring.FIRST, vocabulary, tokens)
+    corrupted = clean.copy()
+    corrupted[np.array([shared, *range(shared + 5, tokens, 9)])] += 1
+    return clean, corrupted % vocabulary
+
+
 class Sweep(Problem):
     """A pair of texts and a grid; sites in the order of the flattened result. An input is (clean, corrupted) ids."""
 
@@ -45,11 +53,7 @@ class Sweep(Problem):
         self.model = load(shape, device)
         self.rm = rmfast.RewardModel(self.model)
         tokens, shared = shape["tokens"], shape["shared"]
-        rng = np.random.default_rng(0)
-        clean: np.ndarray = rng.integers(scoring.FIRST, self.model.config.vocab_size, tokens)
-        corrupted = clean.copy()
-        corrupted[np.array([shared, *range(shared + 5, tokens, 9)])] += 1
-        corrupted %= self.model.config.vocab_size
+        clean, corrupted = two_texts(tokens, shared, self.model.config.vocab_size)
         self.inputs = [(clean, corrupted)]
         self.input_bytes = clean.nbytes * 2
         config = self.model.config
