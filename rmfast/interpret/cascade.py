@@ -24,7 +24,8 @@ from rmfast import arguments
 from rmfast.engine.scorer import Scorer
 from rmfast.interpret.pairwise import Pairwise, adjusted, checked, expect_prompts, plain
 from rmfast.resampling import cluster_means, clusters, drawn, percentiles
-from rmfast.texts.pairs import join, read_items, text_of
+from rmfast.texts.items import read_named_pairs
+from rmfast.texts.pairs import join, text_of
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -175,7 +176,7 @@ def misalignment_cascade(
     arguments.instance("rm", rm, Scorer)
     if rm.num_labels != 1:
         raise ValueError(f"Expected a model of one reward, got one of {rm.num_labels}")
-    read = read_items(items, "kind", ("control", "failing"))
+    read = read_named_pairs(items, "kind", ("control", "failing"))
     _expect_own_responses(read)
     texts = [join(prompt, side) for prompt, kinds in read for two in kinds.values() for side in two]
     rewards = iter(rm.score(texts, **options).double().reshape(-1, 2).tolist()) if texts else iter([])

@@ -26,7 +26,8 @@ from rmfast.engine.scorer import Scorer
 from rmfast.interpret.pairwise import Pairwise, adjusted, checked, expect_prompts
 from rmfast.patching.watched import run_watched
 from rmfast.resampling import cluster_means, clusters, drawn, percentiles
-from rmfast.texts.pairs import join, read_items, text_of
+from rmfast.texts.items import read_named_pairs
+from rmfast.texts.pairs import join, text_of
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -149,7 +150,7 @@ def compared(
 
 def _texts(items: Any) -> tuple[list[str], list[Any], np.ndarray]:
     """Names of the terms, the texts (item by item, term by term, better and worse), and the items' prompts."""
-    read = read_items(items, "term", ("better", "worse"))
+    read = read_named_pairs(items, "term", ("better", "worse"))
     names = list(read[0][1]) if read else []
     for i, (_, terms) in enumerate(read):
         if set(terms) != set(names) or len(names) < 2:

@@ -7,8 +7,6 @@ from dataclasses import dataclass, field
 from itertools import takewhile
 from typing import Any
 
-from rmfast import arguments
-
 
 @dataclass(frozen=True)
 class Pair:
@@ -37,7 +35,7 @@ def read_pairs(pairs: Iterable[Any]) -> list[Pair]:
         ValueError: a pair without both sides, or of another form; the message has its place among the pairs.
         TypeError: pairs is one pair, or nothing that holds pairs.
     """
-    one = isinstance(pairs, str | Mapping) or (isinstance(pairs, tuple) and len(pairs) == 3 and _side(pairs[1]))
+    one = isinstance(pairs, str | Mapping) or (isinstance(pairs, tuple) and len(pairs) == 3 and is_side(pairs[1]))
     if one or not isinstance(pairs, Iterable):
         raise TypeError(
             "Expected pairs to be a sequence of (prompt, chosen, rejected) triples or of mappings with these keys, got "
@@ -60,12 +58,12 @@ def _pair(index: int, item: Any) -> Pair:
             f"these hold it, prompt; got {got}"
         )
     for name, side in (("chosen", chosen), ("rejected", rejected)):
-        if not _side(side):
+        if not is_side(side):
             got = "it is empty or missing" if not side or isinstance(side, str) else f"got {type(side).__name__}"
             raise ValueError(f"pair {index} has no {name}: {got}; each pair needs both sides, as text or messages")
     if isinstance(chosen, str) != isinstance(rejected, str):
         raise ValueError(f"pair {index}: expected chosen and rejected both as text or both as messages")
-    if not (prompt is None or isinstance(prompt, str) or _messages(prompt)):
+    if not (prompt is None or isinstance(prompt, str) or is_messages(prompt)):
         raise ValueError(f"pair {index}: expected prompt as text or messages, got {type(prompt).__name__}")
     whole = join(prompt, chosen), join(prompt, rejected)
     records = [{"prompt": prompt, "response": side, **own} for side in (chosen, rejected)]
@@ -78,33 +76,6 @@ def _pair(index: int, item: Any) -> Pair:
         prompt, chosen, rejected = whole[0][:shared], whole[0][shared:], whole[1][shared:]
     row = item if isinstance(item, Mapping) else {}
     return Pair(text_of(prompt), text_of(chosen), text_of(rejected), inputs, row)
-
-
-def read_items(items: Iterable[Any], name: str, sides: tuple[str, str]) -> list[tuple[Any, dict[str, tuple[Any, Any]]]]:
-    """Items (prompt, {name: (one, other)}) of responses to one prompt, two of each name; text or messages.
-
-    Raises:
-        ValueError: an item of another form, with its place; `name` and `sides` say what is expected.
-        TypeError: items is nothing that holds some in an order.
-    """
-    two = f"({', '.join(sides)})"
-    expected = f"(prompt, {{{name}: {two}}})"
-    found = []
-    for i, item in enumerate(arguments.sequence("items", items, f"a sequence of {expected}")):
-        if not (isinstance(item, list | tuple) and len(item) == 2 and isinstance(item[1], Mapping) and item[1]):
-            raise ValueError(f"Expected item {i} to be {expected}, got {arguments.shown(item)}")
-        prompt, named = item
-        if not (isinstance(prompt, str) or _messages(prompt)):
-            raise ValueError(f"Expected the prompt of item {i} as text or messages, got {arguments.shown(prompt)}")
-        for key, responses in named.items():
-            if not isinstance(key, str):
-                raise ValueError(f"Expected {name} in item {i} to be text, got {arguments.shown(key)}")
-            if not (isinstance(responses, list | tuple) and len(responses) == 2 and all(map(_side, responses))):
-                raise ValueError(f"Expected {two} of {key!r} in item {i}, got {arguments.shown(responses)}")
-        found.append((prompt, {key: (first, second) for key, (first, second) in named.items()}))
-    if not found:
-        raise ValueError(f"Expected items to be {expected} each, got none")
-    return found
 
 
 def join(prompt: Any, response: Any) -> Any:
@@ -127,9 +98,11 @@ def text_of(content: Any) -> str:
     return "\n".join(part if isinstance(part, str) else text_of(part) for part in parts)
 
 
-def _messages(value: Any) -> bool:
+def is_messages(value: Any) -> bool:
+    """Whether it is a conversation of at least one message."""
     return isinstance(value, list) and bool(value) and all(isinstance(m, Mapping) and "role" in m for m in value)
 
 
-def _side(value: Any) -> bool:
-    return bool(value.strip()) if isinstance(value, str) else _messages(value)
+def is_side(value: Any) -> bool:
+    """Whether it can be a response: text or messages, not empty."""
+    return bool(value.strip()) if isinstance(value, str) else is_messages(value)
