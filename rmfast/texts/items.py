@@ -8,7 +8,6 @@ from typing import Any
 from rmfast import arguments
 from rmfast.texts.pairs import is_messages, is_side
 
-
 Item = tuple[Any, dict[str, tuple[Any, Any]]]  # a prompt, and two responses by name
 
 
