@@ -74,7 +74,7 @@ def padded(p: Suite) -> Callable[[scoring.Texts], Tensor]:
 BENCHMARKS = [
     Benchmark(
         f"probes/suite-{short}",
-        {"model": "SmolLM2-135M", "dtype": dtype, "pairs": 16},
+        {"model": "SmolLM2-135M", "dtype": dtype, "pairs": 2},
         {"model": scoring.TINY, "dtype": dtype, "pairs": 3},
         Suite,
         ours,
