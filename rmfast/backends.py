@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import functools
+import inspect
 import os
 import platform
 import traceback
@@ -23,9 +24,13 @@ import torch
 from rmfast.arguments import device as arguments_device
 from rmfast.arguments import word
 
-NAMES = ("cuda", "triton", "cpp", "eager")
+NAMES = ("cuda", "triton", "varlen", "cpp", "eager")
 
-# Order of preference by device. On CUDA, Triton stands first until rows in bench/data/ show CUDA C++ ahead.
+# Those of a single op, which other ops do not hear of, and why none runs unless it is asked for.
+_ON_REQUEST = {"varlen": "two calls of torch's varlen_attn run only if asked for by name: no GPU has measured them yet"}
+
+# Order of preference by device. On CUDA, Triton stands first until rows in bench/data/ show CUDA C++ ahead, and
+# "varlen" stands nowhere until they show that.
 _PREFERENCE = {"cuda": ("triton", "cuda", "eager"), "cpu": ("cpp", "eager")}
 
 # Of the compiled libraries' ops, as csrc/include/rmfast/interface.h has it.
@@ -84,6 +89,12 @@ def requested() -> str | None:
     return None if name is None else _known(name)
 
 
+def _asked(op: str) -> str | None:
+    """The backend asked for, as far as it is one for `op`."""
+    name = requested()
+    return None if name in _ON_REQUEST and name not in _ops[op] else name
+
+
 def _known(name: str) -> str:
     return word("backend", name, NAMES)
 
@@ -91,6 +102,8 @@ def _known(name: str) -> str:
 @contextlib.contextmanager
 def backend(name: str | None) -> Iterator[None]:
     """Runs every op inside the block on backend `name` ("cuda", "triton", "cpp", "eager"; None: the default choice).
+
+    "varlen" is for suffix_attention alone: other ops run on what they run on by default.
 
     Raises ValueError for an unknown name at once, and BackendError where an op cannot run on that backend.
     """
@@ -211,6 +224,17 @@ def fp32_linear_pays(dtype: torch.dtype) -> tuple[bool, str]:
 
 
 @functools.cache
+def _varlen_missing() -> str | None:
+    try:
+        from torch.nn.attention.varlen import varlen_attn
+    except ImportError as error:
+        return f"torch {torch.__version__} has no varlen_attn ({error}); fix: pip install 'torch>=2.11'"
+    if not {"return_aux", "scale", "window_size"} <= inspect.signature(varlen_attn).parameters.keys():
+        return f"varlen_attn of torch {torch.__version__} takes no scale or window; fix: pip install 'torch>=2.11'"
+    return None
+
+
+@functools.cache
 def _triton_missing() -> str | None:
     try:
         import triton  # noqa: F401
@@ -230,11 +254,13 @@ def _missing(op: str, name: str, device: str) -> str | None:
         return f"{op} has no {name} kernel"
     if name == "cpp":
         return _load("_C") if device == "cpu" else f"cpp kernels run on cpu tensors, not on {device}"
-    if name == "cuda":
+    if name in ("cuda", "varlen"):
         if device != "cuda":
-            return f"cuda kernels run on cuda tensors, not on {device}"
+            return f"{name} kernels run on cuda tensors, not on {device}"
         if torch.version.cuda is None:
             return f"torch {torch.__version__} is built without CUDA; fix: install a CUDA build of torch"
+        if name == "varlen":
+            return _varlen_missing()
         if library_path("_C_cuda") is None:
             return (
                 "not built (no GPU or no nvcc at build time, or its build failed);"
@@ -266,7 +292,7 @@ def choose(op: str, device: str, args: tuple = ()) -> Callable:
     Raises BackendError where a backend asked for by name, or an instruction set asked for, cannot run, or not on these
     arguments.
     """
-    name = requested()
+    name = _asked(op)
     asked = name
     explicit = name is not None or os.environ.get("RMFAST_CPU_ISA")
     name = name or _default(op, device)
@@ -289,7 +315,7 @@ def choose(op: str, device: str, args: tuple = ()) -> Callable:
 
 def runs(op: str, device: str) -> str:
     """The backend that `choose` takes, whether or not it can run."""
-    return requested() or _default(op, device)
+    return _asked(op) or _default(op, device)
 
 
 def _refusal(op: str, name: str, args: tuple) -> str | None:
@@ -325,12 +351,13 @@ def explain(op: str | None = None, device: str | None = None) -> Explanation:
     out = Explanation()
     for name in [op] if op else sorted(_ops):
         for kind in devices:
-            causes = {other: cause for other in NAMES if (cause := why_not(name, other, kind)) is not None}
-            asked = requested()
-            runs = asked or _default(name, kind)
+            runs = _asked(name) or _default(name, kind)
+            tried = [other for other in NAMES if other in _ops[name] or other not in _ON_REQUEST]
+            causes = {other: cause for other in tried if (cause := why_not(name, other, kind)) is not None}
             if runs in causes:
                 runs = f"nothing: {runs} was asked for and cannot run"
             elif runs == "cpp":
                 runs = f"cpp ({cpu_isa()})"
+            causes = {o: why for o, why in _ON_REQUEST.items() if o in tried and o != runs} | causes
             out.append(Choice(name, kind, runs, causes))
     return out

@@ -8,18 +8,14 @@ others share its tile: unlike those of the C++ and Triton kernels they are not t
 
 from __future__ import annotations
 
-import threading
-from collections import OrderedDict
 from typing import Any
 
 import torch
 from torch import Tensor
 
-_MOST_ROWS = 2**31 - 256
-_KEPT = 16  # records of a chunk's layers (two windows, all rows or the last ones), of a few threads
+from .kept import Index, kept
 
-_seen: OrderedDict[tuple, tuple[tuple, Tensor]] = OrderedDict()
-_guard = threading.Lock()
+_MOST_ROWS = 2**31 - 256
 
 
 def refuses(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, cu_queries: Tensor | None, *rest: Any) -> str | None:
@@ -66,40 +62,15 @@ def forward(
     return run(q, k, v, prefix_k, prefix_v, seen, scale, softcap, sinks, alibi)
 
 
-def seen_keys(
-    index: tuple[Tensor, Tensor | None, Tensor | None, Tensor | None], sizes: tuple[int, int, int], causal: bool,
-    window: int,
-) -> Tensor:  # fmt: skip
+def seen_keys(index: Index, sizes: tuple[int, int, int], causal: bool, window: int) -> Tensor:
     """(queries, 8) int32: rmfast::cuda::SeenKeys of each row of q.
 
     index: cu_seqlens, cu_queries, prefix_start and prefix_len. sizes: rows of q, of k and of the pool.
     """
-    if _is_capturing(index[0]) or any(each is not None and each.is_inference() for each in index):
-        # A graph replays on what the tensors hold then, and a tensor of inference mode does not say when it changes.
-        return _make(index, sizes, causal, window)
-    stream = torch.cuda.current_stream(index[0].device).cuda_stream if index[0].is_cuda else 0
-    key = (*(id(each) for each in index), *sizes, causal, window, stream)
-    versions = tuple(None if each is None else each._version for each in index)
-    with _guard:
-        found = _seen.get(key)
-        # Kept tensors are alive, so nothing else has their ids.
-        if found is not None and found[0][1] == versions:
-            _seen.move_to_end(key)
-            return found[1]
-    made = _make(index, sizes, causal, window)
-    with _guard:
-        _seen[key] = ((index, versions), made)
-        _seen.move_to_end(key)
-        while len(_seen) > _KEPT:
-            _seen.popitem(last=False)
-    return made
+    return kept(_make, index, sizes, causal, window)
 
 
-def _is_capturing(like: Tensor) -> bool:
-    return like.is_cuda and torch.cuda.is_current_stream_capturing()
-
-
-def _make(index: tuple, sizes: tuple[int, int, int], causal: bool, window: int) -> Tensor:
+def _make(index: Index, sizes: tuple[int, int, int], causal: bool, window: int) -> Tensor:
     ends, asks, start, length = (None if each is None else each.to(torch.int64) for each in index)
     reaches_all = window >= 2**31 - 1  # no two rows are that far apart
     return torch.ops.rmfast_native.suffix_seen_keys(

@@ -74,7 +74,7 @@ class ModelOptions:
     device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, ...; default: a GPU if there is one.")] = None
     batch_tokens: Annotated[int | None, typer.Option(min=1, help="Most tokens that run at once.")] = None
     backend: Annotated[
-        Literal["cuda", "triton", "cpp", "eager"] | None, typer.Option(help="Default: see `rmfast explain`.")
+        Literal["cuda", "triton", "varlen", "cpp", "eager"] | None, typer.Option(help="Default: see `rmfast explain`.")
     ] = None
     invariant: Annotated[
         bool, typer.Option("--invariant", help="The same bits in any batch, or an error where that can't be promised.")

@@ -195,6 +195,8 @@ class Engine:
             return "eager attention goes through the BLAS"
         if attention == "cuda":
             return "a tile of the CUDA kernel holds rows of several texts"
+        if attention == "varlen":
+            return "torch's varlen_attn promises no bits"
         key = attention, torch.get_num_threads(), self.binding, self.binding.device, self._stored
         if key not in self._moves:
             with self.binding.session():

@@ -19,9 +19,11 @@ def sent(arrays: Sequence[np.ndarray], device: torch.device) -> list[Tensor]:
     return _in_one_copy(arrays, device)
 
 
+@torch.inference_mode(False)
 def _in_one_copy(arrays: list[np.ndarray], device: torch.device) -> list[Tensor]:
     """Views of one buffer. A copy of pageable memory would hold up the host until all kernels before it have run, once
-    for each array."""
+    for each array. No tensors of inference mode, which do not say when they change: attention keeps what it works out
+    of them for a chunk's other layers."""
     starts = np.cumsum([0, *(-(-array.nbytes // _ALIGNMENT) * _ALIGNMENT for array in arrays)]).tolist()
     buffer = torch.empty(starts[-1], dtype=torch.uint8, pin_memory=device.type == "cuda")
     bytes_of = buffer.numpy()

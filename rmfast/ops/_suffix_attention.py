@@ -62,11 +62,24 @@ def _cuda_refuses(*args):
     return cuda.refuses(*args)
 
 
+def _varlen():
+    from rmfast.kernels.suffix_attention import varlen
+
+    return varlen.forward
+
+
+def _varlen_refuses(*args):
+    from rmfast.kernels.suffix_attention import varlen
+
+    return varlen.refuses(*args)
+
+
 _backends.register(
     "suffix_attention",
-    refusals={"cuda": _cuda_refuses},
+    refusals={"cuda": _cuda_refuses, "varlen": _varlen_refuses},
     cuda=_cuda,
     triton=_triton,
+    varlen=_varlen,
     cpp=lambda: torch.ops.rmfast_native.suffix_attention.default,
     eager=lambda: _reference.forward,
 )

@@ -55,13 +55,20 @@ def test_rewards_and_values_have_the_bits_that_their_text_has_alone(family, dtyp
         assert all(map(torch.equal, rm.token_values(some, batch_tokens=budget), values))
 
 
-def test_the_cuda_kernel_of_attention_promises_no_bits(monkeypatch):
+@pytest.mark.parametrize(
+    ("name", "why"),
+    [
+        ("cuda", "a tile of the CUDA kernel holds rows of several texts"),
+        ("varlen", "torch's varlen_attn promises no bits"),
+    ],
+)
+def test_some_kernels_of_attention_promise_no_bits(name, why, monkeypatch):
     rm = RewardModel(M.decoder("llama"), invariant=True)
     engine = rm.packed_engine()
     assert engine.moves() is None
     runs = rmfast.backends.runs
-    monkeypatch.setattr(rmfast.backends, "runs", lambda op, on: "cuda" if op == "suffix_attention" else runs(op, on))
-    assert engine.moves() == "a tile of the CUDA kernel holds rows of several texts"
+    monkeypatch.setattr(rmfast.backends, "runs", lambda op, on: name if op == "suffix_attention" else runs(op, on))
+    assert engine.moves() == why
 
 
 @settings(max_examples=15, deadline=None)

@@ -34,6 +34,14 @@ def test_on_a_cpu_nothing_is_copied_and_elsewhere_all_at_once():
     )
 
 
+def test_what_is_sent_says_when_it_changes_in_inference_mode_too():
+    with torch.inference_mode():
+        there = uploads.sent(ARRAYS, META)
+        before = [t._version for t in there]
+        there[0].add_(1)
+    assert not any(t.is_inference() for t in there) and there[0]._version > before[0]
+
+
 def test_strided_arrays_are_sent_as_they_read():
     turned = np.arange(12).reshape(3, 4).T[::-1]
     assert uploads.sent([turned], CPU)[0].tolist() == turned.tolist()

@@ -295,7 +295,7 @@ def _models(w: SimpleNamespace) -> Iterator[Call]:
         head=(None, anything),
     )  # fmt: skip
     yield call("explain", rmfast.explain, op=(None, optional(instance(str))), device=(None, optional(instance(str))))
-    yield call("backend", _under, backend=("eager", optional(one_of("eager", "cpp", "triton", "cuda"))))
+    yield call("backend", _under, backend=("eager", optional(one_of("eager", "cpp", "triton", "varlen", "cuda"))))
     yield call("encode", rm.encode, **inputs, errors=("raise", one_of("raise", "return")), **ENCODING)
     yield call(
         "score", rm.score, **inputs, positions=([0, -1], optional(all_of(whole()))), **NORMALIZE, **OPTIONS, **ENGINE,

@@ -53,7 +53,7 @@ class Run:
 
     @property
     def backends(self) -> tuple[str, ...]:
-        return ("cpp", "eager") if self.rehearsal else ("triton", "cuda")
+        return ("cpp", "eager") if self.rehearsal else ("triton", "cuda", "varlen")
 
     def done(self) -> None:
         if self.device.type == "cuda":
@@ -260,7 +260,7 @@ def kernels(run: Run) -> None:
 
     def all_of_them() -> None:
         for name, call in calls.items():
-            for backend in run.backends if name == "suffix_attention" else run.backends[:1]:
+            for backend in run.backends[: 2 if name == "suffix_attention" else 1]:
                 with rmfast.backend(backend):
                     call()
         run.done()
