@@ -76,7 +76,8 @@ def _expect_there(path: Any, shared: dict[str, Any]) -> None:
         folder = os.path.join(path, shared.get("subfolder") or "")
         configs = ("config.json", "adapter_config.json")
         if "gguf_file" not in shared and not any(os.path.exists(os.path.join(folder, name)) for name in configs):
-            raise FileNotFoundError(f"Expected {folder} to hold a model or an adapter: it has no {' or '.join(configs)}")
+            lacks = " or ".join(configs)
+            raise FileNotFoundError(f"Expected {folder} to hold a model or an adapter: it has no {lacks}")
     elif not os.path.exists(path):
         try:
             validate_repo_id(os.fspath(path))
