@@ -84,7 +84,7 @@ def audit(
         with chosen_backend(options):
             result = collect(
                 run.load, found, model=name, settings=settings, kept=kept, facts=facts,
-                say=lambda name: typer.echo(f"rmfast: {name}", err=True), **encoding_of(options),
+                say=lambda name: typer.echo(f"rmfast: section {name}", err=True), **encoding_of(options),
             )  # fmt: skip
         result.save(output / "audit.json")
         page = render(result)
