@@ -37,7 +37,10 @@ def steps(
         Literal["sigmoid", "softmax", "none"] | None, typer.Option(help="Default: as the model's head says.")
     ] = None,
 ) -> None:
-    """Write every row with the rewards at its steps' ends: question and steps, or text with a tag behind each step."""
+    """Write every row with the rewards at its steps' ends.
+
+    Rows hold a question and its steps, or a text with a tag behind each step (see docs/steps.md).
+    """
     if options.truncation != "error":
         raise ValueError("Expected no --truncation, which would take steps away")
     if options.columns not in (None, "text"):
