@@ -91,7 +91,7 @@ class _Layout(Layout):
                 return mode
         raise ValueError(
             f"Expected columns {o.prompt_column}+{o.steps_column} or {o.text_column}, got {', '.join(data) or 'none'}; "
-            "see --steps-column and the like"
+            "--prompt-column, --steps-column and --text-column say what yours are called"
         )
 
 

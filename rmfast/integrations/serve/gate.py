@@ -90,7 +90,8 @@ class Gate:
         if (now := time.monotonic()) - self.told >= _TOLD:
             route = getattr(scope.get("route"), "path", "other")  # not the path, which a client writes
             others = f" ({self.untold - 1} others since the last line)" if self.untold > 1 else ""
-            logger.warning("%s: %d %s%s", route, refusal.status, " ".join(str(refusal).split()), others)
+            said = "".join(c if c.isprintable() else " " for c in str(refusal))  # clients' names of fields are in it
+            logger.warning("%s: %d %s%s", route, refusal.status, said, others)
             self.told, self.untold = now, 0
 
     def _check(self, scope: Scope) -> None:
