@@ -63,9 +63,8 @@ def test_a_stopped_audit_goes_on(folder, tmp_path, monkeypatch):
     monkeypatch.undo()
     done = audited(folder, tmp_path, written.pairs(40))
     assert done.exit_code == 0, done.output
-    assert [line for line in done.stderr.splitlines() if line in ("rmfast: lens", "rmfast: biases")] == [
-        "rmfast: biases"
-    ]
+    made = [line for line in done.stderr.splitlines() if line.startswith("rmfast: section ")]
+    assert "rmfast: section biases" in made and "rmfast: section lens" not in made
 
 
 def test_another_revision_of_a_model_on_the_hub_is_not_mixed_in(folder, tmp_path, monkeypatch):
