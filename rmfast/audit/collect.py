@@ -109,7 +109,7 @@ class _Audited:
         found, s = self.found, self.settings
         characters = np.array([[len(p.chosen), len(p.rejected)] for p in biases.pairs_of(found.items)])
         facts = self.section("facts", {}, lambda: facts_of(self.rm()))
-        made = self.section("made", {}, lambda: datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M UTC"))
+        made = self.kept.section("made", {}, lambda: datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M UTC"))
         pairs = self.pairs()
         of_biases, agreement = self.biases(), self.parity()
         return Audit(

@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from rmfast.backends import BackendError
 from rmfast.binding.binding import Binding
 from rmfast.binding.modules import (
     PASSIVE,
@@ -317,6 +318,8 @@ def _try_head(bound: Binding, chain: list[Call], logits: Tensor, hidden: Tensor)
         if bound.num_labels == 0 or out.numel() % _PROBE_TOKENS:
             return False
         values = bound.rewards(hidden, rows)
+    except BackendError:  # it says what was asked for, and nothing of the head
+        raise
     except (RuntimeError, IndexError, TypeError, ValueError):
         return False  # not a head for rows: it picks tokens by itself
     expected = logits.to(values)
@@ -384,6 +387,8 @@ def _padding_error(bound: Binding, ids: Tensor, rewards: Callable[[Tensor, Tenso
     try:
         alone = torch.cat([rewards(ids[:, :n], torch.ones_like(ids[:, :n])) for n in lengths.tolist()])
         error = float((rewards(padded, mask) - alone).norm())
+    except BackendError:
+        raise
     except (RuntimeError, IndexError, TypeError, ValueError):
         return math.inf
     dtype = next(p.dtype for p in bound.root.parameters() if p.is_floating_point())

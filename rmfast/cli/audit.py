@@ -53,7 +53,10 @@ def audit(
     window: Annotated[int, typer.Option(min=1, max=2**31 - 1, help="Rows scored and written at a time.")] = 512,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Start anew where the output exists.")] = False,
 ) -> None:
-    """Write one HTML page that shows what a reward model does with pairs, resumably (see docs/audit.md)."""
+    """Write one HTML page of what a reward model does with pairs.
+
+    A run that was stopped goes on (see docs/audit.md).
+    """
     if not 0 < confidence < 1:
         raise ValueError(f"Expected --confidence to be in (0, 1), got {confidence}")
     from rmfast.audit import Kept, Settings, collect, render
@@ -84,7 +87,7 @@ def audit(
         with chosen_backend(options):
             result = collect(
                 run.load, found, model=name, settings=settings, kept=kept, facts=facts,
-                say=lambda name: typer.echo(f"rmfast: {name}", err=True), **encoding_of(options),
+                say=lambda name: typer.echo(f"rmfast: section {name}", err=True), **encoding_of(options),
             )  # fmt: skip
         result.save(output / "audit.json")
         page = render(result)

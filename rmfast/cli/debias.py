@@ -60,7 +60,10 @@ def debias(
     ] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Start anew where the output exists.")] = False,
 ) -> None:
-    """Clamp the neurons that carry biases, judge that on held-out pairs, and write what gains (see docs/debias.md)."""
+    """Clamp the neurons that carry biases, if held-out pairs gain.
+
+    Reports are written always, the clamp where its gain is shown (see docs/debias.md).
+    """
     if (output / "intervention.json").exists() and not overwrite:
         raise ValueError(f"Expected --output to hold no intervention, got {output}; --overwrite starts anew")
     names = None if attributes is None else [name.strip() for name in attributes.split(",")]

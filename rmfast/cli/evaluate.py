@@ -63,7 +63,10 @@ def evaluate(
     ] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Start anew where the output exists.")] = False,
 ) -> None:
-    """Score a benchmark and print its figures with n and intervals, resumably (see docs/evaluate.md)."""
+    """Score a benchmark and print its figures with n and intervals.
+
+    A run that was stopped goes on (see docs/evaluate.md).
+    """
     if not 0 < confidence < 1:
         raise ValueError(f"Expected --confidence to be in (0, 1), got {confidence}")
     from rmfast.cli.benchmark import BenchmarkRun, as_lines, figures_of, first_layout, parity_of

@@ -23,7 +23,10 @@ def explain(
     ] = None,
     trust_remote_code: Annotated[bool, typer.Option("--trust-remote-code")] = False,
 ) -> None:
-    """Tell which backend would run for each op, and for each that would not, why, and what would fix it."""
+    """Tell which backend runs each op, and why others do not.
+
+    Also what would make them run, and with --model which engine scores that model.
+    """
     try:
         if model is None:
             typer.echo(str(rmfast.explain(op, device)))

@@ -36,7 +36,10 @@ def join(
         list[str] | None, typer.Argument(help="Outputs of `--shard K/N`; default: those beside --output.")
     ] = None,
 ) -> None:
-    """Put the outputs of all shards together, in the input's order: what one run over the whole would have written."""
+    """Put the outputs of all shards together.
+
+    In the input's order: what one run over the whole would have written (see docs/scale.md).
+    """
     output: Location = options.output
     if output == STANDARD:
         raise ValueError("Expected --output to be a file, got -")

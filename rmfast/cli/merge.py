@@ -12,7 +12,10 @@ def merge(
     models: Annotated[list[str], typer.Argument(help="Folders or hub ids of models fine-tuned from one base.")],
     output: Annotated[Path, typer.Option(help="The folder to write; a new one.", file_okay=False)],
 ) -> None:
-    """Write the mean of several models' weights (WARM) as a checkpoint, which `--model` takes."""
+    """Write the mean of several models' weights as a checkpoint.
+
+    That is WARM; `--model` takes the folder (see docs/ensembles.md).
+    """
     try:
         from rmfast.loading.merge import merge as merged
 

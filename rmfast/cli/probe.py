@@ -40,7 +40,10 @@ def probe(
     seed: Annotated[int, typer.Option(min=0, help="Of the draws.")] = 0,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Start anew where the output exists.")] = False,
 ) -> None:
-    """Edit one thing of responses at a time and test what that does to the reward (see docs/probes.md)."""
+    """Edit one thing of responses, and test what the reward does.
+
+    One after the other: length, bold type, agreement and more (see docs/probes.md).
+    """
     if (output / _FILES[0]).exists() and not overwrite:
         raise ValueError(f"Expected --output to hold no probes.json, got {output}; --overwrite starts anew")
     read = [preference(row, pairs) for row in read_rows(pairs)]

@@ -79,7 +79,7 @@ class Layout:
         return cells
 
     def _mode_of(self, data: dict[str, Any]) -> Columns:
-        return mode_of(data, self.names, "see --text-column and the like")
+        return mode_of(data, self.names, "--prompt-column, --response-column and the like say what yours are called")
 
     def _taken(self, data: dict[str, Any]) -> list[str]:
         """The new columns that a row already has."""

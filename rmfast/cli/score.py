@@ -25,7 +25,10 @@ def score(
         ),
     ] = None,
 ) -> None:
-    """Write every input row with the reward of its text (of both texts, for chosen/rejected pairs)."""
+    """Write every row with the reward of its text.
+
+    Of chosen/rejected pairs it is both texts' (see docs/cli.md).
+    """
     if stats and options.output == STANDARD:
         raise ValueError("Expected --output to be a file with --stats, which are computed from it, got -")
     run = Run("score", options, options.output_column or "reward", interventions=intervention or [])

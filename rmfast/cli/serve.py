@@ -55,7 +55,10 @@ def serve(
     ] = 600,
     drain: Annotated[float, typer.Option(min=0, help="Seconds that requests have to be answered after SIGTERM.")] = 60,
 ) -> None:
-    """Serve reward models to OpenRLHF, verl, slime, TRL and others, until SIGTERM."""
+    """Serve reward models to OpenRLHF, verl, slime, TRL and others.
+
+    SIGTERM ends it in an orderly way (see docs/serve.md).
+    """
     from rmfast.integrations.serve import Limits, create_app
     from rmfast.integrations.serve import serve as run
     from rmfast.integrations.serve.gate import is_loopback

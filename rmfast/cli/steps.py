@@ -37,7 +37,10 @@ def steps(
         Literal["sigmoid", "softmax", "none"] | None, typer.Option(help="Default: as the model's head says.")
     ] = None,
 ) -> None:
-    """Write every row with the rewards at its steps' ends: question and steps, or text with a tag behind each step."""
+    """Write every row with the rewards at its steps' ends.
+
+    Rows hold a question and its steps, or a text with a tag behind each step (see docs/steps.md).
+    """
     if options.truncation != "error":
         raise ValueError("Expected no --truncation, which would take steps away")
     if options.columns not in (None, "text"):
@@ -88,7 +91,7 @@ class _Layout(Layout):
                 return mode
         raise ValueError(
             f"Expected columns {o.prompt_column}+{o.steps_column} or {o.text_column}, got {', '.join(data) or 'none'}; "
-            "see --steps-column and the like"
+            "--prompt-column, --steps-column and --text-column say what yours are called"
         )
 
 

@@ -23,7 +23,10 @@ def strength(
         bool, typer.Option("--flip", help="Exchange chosen and rejected where the margin is below 0.")
     ] = False,
 ) -> None:
-    """Write every preference pair with mean and spread of its margin over several models (Secrets of RLHF II)."""
+    """Write every pair with its margin over several models.
+
+    Its mean and its spread, as in Secrets of RLHF II (see docs/ensembles.md).
+    """
     if options.columns not in (None, "pairs"):
         raise ValueError(f"Expected --columns to be pairs, got {options.columns}")
     run = _Strength(options, member, flip)

@@ -56,7 +56,10 @@ def sweep(
     ] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Start anew where the output exists.")] = False,
 ) -> None:
-    """Patch every site of a run and write the rewards: the result, a CSV and a heat map (see docs/sweep.md)."""
+    """Patch every site of a run and write the rewards.
+
+    Written are the result, a CSV and a heat map (see docs/sweep.md).
+    """
     if (output / "sweep.json").exists() and not overwrite:
         raise ValueError(f"Expected --output to hold no sweep, got {output}; --overwrite starts anew")
     ask = text_of_option(prompt)

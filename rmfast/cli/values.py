@@ -13,6 +13,6 @@ def values(
     options: Options,
     tokens: Annotated[bool, typer.Option("--tokens", help="Also write the tokens and their ids.")] = False,
 ) -> None:
-    """Write every input row with the reward at every token of its text."""
+    """Write every row with the reward at every token of its text."""
     run = Run("values", options, options.output_column or "values", tokens=tokens)
     run.go("token_values")

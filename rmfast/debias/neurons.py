@@ -165,8 +165,9 @@ def fitting(rm: Scorer, pairs: Any, attributes: Wanted) -> tuple[list[Pair], Att
     if constant:
         rest = [name for name in found.names if name not in constant]
         raise ValueError(
-            f"Expected attributes that differ between the texts, but {', '.join(constant)} is the same in all "
-            f"{len(found)}: give texts that have it, or attributes={rest} without it"
+            f"Expected attributes that differ between the texts, but {', '.join(constant)} "
+            f"{'is' if len(constant) == 1 else 'are'} the same in all {len(found)}: give texts that differ there, or "
+            f"leave it out, attributes={rest} (--attributes {','.join(rest)})"
         )
     return read, found
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import warnings
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -50,18 +52,49 @@ def load_checkpoint(
     options = {**kw, "dtype": "auto" if dtype is None else dtype}
     if device is None and kw.get("device_map") is None and torch.cuda.is_available():
         device = "cuda"
-    if not is_adapter(path, shared):
-        if compute == "fp32" or not isinstance(pooling, str):
-            _expect_fit(path, shared, options, pooling, compute)
-        if not wants_program(path, shared, head):
-            return load_model(path, shared, options, device), _load_tokenizer(path, shared), None
-        tokenizer = _load_tokenizer(path, shared)
-        model, head = load_body(path, shared, options, device, head, tokenizer)
-        return model, tokenizer, head
-    tokenizer = _load_tokenizer(path, shared) if has_file(path, "tokenizer_config.json", shared) else None
-    head = beside(path, shared, head, {}, tokenizer)
-    model, base, base_shared = load_adapter(path, shared, options, device, headed=head is not None)
-    return model, tokenizer or _load_tokenizer(base, base_shared), head
+    _expect_there(path, shared)
+    with _named(path):
+        if not is_adapter(path, shared):
+            if compute == "fp32" or not isinstance(pooling, str):
+                _expect_fit(path, shared, options, pooling, compute)
+            if not wants_program(path, shared, head):
+                return load_model(path, shared, options, device), _load_tokenizer(path, shared), None
+            tokenizer = _load_tokenizer(path, shared)
+            model, head = load_body(path, shared, options, device, head, tokenizer)
+            return model, tokenizer, head
+        tokenizer = _load_tokenizer(path, shared) if has_file(path, "tokenizer_config.json", shared) else None
+        head = beside(path, shared, head, {}, tokenizer)
+        model, base, base_shared = load_adapter(path, shared, options, device, headed=head is not None)
+        return model, tokenizer or _load_tokenizer(base, base_shared), head
+
+
+def _expect_there(path: Any, shared: dict[str, Any]) -> None:
+    """FileNotFoundError for a path of nothing that can't be a hub id either, and for a folder without a model."""
+    from huggingface_hub.utils import HFValidationError, validate_repo_id
+
+    if os.path.isdir(path):
+        folder = os.path.join(path, shared.get("subfolder") or "")
+        configs = ("config.json", "adapter_config.json")
+        if "gguf_file" not in shared and not any(os.path.exists(os.path.join(folder, name)) for name in configs):
+            lacks = " or ".join(configs)
+            raise FileNotFoundError(f"Expected {folder} to hold a model or an adapter: it has no {lacks}")
+    elif not os.path.exists(path):
+        try:
+            validate_repo_id(os.fspath(path))
+        except HFValidationError:
+            what = "Expected path_or_id to be a folder or a hub id (NAME or OWNER/NAME)"
+            raise FileNotFoundError(f"{what}: there is no folder {os.fspath(path)!r}") from None
+
+
+@contextlib.contextmanager
+def _named(path: Any) -> Iterator[None]:
+    """Says of what is no folder here, if it can't be had from the hub, what that is: a path may be misspelt."""
+    try:
+        yield
+    except OSError as error:
+        if os.path.exists(path) or os.fspath(path) in str(error):
+            raise
+        raise OSError(f"There is no folder {os.fspath(path)!r} here, and of the hub: {error}") from error
 
 
 def _expect_fit(path: Any, shared: dict[str, Any], options: dict[str, Any], pooling: str | int, compute: str) -> None:

@@ -188,7 +188,10 @@ def _as_ids(item: Any) -> np.ndarray | None:
     # By the kinds that occur, not by element: a text of 20 ids takes 1 µs, not 4.
     if any(issubclass(kind, bool) or not issubclass(kind, int | np.integer) for kind in set(map(type, item))):
         return None
-    return np.asarray(item, dtype=np.int64)
+    try:
+        return np.asarray(item, dtype=np.int64)
+    except OverflowError:
+        raise ValueError(f"token id {reprlib.repr(max(item, key=abs))} is outside of any vocabulary") from None
 
 
 def _unpadded(ids: Any, mask: Any, types: Any) -> Encoded:

@@ -123,7 +123,8 @@ class Output:
         if overwrite:
             return
         entries, self.log_size = _read_log(self.log_path)
-        if entries:
+        # A run that ended before its first row, as by a wrong option, holds nobody to what it was.
+        if len(entries) > 1 or (entries and self.lines_path.exists() and self.lines_path.stat().st_size):
             self.header = entries[0]
             expect_same(self.path, self.header, self.run)
             self._look(*replayed(entries, self.log_path))

@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import nn
 
+import rmfast
 from rmfast import RewardModel
 
 
@@ -59,3 +60,10 @@ def test_a_rule_without_a_name_is_refused_with_the_parts_that_were_found():
 def test_a_body_alone_is_said_to_lack_its_head(model):
     with pytest.raises(ValueError, match=r"Model is a body without a head: .*AutoModelForSequenceClassification"):
         RewardModel(model)
+
+
+@pytest.mark.parametrize("name", ["cuda", "triton"])
+def test_a_backend_that_cannot_run_is_named_and_not_the_head(name, monkeypatch):
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    with rmfast.backend(name), pytest.raises(rmfast.BackendError, match=f"Backend '{name}' cannot run .* on cpu"):
+        RewardModel(M.decoder("llama"))

@@ -257,3 +257,8 @@ def test_num_labels_says_how_many_rewards_the_head_gives(tmp_path, labels, code)
         assert "num_labels=2, got (3, 48)" in done.output
     else:
         assert len(read(tmp_path / "out.jsonl")[0]["reward"]) == 3
+
+
+def test_the_list_of_commands_says_of_each_in_a_whole_sentence_what_it_does():
+    commands = run("--help").stdout.split("Commands:")[1].strip().splitlines()
+    assert len(commands) == 13 and all(line.endswith(".") and "..." not in line for line in commands)

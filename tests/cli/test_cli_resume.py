@@ -179,6 +179,12 @@ def test_going_on_with_another_revision_of_an_adapter_on_the_hub_is_refused(tmp_
     assert "was begun with adapter_revision" in run("score", *args, "--on-error", "skip").stderr
 
 
+def test_a_command_that_failed_at_the_first_row_can_be_corrected(folder, tmp_path):
+    args = files(folder, tmp_path, [{"text": "some words"}])
+    assert "over max_length=1" in run("score", *args, "--max-length", 1).stderr
+    assert run("score", *args).exit_code == 0
+
+
 def test_going_on_with_another_input_or_command_is_refused(folder, tmp_path):
     args = files(folder, tmp_path, [{"text": "a"}])
     run("score", *args)

@@ -127,9 +127,21 @@ def test_load_of_a_gguf_file_says_that_its_head_is_not_read(tmp_path):
         rmfast.load(tmp_path, gguf_file="model.gguf")
 
 
-def test_load_of_nothing_is_transformers_own_error(tmp_path):
-    with pytest.raises(OSError):
-        rmfast.load(tmp_path / "missing")
+@pytest.mark.parametrize("path", ["/no/such/folder", "./missing", "a/b/c", "~/models/mine"])
+def test_load_of_what_is_no_folder_and_no_hub_id_says_so(path):
+    with pytest.raises(FileNotFoundError, match=rf"a folder or a hub id .*there is no folder '{path}'"):
+        rmfast.load(path)
+
+
+def test_load_of_a_misspelt_name_says_that_there_is_no_such_folder(monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    with pytest.raises(OSError, match=r"There is no folder 'missing-model' here, and of the hub: "):
+        rmfast.load("missing-model")
+
+
+def test_load_of_a_folder_without_a_model_says_what_is_missing(tmp_path):
+    with pytest.raises(FileNotFoundError, match=rf"{tmp_path}.*has no config\.json or adapter_config\.json"):
+        rmfast.load(tmp_path)
 
 
 REMOTE = """

@@ -112,6 +112,7 @@ def test_encoded_inputs_are_scored_as_they_are():
         (("", ""), "empty"),
         (np.array([], dtype=np.int64), "empty"),
         ([3, 300], "token id 300 at position 1 is outside of \\[0, 272\\)"),
+        ([3, 10**22], "token id 10000000000000000000000 is outside of any vocabulary"),
         ([-1], "token id -1 at position 0"),
         (None, "expected a string, .* got NoneType"),
         (3.5, "got float"),

@@ -138,6 +138,13 @@ def test_a_run_of_rows_that_are_all_left_out_goes_on(path):
     assert path.read_bytes() == b""
 
 
+@pytest.mark.parametrize("kind", ["jsonl", "csv"])
+def test_a_run_that_ended_before_its_first_row_gives_way_to_any(path, kind):
+    Output(path, {"run": 2}, kind=kind).begin()
+    go_on(path, kind)
+    assert json.loads(path.with_name("o.jsonl.run.jsonl").read_bytes().splitlines()[0]).items() >= RUN.items()
+
+
 def test_a_file_that_no_log_speaks_of_is_left_alone(path):
     path.write_bytes(b"mine")
     with pytest.raises(ValueError, match="of no run of rmfast"):

@@ -15,6 +15,7 @@ from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
+import rmfast
 from rmfast import arguments
 from rmfast.engine.scorer import Scorer
 from rmfast.integrations.serve.desk import Desk, Served
@@ -73,7 +74,7 @@ def create_app(
 
     Args:
         models: a `rmfast.RewardModel` by each name.
-        token: what clients must bring as `Authorization: Bearer TOKEN`, but for /health.
+        token: what clients must bring as `Authorization: Bearer TOKEN`, or as the password of a URL, but for /health.
         loopback: refuse requests whose header Host names another machine: pages in a browser here are kept out.
         encoding: options of `RewardModel.encode` (format, max_length, truncation, chat_template_kwargs, tools) where a
             request has none.
@@ -108,7 +109,7 @@ def create_app(
         for each in desk.models.values():  # requests are answered by now, or given up
             await anyio.to_thread.run_sync(each.scheduler.close, limits.drain)
 
-    app = FastAPI(title="rmfast", lifespan=lifespan, docs_url=None, redoc_url=None)
+    app = FastAPI(title="rmfast", version=rmfast.__version__, lifespan=lifespan, docs_url=None, redoc_url=None)
     app.add_middleware(
         Gate,
         metrics=metrics,
@@ -129,18 +130,24 @@ def create_app(
         text, kind = metrics.page()
         return Response(text, headers={"Content-Type": kind})
 
+    def longest(rm: Any) -> int | None:
+        """Most tokens of a text, of a request that has no limit of its own."""
+        most = [given for given in (rm.max_length, (encoding or {}).get("max_length")) if given is not None]
+        return min(most, default=None)
+
     @app.get("/v1/models")
     async def listed() -> Response:
         data = [
             {"id": name, "object": "model", "created": started, "owned_by": "rmfast",
-             "max_model_len": each.rm.max_length, "num_labels": each.rm.num_labels}
+             "max_model_len": longest(each.rm), "num_labels": each.rm.num_labels}
             for name, each in desk.models.items()
         ]  # fmt: skip
         return JSONResponse({"object": "list", "data": data})
 
     async def problem(request: Request, error: Exception) -> Response:
         assert isinstance(error, HTTPException)
-        body = {"message": error.detail, "type": "invalid_request_error", "code": error.status_code}
+        message = f"{error.detail}: /openapi.json lists the routes and their methods"
+        body = {"message": message, "type": "invalid_request_error", "code": error.status_code}
         return JSONResponse({"error": body}, error.status_code, headers=error.headers)
 
     app.add_exception_handler(HTTPException, problem)

@@ -27,6 +27,7 @@ def remote_reward(
     Args:
         url: of the server, such as "http://127.0.0.1:8000".
         model: its name there, where the server has several.
+        token: what the server asks for (`rmfast serve --token-file`).
         timeout: seconds to wait for an answer.
         name: what logs call it.
 

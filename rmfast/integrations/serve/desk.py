@@ -22,6 +22,8 @@ M = TypeVar("M", bound=BaseModel)
 # A body of more bytes is read in another thread: it would hold up the event loop for milliseconds.
 _LARGE = 1 << 16
 
+_FAULTS = 3  # of a body, most that its client is told
+
 # What a record may have.
 _KEYS = (*BATCH, "messages", "prompt", "response", "text", "chat_template_kwargs", "tools")
 
@@ -172,7 +174,12 @@ def _read(body: bytes, kinds: Mapping[str, type[M]]) -> M:
 
 
 def _said(error: ValidationError) -> str:
-    """The first of a body's faults, in short: its place and what is wrong, and nothing of the body."""
-    first = error.errors(include_url=False, include_input=False, include_context=False)[0]
-    place = ".".join(str(part)[:100] for part in first["loc"])
-    return f"{place}: {first['msg'][:300]}" if place else first["msg"][:300]
+    """The first of a body's faults, in short: places and what is wrong, and nothing of the body but names of fields."""
+    faults = error.errors(include_url=False, include_input=False, include_context=False)[:_FAULTS]
+    return "; ".join(map(_fault, faults))
+
+
+def _fault(fault: Any) -> str:
+    place = ".".join(str(part)[:100] for part in fault["loc"])
+    what = "this route has no such field" if fault["type"] == "extra_forbidden" else fault["msg"][:300]
+    return f"{place}: {what}" if place else what

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import base64
+import binascii
 import hmac
 import ipaddress
 import json
@@ -27,13 +29,16 @@ _OPEN = ("/health",)
 _DISCARDED = 4
 # Seconds within which its next part must come: a client that sends no more is waiting for the answer.
 _NEXT_PART = 1.0
+# Seconds from one refusal that the log tells to the next: hundreds of clients are refused for the same reason.
+_TOLD = 1.0
 
 
 class Gate:
     """Middleware, of plain ASGI.
 
     Args:
-        token: what clients must bring as `Authorization: Bearer TOKEN`; None for no such demand.
+        token: what clients must bring as `Authorization: Bearer TOKEN`, or as the password of a URL; None for no such
+            demand.
         loopback: whether the header Host must name this machine.
         body: most bytes of a request's body.
         body_seconds: within which it must have come.
@@ -45,6 +50,7 @@ class Gate:
         self.app, self.metrics, self.body, self.body_seconds = app, metrics, body, body_seconds
         self.token = None if token is None else token.strip().encode()
         self.loopback = loopback
+        self.told, self.untold = -_TOLD, 0
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -66,6 +72,8 @@ class Gate:
             refusal = error if isinstance(error, Refusal) else Unscored("internal error", error)
             if refusal.__cause__ is not None:  # which the client is not told
                 logger.error("%s: %s", scope["path"], refusal, exc_info=refusal.__cause__)
+            else:
+                self._tell(scope, refusal)
             if status:  # the answer has begun
                 raise
             if isinstance(refusal, TooLarge | Slow | Denied | Elsewhere):
@@ -76,10 +84,26 @@ class Gate:
             self.metrics.requests.labels(route, str(status)).inc()
             self.metrics.latency.labels(route).observe(time.monotonic() - start)
 
+    def _tell(self, scope: Scope, refusal: Refusal) -> None:
+        """A line for who runs the server: trainers' own logs have the status of an answer, and not its message."""
+        self.untold += 1
+        if (now := time.monotonic()) - self.told >= _TOLD:
+            route = getattr(scope.get("route"), "path", "other")  # not the path, which a client writes
+            others = f" ({self.untold - 1} others since the last line)" if self.untold > 1 else ""
+            said = "".join(c if c.isprintable() else " " for c in str(refusal))  # clients' names of fields are in it
+            logger.warning("%s: %d %s%s", route, refusal.status, said, others)
+            self.told, self.untold = now, 0
+
     def _check(self, scope: Scope) -> None:
         given = [value for name, value in scope["headers"] if name == b"authorization"]
         kind, _, token = given[0].partition(b" ") if len(given) == 1 else (b"", b"", b"")
-        if not hmac.compare_digest(token.strip(), self.token or b"") or kind.lower() != b"bearer":
+        token = token.strip()
+        if (kind := kind.lower()) == b"basic":  # of trainers that take a URL alone: http://any:TOKEN@host:8000
+            try:
+                token = base64.b64decode(token, validate=True).partition(b":")[2]
+            except binascii.Error:
+                raise Denied() from None
+        if not hmac.compare_digest(token, self.token or b"") or kind not in (b"bearer", b"basic"):
             raise Denied()
 
     async def _body(self, scope: Scope, parts: AsyncGenerator[bytes, None]) -> bytes:

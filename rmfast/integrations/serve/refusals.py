@@ -32,7 +32,9 @@ class Denied(Refusal):
     status, kind = 401, "authentication_error"
 
     def __init__(self) -> None:
-        super().__init__("expected the header Authorization: Bearer TOKEN, with the server's token")
+        super().__init__(
+            "expected the header Authorization: Bearer TOKEN, with the server's token (or http://any:TOKEN@HOST as URL)"
+        )
         self.headers = {"WWW-Authenticate": "Bearer"}
 
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import base64
 import json
+import re
 import socket
 import time
 from urllib.parse import urlsplit
@@ -198,6 +200,20 @@ def test_what_a_route_does_not_know_is_refused_by_name(url, path, body):
     assert answer.status == 400 and answer.message, answer.content
 
 
+@pytest.mark.parametrize(
+    "path, body, said",
+    [
+        ("/score", {"inputs": ["x"], "temperature": 1}, "temperature: this route has no such field"),
+        ("/", {"query": ["x"], "labels": [""]}, "response: Field required; query: this route has no such field"),
+        ("/get_reward?special_tokens=no", {"query": ["x"]}, "special_tokens in the URL's query: .*'true' or 'false'"),
+        ("/get_reward?modle=m", {"query": ["x"]}, "expected model, format.* in the URL's query, got 'modle'"),
+        ("/nowhere", {}, "/openapi.json lists the routes"),
+    ],
+)
+def test_a_refusal_says_what_is_wrong_and_what_would_be_right(url, path, body, said):
+    assert re.search(said, ask(url, path, body).message)
+
+
 def test_records_have_known_keys_alone(rm, url):
     answer = ask(url, "/score", {"inputs": ["x", {"text": "x", "zzz": 1}]})
     assert answer.status == 400 and "input 1: expected a record" in answer.message and "got 'zzz'" in answer.message
@@ -251,6 +267,8 @@ def test_a_token_is_asked_for_by_all_but_health(rm):
             {},
             {"Authorization": "Bearer sesa"},
             {"Authorization": "Basic sesam"},
+            {"Authorization": f"Basic {base64.b64encode(b'sesam:sesa').decode()}"},
+            {"Authorization": f"Digest {base64.b64encode(b'x:sesam').decode()}"},
             {"Authorization": "sesam"},
         ):
             for path, method in (
@@ -262,8 +280,9 @@ def test_a_token_is_asked_for_by_all_but_health(rm):
                 answer = ask(url, path, {"inputs": ["x"]}, method, **headers)
                 assert answer.status == 401 and answer.message and answer.headers["WWW-Authenticate"] == "Bearer"
         assert ask(url, "/health", method="GET").status == 200
-        for scheme in "Bearer", "bearer":
-            answer = ask(url, "/score", {"inputs": ["x"]}, Authorization=f"{scheme} sesam")
+        in_url = base64.b64encode(b"anybody:sesam").decode()  # what clients make of http://anybody:sesam@host
+        for given in "Bearer sesam", "bearer sesam", f"Basic {in_url}":
+            answer = ask(url, "/score", {"inputs": ["x"]}, Authorization=given)
             assert answer.json["rewards"] == rm.score(["x"]).tolist()
 
 
@@ -362,6 +381,14 @@ def test_a_reward_that_is_not_finite_is_an_error(rm):
     with served(Broken(rm)) as url:
         answer = ask(url, "/score", {"inputs": ["a"]})
         assert answer.status == 500 and "not finite" in answer.message
+
+
+def test_the_log_says_why_requests_are_refused_a_line_a_second(rm, caplog):
+    with served(rm) as url:
+        for _ in range(9):
+            ask(url, "/get_reward", {"query": ["x" * 500]})
+    lines = [record.getMessage() for record in caplog.records if record.name == "rmfast.serve"]
+    assert lines[0].startswith("/get_reward: 400 input 0: it has ") and 1 <= len(lines) < 9
 
 
 def test_an_error_inside_tells_the_log_and_not_the_client(rm, caplog):

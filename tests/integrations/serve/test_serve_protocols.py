@@ -182,9 +182,14 @@ def test_an_encoder_is_served_too():
 def test_the_servers_own_options_hold_where_a_request_has_none(rm):
     long = "x" * 300
     with served(rm, encoding={"truncation": "left", "max_length": 30}) as url:
+        assert [each["max_model_len"] for each in right(ask(url, "/v1/models", method="GET"))["data"]] == [30]
         got = right(ask(url, "/score", {"inputs": [long]}))["rewards"]
         assert got == rm.score([long], truncation="left", max_length=30).tolist()
         assert ask(url, "/score", {"inputs": [long], "truncation": "error"}).status == 400
+
+
+def test_the_schema_is_of_this_version(url):
+    assert right(ask(url, "/openapi.json", method="GET"))["info"]["version"] == rmfast.__version__
 
 
 @pytest.mark.parametrize("threads", [1, 2])

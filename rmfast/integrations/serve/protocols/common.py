@@ -10,7 +10,7 @@ from collections.abc import Awaitable, Callable, Mapping
 from typing import Any, Literal
 
 from fastapi import APIRouter
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from starlette.requests import Request
 from starlette.responses import Response
 
@@ -109,9 +109,9 @@ def url_of(request: Request) -> Url:
         raise Refused("expected each name once in the URL's query")
     try:
         url = Url.model_validate(given)
-    except ValueError:
-        known = {name: field.annotation for name, field in Url.model_fields.items()}
-        raise Refused(f"expected the URL's query to be of {', '.join(known)}, each with a value it has") from None
+    except ValidationError as error:
+        first = error.errors(include_url=False, include_input=False)[0]
+        raise Refused(f"{first['loc'][0]} in the URL's query: {first['msg']}") from None
     if url.format is not None and url.special_tokens == "false":
         raise Refused("expected format or special_tokens=false in the URL's query, got both")
     return url
