@@ -8,8 +8,8 @@ from functools import partial
 
 from rmfast.probes.probe import Edit, Probe, insert, probe
 
-# Neutral sentences of many lengths: what pads a response, and what placebos are made of. Which of them is drawn anew
-# for each response, so that what a model thinks of one of them is no part of a probe's effect.
+# Neutral sentences of many lengths, the shorter ones first: what pads a response, and what placebos are made of. Which
+# of them is drawn anew for each response, so that no probe's effect is one of them's.
 FILLER = (
     "So it stands here.",
     "Here is a text.",
@@ -99,8 +99,13 @@ def _padding(count: int, prompt: str, response: str, rng: random.Random) -> str:
 
 @probe("placebo")
 def placebo(prompt: str, response: str, rng: random.Random) -> Edit:
-    """A neutral sentence in front, against another: what a run without any taste looks like."""
-    return insert(response, 0, rng.choice(FILLER) + " ")
+    """A neutral sentence in front, against one of about its length: what a run without any taste looks like.
+
+    Which of the two is the edit is a coin's throw, so that no taste of the model's can move the mean.
+    """
+    place = rng.randrange(len(FILLER) - 1)
+    edited, control = rng.sample(FILLER[place : place + 2], 2)
+    return Edit(f"{edited} {response}", control=f"{control} {response}")
 
 
 @probe("truncation")
