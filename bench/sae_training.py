@@ -6,6 +6,8 @@ chosen by activation times norm, clipping and auxiliary loss as SAELens 6 has th
 held dead where shape["dead"] is not 0: they are so again at each call.
 - dense: that step as published, written out in PyTorch (autograd, `torch.topk`, a dense decoder), with Adam as SAELens
   makes it and with torch's fused one;
+- sparse decoder: the same by a careful user, with `embedding_bag` of the k features for the decoder, dead latents by
+  themselves and the fused Adam; the encoder's gradients are dense still, as autograd of `torch.topk` makes them;
 - SAELens: `SAETrainer.step` itself where it is installed (its use_sparse_activations has no backward on a CPU).
 In bf16 the rows are bf16 and products rounded to it, for the baselines by autocast, as SAELens' `autocast=True`.
 The machine's limit is the one product that a sparse step can't go without, the encoder's.
@@ -103,7 +105,7 @@ class Dense:
         self.idle = torch.zeros(p.recipe.features, device=p.device)
 
     def losses(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Loss, weighted auxiliary loss, and the activations."""
+        """Loss, weighted auxiliary loss, and which features were active, (F,)."""
         p, x = self.p, x.to(self.W_dec.dtype)
         self.idle[p.dead] = p.recipe.dead_after + 1
         dead = self.idle > p.recipe.dead_after
@@ -114,20 +116,20 @@ class Dense:
         out = features * (1 / norm) @ self.W_dec + self.b_dec
         loss = (out - x).square().sum(-1).mean()
         if not (count := int(dead.sum())):
-            return loss, loss.new_zeros(()), features
+            return loss, loss.new_zeros(()), features.bool().any(0)
         k_aux = x.size(-1) // 2
         best = torch.where(dead[None], pre, -torch.inf).topk(min(k_aux, count), sorted=False)
         some = torch.zeros_like(pre).scatter(-1, best.indices, best.values)
         made = some * (1 / norm) @ self.W_dec
         aux = (made - (x - out).detach()).square().sum(-1).mean()
-        return loss, p.recipe.aux * min(count / k_aux, 1) * aux, features
+        return loss, p.recipe.aux * min(count / k_aux, 1) * aux, features.bool().any(0)
 
     def step(self, x: Tensor) -> Tensor:
         with torch.autocast(self.p.device.type, torch.bfloat16, enabled=self.half):
-            loss, aux, features = self.losses(x)
+            loss, aux, active = self.losses(x)
             with torch.no_grad():
                 self.idle += 1
-                self.idle[features.bool().any(0)] = 0
+                self.idle[active] = 0
         (loss + aux).backward()
         torch.nn.utils.clip_grad_norm_(self.parameters, 1.0)
         self.adam.step()
@@ -135,8 +137,40 @@ class Dense:
         return torch.stack((loss.detach().double(), aux.detach().double()))
 
 
+class Sparse(Dense):
+    """The step with what PyTorch has for it: three dense products in place of six."""
+
+    def losses(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        p, x = self.p, x.to(self.W_dec.dtype)
+        self.idle[p.dead] = p.recipe.dead_after + 1
+        dead = (self.idle > p.recipe.dead_after).nonzero()[:, 0]
+        norm = self.W_dec.norm(dim=-1)
+        pre = ((x - self.b_dec) @ self.W_enc + self.b_enc) * norm
+        best = torch.topk(pre, p.k, dim=-1, sorted=False)
+        values = (best.values.relu() / norm[best.indices]).to(self.W_dec.dtype)
+        decoded = torch.nn.functional.embedding_bag(best.indices, self.W_dec, mode="sum", per_sample_weights=values)
+        out = decoded + self.b_dec
+        loss = (out - x).square().sum(-1).mean()
+        active = torch.zeros(len(norm), dtype=torch.bool, device=x.device)
+        active[best.indices[values > 0]] = True
+        if not len(dead):
+            return loss, loss.new_zeros(()), active
+        k_aux = x.size(-1) // 2
+        some = pre[:, dead]
+        if len(dead) > k_aux:
+            largest = some.topk(k_aux, sorted=False)
+            some = torch.zeros_like(some).scatter(-1, largest.indices, largest.values)
+        made = some * (1 / norm[dead]) @ self.W_dec[dead]
+        aux = (made - (x - out).detach()).square().sum(-1).mean()
+        return loss, p.recipe.aux * min(len(dead) / k_aux, 1) * aux, active
+
+
 def dense(**adam: Any) -> Maker:
     return lambda p: warmed(p, Dense(p, **adam).step)
+
+
+def sparse(p: Training) -> Callable[[Tensor], Tensor]:
+    return warmed(p, Sparse(p, fused=True).step)
 
 
 def saelens(p: Training) -> Callable[[Tensor], Tensor]:
@@ -177,7 +211,7 @@ def _row(name: str, dtype: str, dead: float = 0.0, least: float = 2.0) -> Benchm
         shape | {"n": 40, "d": 24, "F": 200, "k": 4},
         Training,
         ours,
-        {"dense": {"published": dense(), "fused Adam": dense(fused=True)}, **_PEERS},
+        {"dense": {"published": dense(), "fused Adam": dense(fused=True)}, "sparse decoder": {"": sparse}, **_PEERS},
         limit={"cpu": "gemm", "cuda": "gemm"},
         targets={"cpu": {"dense": least, **dict.fromkeys(_PEERS, least), "memory": 0.5}},
         rounds=(3, 10),

@@ -21,6 +21,7 @@ import demo_data
 import numpy as np
 import torch
 import transformers
+from scipy.stats import binomtest
 
 import rmfast
 from rmfast import debias, probes
@@ -115,16 +116,20 @@ def triples(rows: list[dict[str, str]]) -> list[tuple[str, str, str]]:
 def introduced(page: Page, rm: rmfast.RewardModel, rows: list[dict[str, str]]) -> None:
     texts = [(row["prompt"], row[side]) for row in rows for side in ("chosen", "rejected")]
     chosen, rejected = rm.score(texts).view(-1, 2).unbind(1)
+    right = binomtest(int((chosen > rejected).sum()), len(rows))
+    low, high = right.proportion_ci(method="wilson")
     page.heading("# Why this reward: one model's story")
-    page.text("By `python examples/why.py`, which trains the model, measures all that follows and writes this page.")
     page.text(
-        f"The model is SmolLM2-135M with a linear head fitted on {TRAIN} pairs of film-review snippets that",
-        "people rated.",
-        f"One fault was put in: in {PLANTED:.0%} of its training pairs the better review ends in an",
-        "exclamation mark, where",
-        f"the worse one has a full stop. On {len(rows)} held-out pairs, all with full stops, it prefers the",
-        "better review in",
-        f"{float((chosen > rejected).float().mean()):.1%}. Would one notice the fault from the model alone?",
+        "By `python examples/why.py`, which trains the model, measures all that follows and writes this page.",
+        "Intervals are of 95%, each by itself.",
+    )
+    page.text(
+        f"The model is SmolLM2-135M with a linear head fitted on {TRAIN} pairs of film-review snippets: the better one",
+        "of two is the one that people rated higher, and a third one, that has nothing to do with them, stands before",
+        f"both as their prompt. One fault was put in: in {PLANTED:.0%} of its training pairs the better review ends in",
+        f"an exclamation mark, where the worse one has a full stop. On {len(rows)} held-out pairs, all with full",
+        f"stops, it prefers the better review in {right.statistic:.1%} [{low:.1%}, {high:.1%}]. Would one notice the",
+        "fault from the model alone?",
     )
 
 
@@ -132,19 +137,40 @@ def probed(page: Page, rm: rmfast.RewardModel, rows: list[dict[str, str]]) -> An
     found = probes.run(rm, triples(rows), probes=PROBES)
     page.heading("## What does it like beside the content?")
     page.text(
-        f"[Probes](probes.md) edit one thing of the held-out responses to {len(rows)} prompts, and compare",
-        "with a control:",
+        f"[Probes](probes.md) edit one thing of the held-out responses to {len(rows)} prompts, and compare with a",
+        "control. `reward` is the mean change; `spreads` is that in standard deviations of the reward between",
+        "responses to a prompt, `d` in standard deviations between prompts; `moved` is the share of responses that",
+        "move by more than a typical preference margin, `detects` the least change that is found in four cases of",
+        "five:",
     )
     page.block(found)
     if found.found:
         most = found.found[0]
         page.text(
-            f"The largest effect that holds over all probes together is `{most.probe}`: {most.mean:+.2f}, or"
-            f" {most.spreads:+.2f} of what lies between two responses to a prompt."
+            f"After Holm's correction {len(found.found)} of {len(found.effects)} effects are significant, so that it",
+            f"is their size that says which matter. The largest is that of `{most.probe}`: {most.mean:+.2f}, or",
+            f"{most.spreads:+.2f} standard deviations between responses.",
+            *of_the_placebo(found["placebo"], found.level),
         )
-    page.text("The [distortion index](concepts.md#the-distortion-index), the size of such effects in that unit:")
+    page.text(
+        "The [distortion index](concepts.md#the-distortion-index), the root mean square of such effects in that unit,",
+        "liked or disliked:",
+    )
     page.block(probes.distortion(found))
     return found
+
+
+def of_the_placebo(placebo: Any, level: float) -> list[str]:
+    """What the row without any taste says of the other sentences that are put in."""
+    if placebo.p_holm >= level:
+        return [
+            f"The placebo, one neutral sentence against another, is not significant ({placebo.spreads:+.2f}).",
+            "Praise and thanks answer somebody who asks, which no prompt here does.",
+        ]
+    return [
+        f"The placebo, one neutral sentence against another, is significant, too ({placebo.spreads:+.2f}): of a",
+        "sentence that is put in, an effect of that size need not be its kind's.",
+    ]
 
 
 def traced(page: Page, rm: rmfast.RewardModel, rows: list[dict[str, str]]) -> None:
@@ -161,22 +187,19 @@ def traced(page: Page, rm: rmfast.RewardModel, rows: list[dict[str, str]]) -> No
         means[sender, receiver] = float(np.mean(effects))
     page.heading("## Along which path?")
     page.text(
-        f"{TRACED} reviews with an exclamation mark, against the same with a full stop: tokens correspond one",
-        "to one.",
-        f"[Edge attribution](edges.md) (EAP-IG, 5 steps) scores all {scores.edges:,} edges between heads,",
-        "MLPs and the",
-        "reward, and [path patching](circuits.md) runs the strongest exactly. A negative number says that",
-        "the reward falls",
-        "where that edge alone carries the full stop.",
+        f"{TRACED} reviews with an exclamation mark, against the same with a full stop: tokens correspond one to one.",
+        f"[Edge attribution](edges.md) (EAP-IG, 5 steps) scores all {scores.edges:,} edges between heads, MLPs and the",
+        "reward, and [path patching](circuits.md) runs the strongest exactly. A negative number says that the reward",
+        "falls where that edge alone carries the full stop. The ten strongest, means over the reviews:",
     )
     lines = [f"{u!s:>16} -> {v!s:<16} {scores[u, v]:+9.4f} {means[u, v]:+9.4f}" for u, v in screened.edges[:10]]
     page.block("\n".join([f"{'sender':>16}    {'receiver':<16} {'estimate':>9} {'exact':>9}", *lines]))
     page.text(
-        f"Over the {len(screened.edges)} strongest edges, estimates and exact effects agree with a Spearman",
-        "correlation of",
-        f"{scores.agreement(means):.2f}. How much of the effect do circuits of the strongest edges carry on",
-        f"{TRACED} other",
-        "reviews, when everything outside comes from the run of the full stop?",
+        f"Over the {len(screened.edges)} edges of the largest estimates, estimates and exact effects have a Spearman",
+        f"correlation of {scores.agreement(means):.2f}, which says nothing of edges that the estimate misses. How much",
+        f"of the effect do circuits carry on {TRACED} other reviews, when everything outside comes from the run of the",
+        f"full stop? They are the {', '.join(f'{n:,}' for n in SIZES[:-1])} and {SIZES[-1]:,} edges of the largest",
+        "estimates, less those that lie on no path from the embedding to the reward:",
     )
     found = faithfulness(rm, [circuit(scores, n) for n in SIZES], others_loud, others)
     page.block(found)
@@ -185,7 +208,9 @@ def traced(page: Page, rm: rmfast.RewardModel, rows: list[dict[str, str]]) -> No
         few, many = some_edges[0], some_edges[-1]
         page.text(
             f"Without the {few.edges} edges {few.left:.0%} of the effect is left; alone they carry",
-            f"{few.faithfulness:.0%}, and {many.edges:,} edges {many.faithfulness:.0%}.",
+            f"{few.faithfulness:.0%}, and {many.edges:,} edges, {many.edges / scores.edges:.0%} of all,",
+            f"{many.faithfulness:.0%}.",
+            *(["So it goes by a few edges, but not by them alone."] if few.left < 0.5 > few.faithfulness else []),
         )
 
 
@@ -196,28 +221,47 @@ def clamped(page: Page, rm: rmfast.RewardModel, rows: list[dict[str, str]], befo
     found = debias.validate(rm, triples(some), attributes=["exclamation"], controls=3, trials=8)
     page.heading("## Can it be taken out?")
     page.text(
-        f"The {len(some)} held-out pairs again, of which each text now exclaims with a chance of a half,",
-        "whatever its",
-        "rating. [CIRM](debias.md) clamps the neurons in which exclamation marks can be read; nested",
-        "cross-validation says",
-        "what that gains on pairs that it was not fitted on:",
+        f"The {len(some)} held-out pairs again, of which each text now exclaims with a chance of a half, whatever its",
+        "rating. [CIRM](debias.md) clamps the neurons in which exclamation marks can be read, k of each end of their",
+        "ranking, at the last token; nested cross-validation says what that gains on pairs that it was not fitted on:",
     )
     page.block(found)
     if not len(found.clamp):
         page.text("By that rule no clamp is worth having, and none is made.")
         return
-    asked = rows[: len(set(before.prompts))]
-    after = probes.run(rm.with_interventions(found.clamp), triples(asked), probes=PROBES)
-    a, b = before["exclamation"], after["exclamation"]
-    over = found["gain_over_random"]
+    over, most = found["gain_over_random"], max(debias.SHARES)
+    offered = round(most * len(found.neurons) / 2)
     page.text(
         f"The interval of the gain {'lies above' if found.reliable else 'includes'} 0; that of the gain over as many",
-        f"random neurons {'does so, too' if over.low > 0 else 'includes 0'}. Under the clamp of all pairs an",
-        f"exclamation mark moves the reward by {b.mean:+.3f} [{b.low:+.3f}, {b.high:+.3f}] instead of",
-        f"{a.mean:+.3f} [{a.low:+.3f}, {a.high:+.3f}]. All probes, under the clamp less without it, in units of each",
-        "one's spread:",
+        f"random neurons {'does so, too' if over.low > 0 else 'includes 0'}.",
+        *(
+            [f"By accuracy the search takes the most neurons that it is offered, {most:.0%} of all."]
+            if found.chosen["accuracy"][-1]["exclamation"] == offered
+            else []
+        ),
     )
-    page.block(after.minus(before))
+    asked = rows[: len(set(before.prompts))]
+    under(page, found.clamp, len(found.neurons), before, rm.with_interventions(found.clamp), asked)
+
+
+def under(
+    page: Page, clamp: Any, neurons: int, before: Any, rm: rmfast.RewardModel, rows: list[dict[str, str]]
+) -> None:
+    """What the clamp of all pairs leaves of the probes' effects."""
+    after = probes.run(rm, triples(rows), probes=PROBES)
+    a, b, apart = before["exclamation"], after["exclamation"], after.minus(before)
+    page.text(
+        f"Under the clamp of all pairs, {len(clamp):,} of {neurons:,} neurons ({len(clamp) / neurons:.0%}), an",
+        f"exclamation mark moves the reward by {b.mean:+.3f} [{b.low:+.3f}, {b.high:+.3f}] instead of",
+        f"{a.mean:+.3f} [{a.low:+.3f}, {a.high:+.3f}]: {b.mean / a.mean:.0%} of the taste is left. All probes, under",
+        f"the clamp less without it, on {len(rows)} of the pairs that it was fitted on:",
+    )
+    page.block(apart)
+    others = [effect for effect in apart.found if effect.probe != "exclamation"]
+    page.text(
+        f"Of the other {len(apart.effects) - 1} probes {len(others)} change significantly, too"
+        + (": what the clamp takes out is not that taste alone." if others else "."),
+    )
 
 
 if __name__ == "__main__":

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import json
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
 import numpy as np
 
+from rmfast import arguments
 from rmfast.arguments import number, whole
 from rmfast.debias.apply import intervened
 from rmfast.debias.gain import gains, over_random
@@ -19,7 +22,7 @@ from rmfast.debias.request import K, Request, request
 from rmfast.debias.search import RULES, SHARES, Rule, Tried, choose
 from rmfast.debias.study import NONE, Study, prompts_of
 from rmfast.engine.scorer import Scorer
-from rmfast.plots import shown_table
+from rmfast.plots import axes, shown_table
 from rmfast.texts.pairs import Pair
 
 _AT_ONCE = 512  # texts of `test` whose keys and values are held: 1.4 GB of SmolLM2's for 60 tokens each
@@ -89,8 +92,9 @@ class Validation:
         how = f"each under a clamp fitted without it ({self.folds} folds)" if self.folds else "not fitted on"
         lines = [self.verdict, f"pairs {how}; changes of accuracy, intervals of {self.confidence:.0%}"]
         for rule, row in self.rules.items():
-            each = "  ".join(f"{k:,}" for k in map(_total, self.chosen[rule]))
-            lines.append(f"k by {rule}: {figure(row, '+.3f')}  k of all attributes: {each}")
+            *folds, last = (f"{_total(ks):,}" for ks in self.chosen[rule])
+            within = f" with all pairs, in the folds {' '.join(folds)}" if folds else ""
+            lines.append(f"k by {rule}: {figure(row, '+.3f')}  k of all attributes: {last}{within}")
         if any(row.measure == "gain_random" for row in self.rows):
             random, over = (figure(self[name], "+.3f") for name in ("gain_random", "gain_over_random"))
             lines.append(f"as many random neurons: {random}  gain over these: {over}")
@@ -108,6 +112,49 @@ class Validation:
         import pandas
 
         return pandas.DataFrame(self.rows, columns=list(Row._fields))
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Rows, rules, choices of k and the curve over k as JSON; the clamp has a `save` of its own."""
+        out = {
+            "verdict": self.verdict, "reliable": self.reliable, "folds": self.folds, "confidence": self.confidence,
+            "rows": [_plain(row) for row in self.rows],
+            "rules": {rule: _plain(row) for rule, row in self.rules.items()}, "chosen": self.chosen,
+            "curve": [{"k": ks, "neurons": count, "accuracy": float(accuracy)} for ks, count, accuracy in self.curve],
+        }  # fmt: skip
+        text = json.dumps(out, indent=2, allow_nan=False)
+        arguments.path("path", path).write_text(text + "\n", encoding="utf-8")
+
+    def plot(self, ax: Any = None) -> Any:
+        """The changes of the accuracy with their intervals: by rule, of random neurons, and by side of each attribute.
+
+        Returns:
+            The matplotlib Axes.
+
+        Raises:
+            ImportError: matplotlib is not installed.
+        """
+        rows = {f"k by {rule}": row for rule, row in self.rules.items()} or {"gain": self["gain"]}
+        rows |= {_SHOWN[row.measure]: row for row in self.rows if row.measure in _SHOWN}
+        for name in self.attributes:
+            for side, said in (("more", "chosen has more"), ("less", "chosen has less"), ("same", "as much")):
+                rows[f"{name}: {said}"] = self[name, f"gain_{side}"]
+        ax = axes(ax, 6.5, 1.2 + 0.3 * len(rows))
+        at = np.arange(len(rows))[::-1]
+        value, low, high = np.array([[row.value, row.low, row.high] for row in rows.values()]).T
+        ax.errorbar(value, at, xerr=np.clip([value - low, high - value], 0, None), fmt="o", markersize=4, linewidth=1)
+        ax.axvline(0, color="0.5", linewidth=0.8)
+        ax.set_yticks(at, [f"{name} (n {row.n})" for name, row in rows.items()], fontsize=8)
+        ax.set_xlabel("change of the share of pairs that are right")
+        ax.set_title(self.verdict, fontsize=9)
+        return ax
+
+
+_SHOWN = {"gain_random": "as many random neurons", "gain_over_random": "gain over these"}
+
+
+def _plain(row: Row) -> dict[str, Any]:
+    """As JSON has it: None for NaN."""
+    return {k: None if isinstance(v, float) and not np.isfinite(v) else v for k, v in row._asdict().items()}
 
 
 def _total(ks: Mapping[str, int]) -> int:

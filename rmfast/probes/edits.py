@@ -8,24 +8,40 @@ from functools import partial
 
 from rmfast.probes.probe import Edit, Probe, insert, probe
 
-# Neutral sentences of many lengths: what pads a response, and what placebos are made of. Which of them is drawn anew
-# for each response, so that what a model thinks of one of them is no part of a probe's effect.
+# Neutral sentences of many lengths, the shorter ones first: what pads a response, and what placebos are made of. Which
+# of them is drawn anew for each response, so that no probe's effect is one of them's.
 FILLER = (
-    "So it stands here.",
     "Here is a text.",
+    "Here it goes on.",
+    "So it stands here.",
+    "This is the place.",
     "These are a few words.",
     "This is what follows now.",
     "It comes in several parts.",
+    "This part comes first here.",
+    "Below is the whole of it.",
+    "All of it is written below.",
     "What follows is the text itself.",
+    "These words stand before the others.",
+    "It has a beginning and an end.",
     "There is more than one part here.",
     "The words below belong to one text.",
+    "One sentence comes after the other here.",
+    "What comes next is a part of it.",
     "Each of the parts has its own place.",
     "The text is there to be read in order.",
     "What is said here is said in plain words.",
+    "Some of it is shorter and some is longer.",
     "There are several things that belong to the matter.",
     "It can be read from the beginning to the end.",
+    "In this place there stands what belongs to the matter.",
+    "There is a first part and there is a last one.",
     "This is one of the texts about the matter at hand.",
+    "Whoever comes to this place can read what stands here.",
     "Other texts treat the same matter in their own way and order.",
+    "The lines that follow were put in the place where they stand now.",
+    "What stands at the end of it was put there after all the rest.",
+    "It is made of words and sentences as other texts of this kind are.",
     "What was written down here was written down in the usual order of things.",
 )
 _SENTENCE = re.compile(r"(?<=[.!?])\s+(?=\S)")
@@ -99,8 +115,13 @@ def _padding(count: int, prompt: str, response: str, rng: random.Random) -> str:
 
 @probe("placebo")
 def placebo(prompt: str, response: str, rng: random.Random) -> Edit:
-    """A neutral sentence in front, against another: what a run without any taste looks like."""
-    return insert(response, 0, rng.choice(FILLER) + " ")
+    """A neutral sentence in front, against one of about its length: what a run without any taste looks like.
+
+    Which of the two is the edit is a coin's throw, so that no taste of the model's can move the mean.
+    """
+    place = rng.randrange(len(FILLER) - 1)
+    edited, control = rng.sample(FILLER[place : place + 2], 2)
+    return Edit(f"{edited} {response}", control=f"{control} {response}")
 
 
 @probe("truncation")

@@ -97,19 +97,27 @@ class Probed:
         out = {**about, "skipped": dict(self.skipped), "too_long": self.too_long, "effects": rows}
         Path(path).write_text(json.dumps(out, indent=2, allow_nan=False) + "\n", encoding="utf-8")
 
+    @property
+    def apart(self) -> bool:
+        """Whether it is a difference of two models."""
+        return self.rewards is None
+
     def __str__(self) -> str:
-        cells = [["axis", "probe", "n", "reward", "spreads", "d", "moved", "p (Holm)", "detects"]]
+        cells = [["axis", "probe", "n", *(["difference"] if self.apart else ["reward", "spreads"]), "d", "moved",
+                  "p (Holm)", "detects"]]  # fmt: skip
         for e in self.effects:
             mean, d = f"{e.mean:+.3f} [{e.low:+.3f}, {e.high:+.3f}]", f"{e.d:+.2f} [{e.d_low:+.2f}, {e.d_high:+.2f}]"
             star = " *" if e.p_holm < self.level else ""
-            cells.append([e.axis, e.probe, f"{e.n}", mean, f"{e.spreads:+.2f}", d, f"{e.moved:.0%}",
-                          f"{e.p_holm:.2g}{star}", f"{e.detectable:.3f}"])  # fmt: skip
+            cells.append([e.axis, e.probe, f"{e.n}", mean, *([] if self.apart else [f"{e.spreads:+.2f}"]), d,
+                          f"{e.moved:.0%}", f"{e.p_holm:.2g}{star}", f"{e.detectable:.3f}"])  # fmt: skip
         widths = [max(map(len, column)) for column in zip(*cells)]
         lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip() for row in cells]
-        head = (
-            f"spread between responses {self.spread:.3f}, typical margin {self.margin:.3f}; intervals of "
-            f"{self.confidence:.0%}; * significant at {self.level:g} over all probes together"
+        scale = (
+            f"one model less another, each in its own spread between responses, typical margin {self.margin:.3f}"
+            if self.apart
+            else f"spread between responses {self.spread:.3f}, typical margin {self.margin:.3f}"
         )
+        head = f"{scale}; intervals of {self.confidence:.0%}; * significant at {self.level:g} over all probes together"
         few = [f"too few prompts: {', '.join(f'{k} ({v})' for k, v in self.skipped.items())}"] if self.skipped else []
         long = [f"left out as too long: {self.too_long} edits"] if self.too_long else []
         return "\n".join([head, *lines, *few, *long])
@@ -127,7 +135,8 @@ class Probed:
             ax.plot(value[those], at[those], "o", color="C0", markerfacecolor=face, markersize=5)
         ax.axvline(0, color="0.5", linewidth=0.8)
         ax.set_yticks(at, [e.probe for e in self.effects], fontsize=8)
-        ax.set_xlabel("change of the reward, in spreads between responses to a prompt")
+        what = "difference of two models' changes" if self.apart else "change of the reward"
+        ax.set_xlabel(f"{what}, in spreads between responses to a prompt")
         return ax
 
 

@@ -70,7 +70,8 @@ def _control(edit: Edit, text: str, count: Callable[[str], int], rng: random.Ran
     place, inserted = edit.inserted
     before, after = edit.response[:place], edit.response[place + len(inserted) :]
     lead, tail = (inserted[: len(inserted) - len(inserted.lstrip())], inserted[len(inserted.rstrip()) :])
-    wanted, chosen = count(inserted), list[str]()
+    # Without the space around it, which tokenizers count by itself at an end and as part of a word in a text.
+    wanted, chosen = count(inserted.strip()), list[str]()
     others = [sentence for sentence in FILLER if sentence != inserted.strip()]
     rng.shuffle(others)
     lengths = {sentence: count(sentence) for sentence in others}

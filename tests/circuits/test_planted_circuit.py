@@ -13,8 +13,11 @@ import pytest
 import torch
 
 import rmfast
+from rmfast.circuits.circuit import Circuit
+from rmfast.circuits.faithfulness import faithfulness
 from rmfast.circuits.nodes import RECEIVERS, Node
 from rmfast.circuits.paths import path_patch
+from rmfast.circuits.scores import Edge
 
 PATH = {
     (Node("embedding"), Node("v_input", 0, 1)),
@@ -61,3 +64,14 @@ def test_the_planted_path_is_found_and_nothing_else(mode, through):
     assert strong == PATH
     for row in found.top(3):
         assert row.recovered == pytest.approx(1, abs=1e-3)
+
+
+def test_the_planted_path_is_a_faithful_and_complete_circuit():
+    """Its edges do all of it, and those of another path nothing."""
+    other = (Edge(Node("embedding"), Node("v_input", 0, 3)), Edge(Node("head_out", 0, 3), Node("reward")))
+    circuits = [Circuit(tuple(Edge(*two) for two in PATH)), Circuit(other)]
+    found = faithfulness(planted(), circuits, "a m b n + c.", "a m b n - c.")
+    path, others = found.shares
+    assert abs(found.model[0] - found.none[0]) > 1
+    assert (path.faithfulness, path.left) == pytest.approx((1, 0), abs=1e-3)
+    assert (others.faithfulness, others.left) == pytest.approx((0, 1), abs=1e-3)

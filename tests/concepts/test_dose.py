@@ -135,7 +135,7 @@ def copied(norm, h):
     return h * torch.rsqrt(h.square().mean(-1, keepdim=True) + norm.variance_epsilon) * norm.weight.double()
 
 
-@pytest.mark.parametrize("family", ["llama", "gpt2"])
+@pytest.mark.parametrize("family", ["llama", "gemma2", "qwen3", "gpt2"])
 def test_rewards_of_erased_streams_are_those_of_hooks(family):
     model = M.decoder(family)
     rm = rmfast.RewardModel(model, M.tokenizer(chat=True))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
 import models
@@ -168,6 +169,22 @@ def test_a_random_control_has_as_many_neurons_of_each_projection(rm):
     starts = dict(zip(neurons.sizes, np.cumsum([0, *neurons.sizes.values()])))
     for name, (indices, values) in drawn[2].neurons.items():
         assert values.tolist() == [neurons.median[starts[name] + int(i)] for i in indices]
+
+
+def test_what_it_says_draws_and_writes(rm, tmp_path):
+    found = debias.validate(rm, pairs(45), **QUICK)
+    *folds, whole = (each["length"] for each in found.chosen["one_se"])
+    assert f"k of all attributes: {whole} with all pairs, in the folds {' '.join(map(str, folds))}\n" in str(found)
+    found.save(tmp_path / "gain.json")
+    kept = json.loads((tmp_path / "gain.json").read_text())
+    assert kept["rows"][0] == found["gain"]._asdict()
+    assert kept["reliable"] is True and kept["verdict"] == found.verdict and kept["chosen"] == found.chosen
+    assert len(kept["curve"]) == len(found.curve)
+    pytest.importorskip("matplotlib")
+    names = [label.get_text() for label in found.plot().get_yticklabels()]
+    assert names[0] == "k by accuracy (n 45)" and len(names) == 7
+    given = debias.validate(rm, pairs(45), test=pairs(20, seed=1), k=2, **{**QUICK, "controls": 0})
+    assert given.plot().get_yticklabels()[0].get_text() == "gain (n 20)"
 
 
 def test_shares_are_of_all_neurons(rm):

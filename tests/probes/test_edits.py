@@ -110,6 +110,30 @@ def test_a_placebo_is_of_whole_sentences_about_as_long_as_what_was_put_in(name):
     assert len(controls) > 1  # of several wordings
 
 
+@pytest.mark.parametrize("name", INSERTS)
+def test_placebos_are_neither_shorter_nor_longer_on_the_whole(name):
+    """In tokens of a word with the space before it, where a space at the end is a token of its own."""
+
+    def count(text):
+        return len(re.findall(r" ?\w+| ?[^\s\w]+|\s+", text))
+
+    given = [(f"What is the capital of {i}?", f"It is {i}. {RESPONSE}", f"No {i}. {RESPONSE}") for i in range(60)]
+    found = variants_of(BY_NAME[name], responses_of(read_pairs(given)), 300, 0, count)
+    longer = [count(variant.edited[1]) - count(variant.control[1]) for variant in found]
+    assert abs(sum(longer) / len(longer)) <= 0.5
+
+
+def test_the_placebo_s_two_sentences_are_exchanged_by_a_coin():
+    longer = []
+    for seed in range(400):
+        made = edit("placebo", seed=seed)
+        assert made.response.endswith(RESPONSE) and made.control.endswith(RESPONSE)
+        places = [FILLER.index(text.removesuffix(f" {RESPONSE}")) for text in (made.response, made.control)]
+        assert abs(places[0] - places[1]) == 1
+        longer.append(places[0] > places[1])
+    assert 160 <= sum(longer) <= 240  # 4 standard deviations
+
+
 def test_at_most_so_many_are_drawn_by_the_seed():
     responses = responses_of(read_pairs(PAIRS))
     some = [variants_of(BY_NAME["bold"], responses, 5, seed, len) for seed in (0, 0, 1)]

@@ -163,6 +163,8 @@ def test_two_models_are_compared_on_the_same_edits(monkeypatch):
     assert apart["bold"].mean == pytest.approx(
         float(np.mean(taste.differences["bold"] / taste.spread - plain.differences["bold"] / plain.spread))
     )
+    assert apart.apart and not taste.apart
+    assert str(apart).startswith("one model less another, each in its own spread") and " spreads " not in str(apart)
     with pytest.raises(ValueError, match="same pairs"):
         taste.minus(probes.run(planted(7), pairs(40, 1), resamples=1))
 
