@@ -113,8 +113,11 @@ def _architecture() -> str:
     return os.environ.get("TORCH_CUDA_ARCH_LIST") or (said.split() or ["9.0"])[0]
 
 
-def run(step: Step, seconds: float, record: Record, *, rehearsal: bool = False) -> bool:
-    """Runs a step for at most so long, its output in log.txt; whether it succeeded. A row says how it ended."""
+def run(step: Step, seconds: float, record: Record, *, rehearsal: bool = False, asks: bool = False) -> bool:
+    """Runs a step for at most so long, its output in log.txt; whether it succeeded. A row says how it ended.
+
+    asks: that it fails is an answer, and no row of its own.
+    """
     command = step.rehearsal if rehearsal else step.command
     if command is None:
         return True
@@ -145,7 +148,8 @@ def run(step: Step, seconds: float, record: Record, *, rehearsal: bool = False) 
             with contextlib.suppress(ProcessLookupError):  # what it left running, too
                 os.killpg(process.pid, signal.SIGKILL)
             process.wait()
-    record.add(Row(step.name, "whole", time.monotonic() - begin, "s", failed=failed))
+    if not (asks and failed):
+        record.add(Row(step.name, "whole", time.monotonic() - begin, "s", failed=failed))
     if failed:
         said = (record.path.parent / "log.txt").read_bytes()[at:].decode(errors="replace").splitlines()
         print("\n".join("    " + line[:200] for line in said[-15:]), flush=True)
@@ -174,7 +178,7 @@ def check(plan: list[Step], seconds: float, out: Path, *, rehearsal: bool = Fals
             continue
         if step.unless is not None and not rehearsal:
             there = Step(step.name, min(30, left), step.unless)
-            if run(there, there.seconds, record):
+            if run(there, there.seconds, record, asks=True):
                 continue
             left = end - time.monotonic()
         run(step, min(step.seconds, left), record, rehearsal=rehearsal)

@@ -56,6 +56,12 @@ def test_a_step_that_fails_hangs_or_does_not_start_takes_no_other_with_it(tmp_pa
     assert "fine" in (tmp_path / "log.txt").read_text() and "works" in (tmp_path / "table.txt").read_text()
 
 
+def test_what_has_to_be_built_first_is_no_failure(tmp_path, capsys):
+    asks = python("print('no library'); raise SystemExit(1)")
+    assert check.check([check.Step("library", 5, python("print('built')"), unless=asks)], 30, tmp_path) == 0
+    assert [row.failed for row in Record(tmp_path).rows()] == [None] and "no library" in capsys.readouterr().out
+
+
 def test_no_step_starts_when_the_time_is_over(tmp_path, capsys):
     check.check([check.Step("late", 5, python(""))], 0.5, tmp_path)
     assert "not run" in Record(tmp_path).rows()[0].failed
