@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import re
+import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -112,8 +114,25 @@ def test_a_few_parameters_of_each_gpu_test_are_kept():
     other = [item(f"test_a[cuda-cuda-{i}]", "test_x.py", "gpu") for i in range(2)]
     cpu = [item(f"test_a[cpu-{i}]", "test_x.py") for i in range(9)]
     triton = [item("test_runs", "test_triton_rows.py"), item("test_kernels_compile", "test_triton_rows.py")]
-    few = thin.kept([*many, *cpu, *other, *triton], 3)
-    assert [i.name for i in few] == [many[0].name, many[24].name, many[49].name, *(i.name for i in other), "test_runs"]
+    wgmma = item("test_b[wgmma-0]", "test_cuda_x.py", "gpu")
+    few = thin.kept([wgmma, *many, *cpu, *other, *triton], 3)
+    assert [i.name for i in few] == [
+        many[0].name, many[24].name, many[49].name, "test_runs", *(i.name for i in other), wgmma.name,
+    ]  # fmt: skip
+
+
+def test_a_worker_that_lost_its_gpu_gives_way_to_another(tmp_path):
+    """Here a GPU that each process loses in the first test it runs."""
+    pytest.importorskip("xdist")
+    (tmp_path / "conftest.py").write_text(
+        "import thin, torch\ntorch.cuda.is_initialized = lambda: True\n"
+        "torch.cuda.synchronize = lambda: (_ for _ in ()).throw(RuntimeError('CUDA error'))\n"
+    )
+    (tmp_path / "test_x.py").write_text("def test_a(): assert 0, 'said'\ndef test_b(): pass\ndef test_c(): pass\n")
+    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-p", "thin", "-n", "1", str(tmp_path)]
+    environment = os.environ | {"PYTHONPATH": str(check.HERE)}
+    out = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True).stdout
+    assert "said" in out and "2 passed" in out, out
 
 
 def test_idle_time_is_what_no_span_covers(tmp_path):
