@@ -63,8 +63,8 @@ def steps(call: int, out: Path, tests: str | None = None) -> list[Step]:
 
     def bench(name: str, seconds: float, only: str, without: str, each: float) -> Step:
         command = (sys.executable, "-m", "bench", "--device")
-        given = ("--only", only, "--without", without, "--seconds", str(each))
-        tried = ("--only", REHEARSED, "--without", "compile", "--quick", "--no-save")
+        given = ("--only", only, "--without", without, "--seconds", str(each), "--no-memory")
+        tried = ("--only", REHEARSED, "--without", "compile", "--quick", "--no-save", "--no-memory")
         return Step(name, seconds, (*command, "cuda", *given), (*command, "cpu", *tried))
 
     def pytest(name: str, seconds: float, *more: str) -> Step:
