@@ -217,9 +217,12 @@ def model(run: Run) -> None:
 
 def _idle(run: Run, call: Callable[[], Any]) -> float:
     """The share of a call's time in which no kernel runs."""
+    from torch.autograd import DeviceType
     from torch.profiler import ProfilerActivity, profile
 
-    activity = ProfilerActivity.CUDA if run.device.type == "cuda" else ProfilerActivity.CPU
+    on_gpu = run.device.type == "cuda"
+    activity = ProfilerActivity.CUDA if on_gpu else ProfilerActivity.CPU
+    kind = DeviceType.CUDA if on_gpu else DeviceType.CPU
     call()
     run.done()
     with profile(activities=[activity]) as seen:
@@ -227,8 +230,10 @@ def _idle(run: Run, call: Callable[[], Any]) -> float:
         call()
         run.done()
         whole = (time.perf_counter() - begin) * 1e6
+    # The activity of CUDA has the host's own calls (launches, waits) among its events.
+    spans = [event.time_range for event in seen.events() if event.device_type == kind]
     busy, reached = 0.0, 0.0
-    for span in sorted((event.time_range for event in seen.events()), key=lambda span: span.start):
+    for span in sorted(spans, key=lambda span: span.start):
         busy += max(0.0, span.end - max(span.start, reached))
         reached = max(reached, span.end)
     return max(0.0, 1 - busy / whole)

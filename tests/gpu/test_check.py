@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import subprocess
@@ -15,6 +16,7 @@ import steps
 import thin
 import torch
 from record import Record, Row
+from torch.autograd import DeviceType
 
 from bench.registry import benchmarks
 
@@ -138,3 +140,16 @@ def test_a_worker_that_lost_its_gpu_gives_way_to_another(tmp_path):
 def test_idle_time_is_what_no_span_covers(tmp_path):
     run = steps.Run("model", Record(tmp_path), torch.device("cpu"), True)
     assert 0 <= steps._idle(run, lambda: torch.randn(200, 200) @ torch.randn(200, 200)) < 1
+
+
+def test_idle_time_counts_the_device_s_own_spans_alone(tmp_path, monkeypatch):
+    def event(kind: DeviceType, end: float) -> SimpleNamespace:
+        return SimpleNamespace(device_type=kind, time_range=SimpleNamespace(start=0.0, end=end))
+
+    @contextlib.contextmanager
+    def profile(activities):
+        yield SimpleNamespace(events=lambda: [event(DeviceType.CPU, 0.0), event(DeviceType.CUDA, 1e12)])
+
+    monkeypatch.setattr(torch.profiler, "profile", profile)
+    run = steps.Run("model", Record(tmp_path), torch.device("cpu"), True)
+    assert steps._idle(run, lambda: None) == 1
