@@ -68,7 +68,8 @@ def steps(call: int, out: Path, tests: str | None = None) -> list[Step]:
         return Step(name, seconds, (*command, "cuda", *given), (*command, "cpu", *tried))
 
     def pytest(name: str, seconds: float, *more: str) -> Step:
-        run = (sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "thin", "--thin", "3", *TESTS)
+        # -v: a run that is killed has said by then which tests failed.
+        run = (sys.executable, "-m", "pytest", "-v", "-p", "no:cacheprovider", "-p", "thin", "--thin", "3", *TESTS)
         return Step(name, seconds, (*run, "--maxfail=40", *more), (*run, "--collect-only"), {"PYTHONPATH": str(HERE)})
 
     def sanitizer(tool: str, seconds: float) -> Step:
