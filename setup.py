@@ -27,7 +27,8 @@ X86 = platform.machine().lower() in ("x86_64", "amd64")
 # The file compiled once for each: instruction set -> flags. x86-64-v4 is AVX-512 F, BW, CD, DQ, VL.
 ISAS = {"avx512": "-march=x86-64-v4", "avx2": "-march=x86-64-v3", "portable": ""} if X86 else {"portable": ""}
 
-# TORCH_TARGET_VERSION 2.10: the oldest torch whose stable ABI has parallel_for and the CUDA stream.
+# TORCH_TARGET_VERSION 2.10: the oldest torch whose stable ABI has parallel_for and the CUDA stream. Not for `_planner`:
+# torch 2.11 refuses its pybind11 headers under it.
 STABLE_ABI = "-DTORCH_TARGET_VERSION=0x020a000000000000"
 CUDA = "rmfast._C_cuda"
 CUDA_ARCHS = "8.0 9.0 10.0+PTX"
@@ -175,12 +176,12 @@ def ninja():
     return os.path.join(package.BIN_DIR, "ninja")
 
 
-def ninja_file(ext, out, includes, libs, nvcc):
+def ninja_file(ext, out, includes, libs, nvcc, abi=STABLE_ABI):
     include = " ".join(f"-I{path}" for path in [CSRC / "include", *includes])
     cxx = os.environ.get("CXX", "c++")
     lines = [
         f"cflags = -O3 -std=c++17 -fPIC -fvisibility=hidden -ffp-contract=fast -fno-math-errno -Wall "
-        f"-Wno-psabi -Wno-ignored-attributes -Wno-maybe-uninitialized {STABLE_ABI} "
+        f"-Wno-psabi -Wno-ignored-attributes -Wno-maybe-uninitialized {abi} "
         f"{'-DRMFAST_X86' if X86 else ''} {include}",
         "rule cxx",
         f"  command = {cxx} -MMD -MF $out.d $cflags $extra -c $in -o $out",
@@ -195,7 +196,7 @@ def ninja_file(ext, out, includes, libs, nvcc):
         threads = os.environ.get("NVCC_THREADS", "2")
         lines += [
             "rule nvcc",
-            f"  command = {nvcc} -O3 -std=c++20 -Xcompiler -fPIC,-fvisibility=hidden -DUSE_CUDA {STABLE_ABI} "
+            f"  command = {nvcc} -O3 -std=c++20 -Xcompiler -fPIC,-fvisibility=hidden -DUSE_CUDA {abi} "
             f"--expt-relaxed-constexpr -t {threads} -MD -MF $out.d {gencode(nvcc)} {include} -c $in -o $out",
             "  depfile = $out.d",
             "  description = compile $out with nvcc",
@@ -242,7 +243,7 @@ def extensions():
     python = Path(sysconfig.get_path("include"))
     if (python / "Python.h").exists() and (base / "include" / "pybind11").exists():
         planner = Extension("rmfast._planner", ["host/planner.cpp"])
-        planner.settings = ([python, base / "include"], "", None)
+        planner.settings = ([python, base / "include"], "", None, "")
         made.append(planner)
     made.append(extension("rmfast._C", "cpu", "*.cpp"))
     return made

@@ -20,6 +20,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--quick", action="store_true", help="tiny shapes: does everything run? Saves nothing")
     parser.add_argument("--seconds", type=float, default=20, help="of samples per row (default 20)")
+    parser.add_argument("--no-memory", action="store_true", help="don't measure peak memory: two processes for a row")
     parser.add_argument("--no-save", action="store_true", help="don't append to bench/data/")
     parser.add_argument("--commit", help="the commit to record where the tree is no git checkout")
     parser.add_argument("--list", action="store_true", help="print the rows and stop")
@@ -42,7 +43,10 @@ def main(argv: list[str] | None = None) -> int:
     print(", ".join(f"{k} {v}" for k, v in machine.commit().items()))
     rows = []
     for benchmark in chosen:
-        row = runner.run(benchmark, args.device, quick=args.quick, seconds=args.seconds, without=args.without)
+        row = runner.run(
+            benchmark, args.device, quick=args.quick, seconds=args.seconds, without=args.without,
+            peaks=not args.no_memory,
+        )  # fmt: skip
         print(runner.text(row), flush=True)
         rows.append(row)
         if not (args.no_save or args.quick):

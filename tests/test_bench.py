@@ -136,6 +136,15 @@ def test_saved_rows_have_machine_versions_commit_and_date_and_nothing_private(tm
     assert str(Path.home()) not in line
 
 
+def test_peak_memory_and_its_target_may_be_left_out(monkeypatch):
+    monkeypatch.setattr(runner, "measure", lambda timed, *_: [contender.samples.append(1.0) for contender in timed])
+    shape, target = {**ROW.quick, "n": 8}, {"cpu": {"memory": 0.5, "HF": 0.1}}
+    row = dataclasses.replace(ROW, shape=shape, memory="HF", targets=target, rotate=0, limit={})
+    result = runner.run(row, without="compile", peaks=False)
+    assert result["memory"] is None and result["met"] == {"HF": True}
+    assert "peak memory" not in runner.text(result)
+
+
 def test_commit_is_recorded_where_the_tree_is_no_checkout(tmp_path, monkeypatch):
     monkeypatch.setattr(machine, "ROOT", tmp_path)
     path = runner.save([quick(ROW)], "cpu", commit="abc", folder=tmp_path / "data")

@@ -3,12 +3,28 @@
 from __future__ import annotations
 
 import os
+import runpy
 import shutil
 import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 
 from rmfast import backends
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def test_torch_2_11_can_build_the_libraries(monkeypatch, tmp_path, capsys):
+    """It refuses its pybind11 headers under the stable ABI, and has not the macros that 2.13 brought to that."""
+    monkeypatch.setattr(sys, "argv", ["setup.py", "--name"])
+    made = runpy.run_path(str(ROOT / "setup.py"))
+    for ext in made["extensions"]():
+        text = made["ninja_file"](ext, tmp_path / "out.so", *ext.settings)
+        assert ("TORCH_TARGET_VERSION" in text) == (ext.name != "rmfast._planner"), ext.name
+    sources = [path for path in (ROOT / "csrc").rglob("*.*") if "STABLE_TORCH_ERROR_CODE_CHECK" in path.read_text()]
+    assert sources == []
 
 
 @pytest.mark.skipif(backends.library_path("_C") is None, reason="no compiled library")

@@ -46,8 +46,8 @@ inline torch::stable::Tensor empty(torch::headeronly::ScalarType type, std::init
   }
   const int32_t dtype = torch::stable::detail::to<int32_t>(torch::stable::detail::from(type));
   AtenTensorHandle out;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(int64_t(sizes.size()), sizes.begin(), strides, dtype,
-                                                         aoti_torch_device_type_cpu(), 0, &out));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(int64_t(sizes.size()), sizes.begin(), strides, dtype,
+                                                  aoti_torch_device_type_cpu(), 0, &out));
   torch::stable::Tensor made(out);
   on_huge_pages(made.mutable_data_ptr(), stride * int64_t(made.element_size()));
   return made;

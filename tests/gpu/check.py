@@ -63,12 +63,13 @@ def steps(call: int, out: Path, tests: str | None = None) -> list[Step]:
 
     def bench(name: str, seconds: float, only: str, without: str, each: float) -> Step:
         command = (sys.executable, "-m", "bench", "--device")
-        given = ("--only", only, "--without", without, "--seconds", str(each))
-        tried = ("--only", REHEARSED, "--without", "compile", "--quick", "--no-save")
+        given = ("--only", only, "--without", without, "--seconds", str(each), "--no-memory")
+        tried = ("--only", REHEARSED, "--without", "compile", "--quick", "--no-save", "--no-memory")
         return Step(name, seconds, (*command, "cuda", *given), (*command, "cpu", *tried))
 
     def pytest(name: str, seconds: float, *more: str) -> Step:
-        run = (sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "thin", "--thin", "3", *TESTS)
+        # -v: a run that is killed has said by then which tests failed.
+        run = (sys.executable, "-m", "pytest", "-v", "-p", "no:cacheprovider", "-p", "thin", "--thin", "3", *TESTS)
         return Step(name, seconds, (*run, "--maxfail=40", *more), (*run, "--collect-only"), {"PYTHONPATH": str(HERE)})
 
     def sanitizer(tool: str, seconds: float) -> Step:
@@ -113,8 +114,11 @@ def _architecture() -> str:
     return os.environ.get("TORCH_CUDA_ARCH_LIST") or (said.split() or ["9.0"])[0]
 
 
-def run(step: Step, seconds: float, record: Record, *, rehearsal: bool = False) -> bool:
-    """Runs a step for at most so long, its output in log.txt; whether it succeeded. A row says how it ended."""
+def run(step: Step, seconds: float, record: Record, *, rehearsal: bool = False, asks: bool = False) -> bool:
+    """Runs a step for at most so long, its output in log.txt; whether it succeeded. A row says how it ended.
+
+    asks: that it fails is an answer, and no row of its own.
+    """
     command = step.rehearsal if rehearsal else step.command
     if command is None:
         return True
@@ -145,7 +149,8 @@ def run(step: Step, seconds: float, record: Record, *, rehearsal: bool = False) 
             with contextlib.suppress(ProcessLookupError):  # what it left running, too
                 os.killpg(process.pid, signal.SIGKILL)
             process.wait()
-    record.add(Row(step.name, "whole", time.monotonic() - begin, "s", failed=failed))
+    if not (asks and failed):
+        record.add(Row(step.name, "whole", time.monotonic() - begin, "s", failed=failed))
     if failed:
         said = (record.path.parent / "log.txt").read_bytes()[at:].decode(errors="replace").splitlines()
         print("\n".join("    " + line[:200] for line in said[-15:]), flush=True)
@@ -174,7 +179,7 @@ def check(plan: list[Step], seconds: float, out: Path, *, rehearsal: bool = Fals
             continue
         if step.unless is not None and not rehearsal:
             there = Step(step.name, min(30, left), step.unless)
-            if run(there, there.seconds, record):
+            if run(there, there.seconds, record, asks=True):
                 continue
             left = end - time.monotonic()
         run(step, min(step.seconds, left), record, rehearsal=rehearsal)

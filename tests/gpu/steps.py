@@ -7,6 +7,7 @@ small, with the CPU's backends in place of the GPU's: the same lines, so that no
 from __future__ import annotations
 
 import argparse
+import itertools
 import re
 import sys
 import time
@@ -21,7 +22,7 @@ from record import Record, Row
 
 import rmfast
 from bench import machine, runner
-from bench.registry import benchmarks
+from bench.registry import Benchmark, benchmarks
 from rmfast.backends import why_not
 
 # Rows whose kernels move bytes: the ops, without whole models.
@@ -76,55 +77,60 @@ def ceilings(run: Run) -> None:
 
 
 def agree(run: Run) -> None:
-    """Every op on every backend of this device against the fp64 truth, at the shapes of the benchmarks."""
-    for benchmark in benchmarks():
-        if not re.search(OPS, benchmark.name) or run.device.type not in benchmark.devices:
-            continue
-        if run.rehearsal and not re.search(r"bf16$|mmd$|tcrm$", benchmark.name):
-            continue
-        try:
-            problem = benchmark.problem(benchmark.quick if run.rehearsal else benchmark.shape, run.device, 1)
-        except Exception as error:
-            run.fail(benchmark.name, error)
-            continue
-        ran = 0
-        for name in run.backends:
+    """Every op on every backend of this device against the fp64 truth, at the shapes of the benchmarks.
+
+    One backend after the other: a kernel that faults takes along all that this process has yet to run.
+    """
+    chosen = [b for b in benchmarks() if re.search(OPS, b.name) and run.device.type in b.devices]
+    if run.rehearsal:
+        chosen = [b for b in chosen if re.search(r"bf16$|mmd$|tcrm$", b.name)]
+
+    def error(benchmark: Benchmark) -> float:
+        problem = benchmark.problem(benchmark.quick if run.rehearsal else benchmark.shape, run.device, 1)
+        with torch.set_grad_enabled(problem.grad):
+            return float(problem.error(benchmark.ours(problem)(problem.inputs[0]))) / problem.tolerance
+
+    seen = set()
+    for name in run.backends:
+        for benchmark in chosen:
             op = benchmark.name.split("/")[0]
             if op != "losses" and why_not(op, name, run.device.type) is not None:
                 continue
             try:
-                with torch.set_grad_enabled(problem.grad), rmfast.backend(name):
-                    error = problem.error(benchmark.ours(problem)(problem.inputs[0]))
-                run.note(f"{benchmark.name}, {name}, of its tolerance", float(error) / problem.tolerance, "", -1.0)
-                ran += 1
+                with rmfast.backend(name):
+                    run.note(f"{benchmark.name}, {name}, of its tolerance", error(benchmark), "", -1.0)
             except rmfast.BackendError:
-                pass  # an op inside of it has no such kernel
-            except Exception as error:
-                run.fail(f"{benchmark.name}, {name}", error)
-        if not ran:
+                continue  # an op inside of it has no such kernel
+            except Exception as failure:
+                run.fail(f"{benchmark.name}, {name}", failure)
+            seen.add(benchmark.name)
+    for benchmark in chosen:
+        if benchmark.name not in seen:
             run.fail(benchmark.name, "no backend ran it")
-        del problem
 
 
 def attention(run: Run) -> None:
     """suffix_attention's kernels and well-kept ones, TFLOP/s at three head sizes: whole texts, and a shared prompt."""
     shapes = ((128, 32, 8), (64, 32, 8), (256, 16, 8))
-    for d, heads, kv_heads in shapes[: 1 if run.rehearsal else 3]:
-        for work in attentions.WORKS:
-            case = attentions.Case.of(work, d, heads, kv_heads, run.device, small=run.rehearsal)
-            truth = case.truth()
-            for name, call in attentions.contenders(case, run.backends).items():
-                label = f"{work} d{d}, {name}"
-                try:
-                    error = float((call().double() - truth).norm() / truth.norm())
-                    if not error <= 1e-2:
-                        run.fail(label, f"off by {error:.1e}")
-                        continue
-                    target = {"triton": 400.0, "cuda, wgmma": 550.0}.get(name) if d == 128 else None
-                    run.note(label, case.flops / run.ms(call, 0.2) / 1e9, "TFLOP/s", target)
-                except Exception as failure:
-                    run.fail(label, failure)
-            del case, truth
+    works = [(*shape, work) for shape in shapes[: 1 if run.rehearsal else 3] for work in attentions.WORKS]
+    # wgmma last of all: a kernel that faults or hangs takes along all that this process has yet to run.
+    for last, (d, heads, kv_heads, work) in itertools.product((False, True), works):
+        case = attentions.Case.of(work, d, heads, kv_heads, run.device, small=run.rehearsal)
+        truth = case.truth()
+        for name, call in attentions.contenders(case, run.backends).items():
+            if ("wgmma" in name) != last:
+                continue
+            label = f"{work} d{d}, {name}"
+            try:
+                error = float((call().double() - truth).norm() / truth.norm())
+                if not error <= 1e-2:
+                    run.fail(label, f"off by {error:.1e}")
+                    continue
+                target = {"triton": 400.0, "cuda, wgmma": 550.0}.get(name) if d == 128 else None
+                run.note(label, case.flops / run.ms(call, 0.2) / 1e9, "TFLOP/s", target)
+            except Exception as failure:
+                run.fail(label, failure)
+        del case, truth
 
 
 def _model(run: Run) -> Any:
@@ -211,9 +217,12 @@ def model(run: Run) -> None:
 
 def _idle(run: Run, call: Callable[[], Any]) -> float:
     """The share of a call's time in which no kernel runs."""
+    from torch.autograd import DeviceType
     from torch.profiler import ProfilerActivity, profile
 
-    activity = ProfilerActivity.CUDA if run.device.type == "cuda" else ProfilerActivity.CPU
+    on_gpu = run.device.type == "cuda"
+    activity = ProfilerActivity.CUDA if on_gpu else ProfilerActivity.CPU
+    kind = DeviceType.CUDA if on_gpu else DeviceType.CPU
     call()
     run.done()
     with profile(activities=[activity]) as seen:
@@ -221,8 +230,10 @@ def _idle(run: Run, call: Callable[[], Any]) -> float:
         call()
         run.done()
         whole = (time.perf_counter() - begin) * 1e6
+    # The activity of CUDA has the host's own calls (launches, waits) among its events.
+    spans = [event.time_range for event in seen.events() if event.device_type == kind]
     busy, reached = 0.0, 0.0
-    for span in sorted((event.time_range for event in seen.events()), key=lambda span: span.start):
+    for span in sorted(spans, key=lambda span: span.start):
         busy += max(0.0, span.end - max(span.start, reached))
         reached = max(reached, span.end)
     return max(0.0, 1 - busy / whole)

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
 import re
+import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -13,6 +16,7 @@ import steps
 import thin
 import torch
 from record import Record, Row
+from torch.autograd import DeviceType
 
 from bench.registry import benchmarks
 
@@ -54,6 +58,12 @@ def test_a_step_that_fails_hangs_or_does_not_start_takes_no_other_with_it(tmp_pa
     printed = capsys.readouterr().out
     assert "words of it" in printed and printed.strip().endswith("5 rows, 3 failed or missed")
     assert "fine" in (tmp_path / "log.txt").read_text() and "works" in (tmp_path / "table.txt").read_text()
+
+
+def test_what_has_to_be_built_first_is_no_failure(tmp_path, capsys):
+    asks = python("print('no library'); raise SystemExit(1)")
+    assert check.check([check.Step("library", 5, python("print('built')"), unless=asks)], 30, tmp_path) == 0
+    assert [row.failed for row in Record(tmp_path).rows()] == [None] and "no library" in capsys.readouterr().out
 
 
 def test_no_step_starts_when_the_time_is_over(tmp_path, capsys):
@@ -106,10 +116,40 @@ def test_a_few_parameters_of_each_gpu_test_are_kept():
     other = [item(f"test_a[cuda-cuda-{i}]", "test_x.py", "gpu") for i in range(2)]
     cpu = [item(f"test_a[cpu-{i}]", "test_x.py") for i in range(9)]
     triton = [item("test_runs", "test_triton_rows.py"), item("test_kernels_compile", "test_triton_rows.py")]
-    few = thin.kept([*many, *cpu, *other, *triton], 3)
-    assert [i.name for i in few] == [many[0].name, many[24].name, many[49].name, *(i.name for i in other), "test_runs"]
+    wgmma = item("test_b[wgmma-0]", "test_cuda_x.py", "gpu")
+    few = thin.kept([wgmma, *many, *cpu, *other, *triton], 3)
+    assert [i.name for i in few] == [
+        many[0].name, many[24].name, many[49].name, "test_runs", *(i.name for i in other), wgmma.name,
+    ]  # fmt: skip
+
+
+def test_a_worker_that_lost_its_gpu_gives_way_to_another(tmp_path):
+    """Here a GPU that each process loses in the first test it runs."""
+    pytest.importorskip("xdist")
+    (tmp_path / "conftest.py").write_text(
+        "import thin, torch\ntorch.cuda.is_initialized = lambda: True\n"
+        "torch.cuda.synchronize = lambda: (_ for _ in ()).throw(RuntimeError('CUDA error'))\n"
+    )
+    (tmp_path / "test_x.py").write_text("def test_a(): assert 0, 'said'\ndef test_b(): pass\ndef test_c(): pass\n")
+    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-p", "thin", "-n", "1", str(tmp_path)]
+    environment = os.environ | {"PYTHONPATH": str(check.HERE)}
+    out = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True).stdout
+    assert "said" in out and "2 passed" in out, out
 
 
 def test_idle_time_is_what_no_span_covers(tmp_path):
     run = steps.Run("model", Record(tmp_path), torch.device("cpu"), True)
     assert 0 <= steps._idle(run, lambda: torch.randn(200, 200) @ torch.randn(200, 200)) < 1
+
+
+def test_idle_time_counts_the_device_s_own_spans_alone(tmp_path, monkeypatch):
+    def event(kind: DeviceType, end: float) -> SimpleNamespace:
+        return SimpleNamespace(device_type=kind, time_range=SimpleNamespace(start=0.0, end=end))
+
+    @contextlib.contextmanager
+    def profile(activities):
+        yield SimpleNamespace(events=lambda: [event(DeviceType.CPU, 0.0), event(DeviceType.CUDA, 1e12)])
+
+    monkeypatch.setattr(torch.profiler, "profile", profile)
+    run = steps.Run("model", Record(tmp_path), torch.device("cpu"), True)
+    assert steps._idle(run, lambda: None) == 1

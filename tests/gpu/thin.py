@@ -1,11 +1,17 @@
 """A pytest plugin: of the tests that need a GPU, a few parameters of each, as time there is short.
 
-`--thin N` keeps N of each function's, spread over all, and leaves out what runs without a GPU as well.
+`--thin N` keeps N of each function's, spread over all, and leaves out what runs without a GPU as well. A kernel that
+faults makes every later call of its process fail: so the likelier ones come last, and a worker that lost its GPU ends,
+in whose place xdist starts another.
 """
 
 from __future__ import annotations
 
+import os
 from collections import defaultdict
+
+import pytest
+import torch
 
 
 def pytest_addoption(parser):
@@ -29,7 +35,27 @@ def kept(items: list, count: int) -> list:
     for group in groups.values():
         step = max(1, (len(group) - 1) / max(1, count - 1))
         few += [group[i] for i in sorted({min(len(group) - 1, round(step * n)) for n in range(count)})]
-    return few
+    return sorted(few, key=risk)
+
+
+def risk(item) -> int:
+    """Triton checks its kernels' addresses and barriers as it makes them, nobody those of CUDA C++."""
+    return 2 if "wgmma" in item.name else int("cuda-cuda" in item.name or item.path.name.startswith("test_cuda_"))
+
+
+def gpu_is_lost() -> bool:
+    try:
+        torch.cuda.synchronize()
+    except RuntimeError:
+        return True
+    return False
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_runtest_teardown(item):
+    # The test's own report is sent by now.
+    if hasattr(item.config, "workerinput") and torch.cuda.is_initialized() and gpu_is_lost():
+        os._exit(1)
 
 
 def pytest_collection_modifyitems(config, items):
