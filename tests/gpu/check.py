@@ -69,7 +69,7 @@ def steps(call: int, out: Path, tests: str | None = None) -> list[Step]:
 
     def pytest(name: str, seconds: float, *more: str) -> Step:
         # -v: a run that is killed has said by then which tests failed.
-        run = (sys.executable, "-m", "pytest", "-v", "-p", "no:cacheprovider", "-p", "thin", "--thin", "3", *TESTS)
+        run = (sys.executable, "-m", "pytest", "-v", "-p", "no:cacheprovider", "-p", "thin", "--thin", "2", *TESTS)
         return Step(name, seconds, (*run, "--maxfail=40", *more), (*run, "--collect-only"), {"PYTHONPATH": str(HERE)})
 
     def sanitizer(tool: str, seconds: float) -> Step:
@@ -86,7 +86,7 @@ def steps(call: int, out: Path, tests: str | None = None) -> list[Step]:
             bench("bandwidth", 50, MOVERS, "compile|max-autotune|chunked", 0.3),
             pytest("tests", 110, "-n", "14"),
             ours("model", 60),
-            Step("warm", 20, SMALL, (*SMALL, "cpu")),
+            Step("warm", 20, (*SMALL, "cuda", "apart"), (*SMALL, "cpu", "apart")),
             sanitizer("memcheck", 25),
             sanitizer("racecheck", 25),
         ]

@@ -1,11 +1,13 @@
 """A small run of every GPU kernel, for compute-sanitizer: odd sizes, views, rows, interventions, gradients.
 
 Each kernel in few instances, since a machine compiles each of them anew: run once without the sanitizer, they come from
-Triton's cache. `TRITON_INTERPRET=1 python tests/gpu/small.py cpu` is the Triton half in the interpreter.
+Triton's cache (`small.py cuda apart`). `TRITON_INTERPRET=1 python tests/gpu/small.py cpu` is the Triton half in the
+interpreter.
 """
 
 from __future__ import annotations
 
+import subprocess
 import sys
 
 import torch
@@ -76,21 +78,36 @@ def features(dtype: torch.dtype) -> None:
     binned_mmd(x, index % 7, groups=index % 2, bandwidth=[0.5, 2.0]).backward()
 
 
-def main(device: str = "cuda") -> None:
+PARTS = {
+    "token_wise": lambda backend, outside: token_wise(torch.bfloat16),
+    "features": lambda backend, outside: features(torch.bfloat16),
+    "heads-bf16": lambda backend, outside: heads(torch.bfloat16),
+    "heads-fp32": lambda backend, outside: heads(torch.float32),
+    "rows-bf16": lambda backend, outside: rows(torch.bfloat16, outside),
+    "rows-fp32": lambda backend, outside: rows(torch.float32, outside),
+    "attention": lambda backend, outside: attention(torch.bfloat16, (64, 128, 256)[: 3 if backend == "cuda" else 2]),
+}
+TRITON_ALONE = ("token_wise", "features")
+
+
+def main(device: str = "cuda", *names: str) -> None:
+    """Runs all parts, or those named; of `apart` each in a process of its own, since compiling is one core's work."""
+    if names == ("apart",):
+        running = [subprocess.Popen((sys.executable, __file__, device, name)) for name in PARTS]
+        if failed := [name for name, process in zip(PARTS, running) if process.wait()]:
+            sys.exit(f"failed: {', '.join(failed)}")
+        return
     torch.manual_seed(0)
     torch.set_default_device(device)
-    with rmfast.backend("triton"):
-        token_wise(torch.bfloat16)
-        features(torch.bfloat16)
+    outside = 9 if device == "cuda" else 5  # a GPU gives NaN outside
     for backend in ("triton", "cuda") if device == "cuda" else ("triton",):
         with rmfast.backend(backend):
-            for dtype in (torch.bfloat16, torch.float32):
-                heads(dtype)
-                rows(dtype, 9 if device == "cuda" else 5)  # a GPU gives NaN outside
-            attention(torch.bfloat16, (64, 128, 256) if backend == "cuda" else (64, 128))
+            for name in names or PARTS:
+                if backend == "triton" or name not in TRITON_ALONE:
+                    PARTS[name](backend, outside)
     if device == "cuda":
         torch.cuda.synchronize()
-    print("ran every kernel")
+    print(f"ran {', '.join(names) or 'every kernel'}")
 
 
 if __name__ == "__main__":
