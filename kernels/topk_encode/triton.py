@@ -2,8 +2,8 @@
 
 A program multiplies a block of rows with one tile of features after the other and keeps the rows' k largest as words of
 64 bits, a value's ordered bits above its index' complement. A tile's largest values go in one at a time for as long as
-any row's is above its smallest word: after the first tiles that is a few times a tile, where sorting [64, 128] words
-takes as long as their matmul. Where there are few blocks of rows the features are split over programs as well; words
+any row's is above its smallest word: after the first tiles that is a few times a tile, where sorting a tile of words
+takes as long as its matmul. Where there are few blocks of rows the features are split over programs as well; words
 are all different, so neither the split nor the order changes a bit of the result. float64 has no such words, and longer
 lists no registers: `why_not` says so, and the eager reference runs.
 """
@@ -15,10 +15,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from rmfast.kernels.launch import on_device
+from rmfast.kernels.launch import capability, on_device
 from rmfast.kernels.suffix_attention.triton_blocks import dot
 
 MAX_K = 256
+NONE = tl.constexpr(-0x80000000)  # a key below all of numbers: of features that there are not, or that are taken
 _PROGRAMS = 132  # one for each SM of an H100: registers leave room for no second
 
 
@@ -27,6 +28,17 @@ def _key(b_x):
     """fp32 as int32 in the same order: −0 as 0, NaN above all."""
     b_bits = (b_x + 0.0).to(tl.int32, bitcast=True)
     return tl.where(b_x == b_x, b_bits ^ ((b_bits >> 31) & 0x7FFFFFFF), 0x7FFFFFFF)
+
+
+@triton.jit
+def _largest(b_key, first, o_n):
+    """The word of the largest of each row of b_key [BM, BN], whose columns are features first + o_n, and its column.
+
+    A maximum that carries its index along takes more instructions.
+    """
+    b_top = tl.max(b_key, 1)
+    b_at = tl.min(tl.where(b_key == b_top[:, None], o_n[None, :], 0x7FFFFFFF), 1)
+    return (b_top.to(tl.int64) << 32) + (0xFFFFFFFF - (first + b_at).to(tl.int64)), b_at
 
 
 @triton.jit(do_not_specialize=["N", "D", "F", "K", "tiles", "stride_x", "stride_w"])
@@ -48,8 +60,10 @@ def _topk_encode(
     m_m = o_m < N
     p_rows = p_x + (o_m * (stride_x * UNIT))[:, None]
 
-    # Free slots hold words below all real ones, and those beyond K the largest, which nothing replaces.
-    b_best = tl.where(o_s < K, (-0x80000000 + tl.zeros([BM, 1], tl.int64) << 32) + o_s, 0x7FFFFFFFFFFFFFFF)
+    # Free slots hold words below all real ones and above those of NONE; slots beyond K, and of rows that there are not,
+    # the largest, which nothing replaces.
+    b_free = (NONE + 1 + tl.zeros([BM, 1], tl.int64) << 32) + o_s
+    b_best = tl.where((o_s < K) & m_m[:, None], b_free, 0x7FFFFFFFFFFFFFFF)
     for i_t in range(i_s * tiles, tl.minimum((i_s + 1) * tiles, tl.cdiv(F, BN))):
         o_f = i_t * BN + o_n
         m_f = (o_f < F)[None, :]
@@ -70,35 +84,41 @@ def _topk_encode(
                 b_w = tl.load(p_wk, mask=m_w, other=0.0)
             b_acc = dot(b_x, b_w, b_acc)
         if p_bias is not None:
-            b_acc += tl.load(p_bias + o_f, mask=o_f < F, other=0.0)[None, :]
-        b_key = tl.where(m_f, _key(b_acc), -0x80000000)
+            b_acc += tl.load(p_bias + o_f, mask=None if WHOLE_F else o_f < F)[None, :]
+        b_key = _key(b_acc)
+        if not WHOLE_F:
+            b_key = tl.where(m_f, b_key, NONE)
 
         b_least = tl.min(b_best, 1)  # [BM]
-        b_top, b_at = tl.max(b_key, 1, return_indices=True)
-        b_go = b_top > (b_least >> 32).to(tl.int32)
+        b_word, b_at = _largest(b_key, i_t * BN, o_n)
+        b_go = b_word > b_least
         while tl.max(b_go.to(tl.int32), 0) > 0:
-            b_word = (b_top.to(tl.int64) << 32) + (0xFFFFFFFF - (i_t * BN + b_at).to(tl.int64))
             b_best = tl.where((b_best == b_least[:, None]) & b_go[:, None], b_word[:, None], b_best)
-            b_key = tl.where(o_n[None, :] == b_at[:, None], -0x80000000, b_key)
+            b_key = tl.where(o_n[None, :] == b_at[:, None], NONE, b_key)
             b_least = tl.min(b_best, 1)
-            b_top, b_at = tl.max(b_key, 1, return_indices=True)
-            b_go = b_top > (b_least >> 32).to(tl.int32)
+            b_word, b_at = _largest(b_key, i_t * BN, o_n)
+            b_go = b_word > b_least
     p_out = p_words + (o_m[:, None] * tl.num_programs(1) + i_s) * K + o_s
     tl.store(p_out, b_best, mask=m_m[:, None] & (o_s < K))
 
 
-def config(dtype: torch.dtype, k: int, aligned: bool) -> dict[str, int]:
-    """Never by the number of rows, so that a row's bits don't depend on its batch.
+def config(dtype: torch.dtype, k: int, aligned: bool, sm: int) -> dict[str, int]:
+    """Tiles that stay in registers on a GPU of compute capability `sm`, found by compiling for it.
 
-    Longer lists of words leave registers for fewer rows; so do the parts of fp32 operands, and addresses of single
-    elements where rows are not aligned to 16 bytes (with larger tiles either spills).
+    Never by the number of rows, so that a row's bits don't depend on its batch. A tile of 128 x 128 does 64 FLOPs for a
+    byte from L2, one of 64 x 128 does 43. Longer lists of words leave registers for fewer rows; so do Blackwell's
+    accumulators, which are copied out of their own memory, the parts of fp32 operands, and addresses of single
+    elements where rows are not aligned to 16 bytes.
     """
     slots = max(16, triton.next_power_of_2(k))
     less = (dtype == torch.float32) + (not aligned)
-    rows = max(16, min(64, (4096 >> (less == 2)) // slots))
-    small = {"BN": 64, "BK": 64 >> less} if less else {"BN": 128, "BK": 64}
+    if less == 0 and slots <= 64 and sm < 100:
+        tile = {"BM": 128, "BN": 128, "BK": 64 if sm >= 90 else 32}
+    else:
+        rows = max(16, min(64, (8192 >> less) // slots))
+        tile = {"BM": rows, "BN": 64, "BK": 64 >> less} if less else {"BM": rows, "BN": 128, "BK": 64}
     # A cap on registers keeps ptxas from spilling for the sake of one more program per SM.
-    return {"SLOTS": slots, "BM": rows, **small, "num_warps": 8, "num_stages": 3, "maxnreg": 255}
+    return {"SLOTS": slots, **tile, "num_warps": 8, "num_stages": 3, "maxnreg": 255}
 
 
 def why_not(x: Tensor, k: int) -> str | None:
@@ -121,7 +141,7 @@ def topk_encode(
     strides = x.stride(0), weight.stride(1 if by_feature else 0)
     aligned = all(stride * x.itemsize % 16 == 0 for stride in strides)
     unit = 16 // x.itemsize if aligned else 1
-    settings = config(x.dtype, k, aligned)
+    settings = config(x.dtype, k, aligned, capability(x))
     blocks, tiles = triton.cdiv(n, settings["BM"]), triton.cdiv(width, settings["BN"])
     each = triton.cdiv(tiles, max(1, min(tiles, _PROGRAMS // blocks)))  # tiles of a split
     splits = triton.cdiv(tiles, each)

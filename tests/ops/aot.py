@@ -16,6 +16,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from rmfast.kernels.suffix_attention import triton as suffix_attention
+from rmfast.kernels.topk_encode import triton as topk_encode
 
 SHARED = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}  # bytes a program may have
 BIN = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
@@ -68,7 +69,8 @@ def launches(call, capability: int = 90) -> list[tuple]:
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(triton.JITFunction, "__getitem__", record)
-        patch.setattr(suffix_attention, "capability", lambda value: capability)
+        for module in (suffix_attention, topk_encode):
+            patch.setattr(module, "capability", lambda value: capability)
         call()
     return seen
 

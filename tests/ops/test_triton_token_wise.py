@@ -8,6 +8,8 @@ from torch import Tensor
 
 triton = pytest.importorskip("triton", minversion="3.6")
 
+import triton.language as tl  # noqa: E402
+
 from rmfast.kernels.token_wise import reference  # noqa: E402
 from rmfast.kernels.token_wise import triton as kernels  # noqa: E402
 
@@ -96,6 +98,30 @@ def test_gated_activation_matches_the_truth(dtype, kind):
     for rows, m in ((5, 1), (3, 111), (2, 1536)):
         gate, up = (4 * draw(rows, 2 * m, dtype=dtype)).chunk(2, 1)
         check("gated_activation", gate, up, reference.KINDS[kind])
+
+
+@triton.jit
+def _not_rounded(p_gate, p_out, KIND: tl.constexpr, BD: tl.constexpr):
+    o_d = tl.program_id(0) * BD + tl.arange(0, BD)
+    tl.store(p_out + o_d, kernels.activation_of_16_bits(tl.load(p_gate + o_d), KIND))
+
+
+@runs
+@pytest.mark.parametrize("kind", reference.KINDS)
+@pytest.mark.parametrize("dtype,bits,least", [(torch.bfloat16, 15, 3e-37), (torch.float16, 16, 2**-30)])
+def test_every_gate_of_16_bits_before_its_result_is_rounded(dtype, bits, least, kind):
+    gate = torch.arange(-(2**15), 2**15).to(torch.int16).view(dtype)
+    gate = torch.where(gate.isfinite(), gate, 0).float().to(DEVICE)  # the interpreter truncates to bf16
+    got = torch.empty_like(gate)
+    _not_rounded[(64,)](gate, got, reference.KINDS[kind], 1024, enable_fp_fusion=False)
+    wide = gate.double()
+    if kind == "gelu":  # torch's own cancels below 0
+        want = wide * torch.erfc(wide * -(0.5**0.5)) / 2
+    elif kind == "gelu_tanh":
+        want = wide * torch.sigmoid(2 * (2 / torch.pi) ** 0.5 * (wide + 0.044715 * wide**3))
+    else:
+        want = wide * torch.sigmoid(wide)
+    assert ((got.double() - want).abs() <= want.abs() * 2.0**-bits + least).all()
 
 
 @runs

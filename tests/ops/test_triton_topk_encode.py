@@ -46,7 +46,7 @@ def both(x, weight, bias, k, b_dec=None, relu=False) -> tuple[tuple[Tensor, Tens
 @runs
 @every_dtype
 def test_agrees_with_the_reference(dtype):
-    for n, d, features, k in ((3, 5, 7, 7), (70, 33, 300, 32), (5, 8, 600, 200)):
+    for n, d, features, k in ((3, 5, 7, 7), (130, 33, 300, 32), (5, 8, 600, 200)):
         x, weight, bias, b_dec = inputs(n, d, features, dtype, ties=False)
         got, want = both(x, weight, bias, k, b_dec)
         torch.testing.assert_close(got[0], want[0], rtol=2e-6, atol=2e-5)
@@ -99,7 +99,10 @@ CALLS = {
     "bf16": (512, 2048, 16384, 32, torch.bfloat16, False),
     "bf16 by feature, k 64": (512, 4096, 32768, 64, torch.bfloat16, True),
     "bf16 odd": (512, 1001, 5001, 64, torch.bfloat16, False),
+    "fp16 by feature": (512, 2048, 16384, 20, torch.float16, True),
+    "bf16 k 64": (512, 4096, 32768, 64, torch.bfloat16, False),
     "fp16 k 100": (512, 2048, 16384, 100, torch.float16, False),
+    "bf16, longest": (512, 2048, 16384, kernels.MAX_K, torch.bfloat16, False),
     "fp32": (512, 2048, 16384, 32, torch.float32, False),
     "fp32 by feature, longest": (512, 2048, 16384, kernels.MAX_K, torch.float32, True),
     "fp32 odd": (512, 1001, 5001, 32, torch.float32, False),
@@ -114,8 +117,8 @@ def test_kernels_compile_fit_and_do_not_spill(case, tmp_path):
     n, d, features, k, dtype, by_feature = CALLS[case]
     weight = torch.empty(features, d, dtype=dtype).T if by_feature else torch.empty(d, features, dtype=dtype)
     x, bias = torch.empty(n, d, dtype=dtype), torch.empty(features)
-    (launch,) = launches(lambda: kernels.topk_encode(x, weight, bias, k, None, True))
     for capability in SHARED:
+        (launch,) = launches(lambda: kernels.topk_encode(x, weight, bias, k, None, True), capability)
         got = build(launch, capability, tmp_path)
         print(case, got)
         assert got.shared <= SHARED[capability], got
