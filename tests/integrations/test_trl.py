@@ -378,6 +378,7 @@ def test_grpo_takes_the_reward_function(tmp_path):
 
 
 RANKS = """
+import os
 import sys
 import torch
 sys.path[:0] = {tests!r}
@@ -389,6 +390,8 @@ if made.accelerator.is_main_process:
     torch.save(weights(made), {folder!r} + "/weights.pt")
 torch.distributed.barrier()  # a rank that ends while gloo's threads still talk to it takes the other one down
 torch.distributed.destroy_process_group()
+sys.stdout.flush()
+os._exit(0)  # under load torch's threads abort an interpreter that ends now and then, with all trained and saved
 """
 
 
