@@ -42,7 +42,11 @@ _DECODERS: dict[str, tuple[str, dict[str, Any]]] = {
     "mistral": ("Mistral", {"sliding_window": 16}),
     "qwen2": ("Qwen2", {}),
     "qwen3": ("Qwen3", {"head_dim": 16}),
-    "gemma2": ("Gemma2", {"head_dim": 16, "sliding_window": 16, "query_pre_attn_scalar": 16}),
+    # Eager: SDPA, the default up to transformers 5.23, drops its softcap, and is refused.
+    "gemma2": (
+        "Gemma2",
+        {"head_dim": 16, "sliding_window": 16, "query_pre_attn_scalar": 16, "attn_implementation": "eager"},
+    ),
     "gemma3": ("Gemma3Text", {"head_dim": 16, "sliding_window": 16, "query_pre_attn_scalar": 16}),
     "phi3": ("Phi3", {}),
     "phi3-longrope": (

@@ -223,6 +223,7 @@ class Binding:
             *(calls_of(module) for module in dict.fromkeys(around)),
             *(tuple(each) if isinstance(each, list) else each for each in ids),
             getattr(self.config, "is_causal", None),
+            getattr(self.config, "_attn_implementation_internal", None),  # SDPA drops a softcap
             *(module.__dict__.get("is_causal") for module in self.body.modules()),
         )
 
@@ -243,7 +244,7 @@ class Binding:
         if not self.changed:
             return
         changed = f"What the forward of {type(self.root).__name__} runs has changed since the model was bound"
-        around = "hooks, a forward set on it, its special tokens or is_causal"
+        around = "hooks, a forward set on it, its special tokens, its attention or is_causal"
         try:
             found = self.find(self.outermost, self.pooling, self.avoid)
         except ValueError as error:

@@ -37,7 +37,7 @@ from rmfast.binding.modules import (
 )
 from rmfast.binding.norms import Call, norm_kind
 from rmfast.binding.proof import agree, check_bounds, drawn_states, find_reading, precision, record, special_ids
-from rmfast.binding.refusals import rule_of
+from rmfast.binding.refusals import expect_own_attention, rule_of
 from rmfast.binding.rope import kept_rope, rope_modules
 from rmfast.binding.session import eval_mode, lock_of, on_the_host, uncompiled_calls
 
@@ -80,6 +80,7 @@ def _bind(root: nn.Module, outermost: nn.Module, pooling: str | int, avoid: tupl
             f"{type(root).__name__} is not a transformers model: rmfast looks for get_input_embeddings(), a body that "
             "returns last_hidden_state, and a head"
         )
+    expect_own_attention(root)
     where = f"{type(root).__name__} (top-level modules: {', '.join(name for name, _ in root.named_children())})"
     embedding = input_embedding(root)
     if embedding is None:

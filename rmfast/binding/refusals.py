@@ -1,11 +1,13 @@
-"""Why a head is refused, in words: what it reads, and what its output is, where these are common other rules."""
+"""Why a model is refused, in words: attention that drops a softcap; heads of common rules of another kind, by what they
+read and what they give."""
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from rmfast.binding.norms import Call
 
@@ -22,6 +24,36 @@ _SQUASHES: dict[str, Callable[[Tensor], Tensor]] = {
     "the log-sigmoid": torch.nn.functional.logsigmoid,
     "the softmax": lambda x: x.softmax(-1),
 }
+
+
+def dropped_softcap(root: nn.Module) -> float | None:
+    """The softcap of a model's attention logits where it runs by SDPA, which takes none and drops it without a word.
+
+    transformers runs Gemma 2, T5Gemma and VaultGemma so by default up to 5.23; from 5.24 on it refuses to.
+    """
+    for module in root.modules():
+        cap, config = getattr(module, "attn_logit_softcapping", None), getattr(module, "config", None)
+        # The choice itself: under a run of the packed engine the name without "_internal" is that engine's.
+        if cap is not None and getattr(config, "_attn_implementation_internal", None) == "sdpa" and not _caps():
+            return float(cap)
+    return None
+
+
+def _caps() -> bool:
+    """Whether transformers' SDPA takes a softcap."""
+    from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+    return "softcap" in inspect.signature(sdpa_attention_forward).parameters
+
+
+def expect_own_attention(root: nn.Module) -> None:
+    """Raises ValueError where a model's attention drops a part of it."""
+    if (cap := dropped_softcap(root)) is not None:
+        raise ValueError(
+            f"{type(root).__name__} runs its attention by SDPA, which drops the softcap of {cap:g} on its logits "
+            '(attn_logit_softcapping): its rewards would be wrong. Load it with attn_implementation="eager", as '
+            'rmfast.load does, or call model.set_attn_implementation("eager") first'
+        )
 
 
 def rule_of(tail: list[Call], states: Tensor, logits: Tensor) -> str | None:

@@ -233,7 +233,7 @@ def test_a_setting_of_a_norm_that_changes_its_formula_is_followed(names, offset,
 @pytest.mark.parametrize("change", [("layer_types", ["full_attention", "full_attention"]), ("sliding_window", 14)])
 @pytest.mark.parametrize("in_place", [True, False])
 def test_windows_that_the_mask_alone_has_are_followed(change, in_place):
-    model, reward_model = scored("gemma2", attn_implementation="eager")
+    model, reward_model = scored("gemma2")
     before = own_scores(model)
     name, value = change
     if in_place and isinstance(value, list):
@@ -264,8 +264,7 @@ def test_a_final_norm_that_is_not_run_any_more_is_refused():
     ],
 )
 def test_settings_of_attention_that_are_changed_in_place_are_followed(family, name, value, engine):
-    # The oldest transformers' SDPA leaves out Gemma 2's softcap.
-    model, reward_model = scored(family, **({"attn_implementation": "eager"} if family == "gemma2" else {}))
+    model, reward_model = scored(family)
     before = own_scores(model)
     for holder in [model.config] if name == "sliding_window" else [layer.self_attn for layer in model.model.layers]:
         assert getattr(holder, name) != value
@@ -282,7 +281,7 @@ def test_settings_of_attention_that_are_changed_in_place_are_followed(family, na
 ])  # fmt: skip
 @pytest.mark.parametrize("engine", ENGINES)
 def test_the_eps_of_norms_that_is_changed_in_place_is_followed(family, names, eps, engine):
-    model, reward_model = scored(family, **({"attn_implementation": "eager"} if family == "gemma2" else {}))
+    model, reward_model = scored(family)
     before = own_scores(model)
     for layer in model.model.layers:
         for name in names:
@@ -431,7 +430,7 @@ def saved(model, *names):
     ],
 )
 def test_tuned_norms_are_followed_on_off_and_merged(family, names, wrap, when):
-    model = M.decoder(family, **({"attn_implementation": "eager"} if family == "gemma2" else {}))
+    model = M.decoder(family)
     before = own_scores(model)
     reward_model = RewardModel(model) if when == "after" else None
     wrapped = wrap(model, *names)

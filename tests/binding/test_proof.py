@@ -182,7 +182,7 @@ def test_an_fp16_model_that_overflows_at_a_token_of_the_probe_is_tried_on_others
 @pytest.mark.parametrize("name", ["gelu_10", "gelu_pytorch_tanh", "silu"])
 def test_activations_are_known_where_they_are_large_as_well(name):
     # Eager, as the oldest transformers' SDPA leaves out Gemma 2's softcap.
-    model = M.decoder("gemma2", hidden_activation=name, attn_implementation="eager")
+    model = M.decoder("gemma2", hidden_activation=name)
     with torch.no_grad():
         for layer in model.model.layers:
             layer.mlp.gate_proj.weight.mul_(40)

@@ -67,3 +67,24 @@ def test_a_backend_that_cannot_run_is_named_and_not_the_head(name, monkeypatch):
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     with rmfast.backend(name), pytest.raises(rmfast.BackendError, match=f"Backend '{name}' cannot run .* on cpu"):
         RewardModel(M.decoder("llama"))
+
+
+def test_attention_that_drops_a_softcap_is_refused_whenever_it_is_chosen():
+    model = M.decoder("gemma2")
+    reward_model = RewardModel(model)
+    ids = M.token_ids([9, 4])
+    before = reward_model.score(ids)
+    model.config._attn_implementation = "sdpa"  # as by set_attn_implementation up to transformers 5.23
+    for refused in (
+        lambda: RewardModel(model),
+        lambda: reward_model.score(ids),
+        lambda: reward_model.token_values(ids),
+    ):
+        with pytest.raises(ValueError, match=r"Gemma2\w+ runs its attention by SDPA, which drops the softcap of 50"):
+            refused()
+    model.config._attn_implementation = "eager"
+    assert torch.equal(reward_model.score(ids), before)
+    for layer in model.model.layers:
+        layer.self_attn.attn_logit_softcapping = None
+    model.config._attn_implementation = "sdpa"
+    RewardModel(model)  # nothing to drop

@@ -27,13 +27,6 @@ from rmfast.reward_model import RewardModel
 FAMILIES = [*M.DECODERS, "gpt2"]
 
 
-def decoder(family: str, **kw):
-    model = M.decoder(family, **kw)
-    if family == "gemma2":  # the oldest transformers' SDPA leaves out its softcap
-        model.config._attn_implementation = "eager"
-    return model
-
-
 def texts(seed: int = 0) -> list[list[int]]:
     """Nested sharing: a system prompt, prompts, answers; texts that begin others; duplicates; short ones; lone ones."""
     rng = random.Random(seed)
@@ -54,7 +47,7 @@ def truths(model, inputs) -> torch.Tensor:
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_packed_scores_are_those_of_each_text_alone(family):
-    model = decoder(family, labels=3)
+    model = M.decoder(family, labels=3)
     rm, inputs = RewardModel(model), texts()
     want = truths(model, inputs)
     for budget in (None, 16, 40):
@@ -65,7 +58,7 @@ def test_packed_scores_are_those_of_each_text_alone(family):
 
 @pytest.mark.parametrize("family", [f for f in FAMILIES if f != "gemma3"])  # which has no token classification
 def test_packed_token_values_are_those_of_each_text_alone(family):
-    model = decoder(family, task="TokenClassification")
+    model = M.decoder(family, task="TokenClassification")
     rm, inputs = RewardModel(model), texts(3)
     for budget in (None, 24):
         got = rm.token_values(inputs, batch_tokens=budget, max_length=128, engine="packed")
@@ -76,7 +69,7 @@ def test_packed_token_values_are_those_of_each_text_alone(family):
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_the_layers_of_every_family_are_fused(family):
-    rm = RewardModel(decoder(family))
+    rm = RewardModel(M.decoder(family))
     packed = rm.packed_engine()
     assert isinstance(packed, Engine) and (packed.mode, packed.why) == ("fused", None)
     assert "engine: packed, fused layers" in rm.explain()
@@ -88,7 +81,7 @@ def test_layers_of_another_shape_run_as_they_are():
     assert packed.why == "layer 0 (OlmoDecoderLayer): its attention clips queries, keys and values"
 
 
-MODEL = decoder("gemma3")  # windows, two rotary embeddings, norms of heads and after the blocks
+MODEL = M.decoder("gemma3")  # windows, two rotary embeddings, norms of heads and after the blocks
 
 
 @settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.too_slow])
@@ -114,7 +107,7 @@ def bf16_rewards(family: str) -> spread.Rewards:
     prompts, answers = ((8, 14), (1, 10)) if family == "llama-dynamic" else ((30, 100), (1, 28))
     shared = M.token_ids([rng.randrange(*prompts) for _ in range(16)], 1)
     inputs = [p + M.token_ids([rng.randrange(*answers)], 4 * i + j)[0] for i, p in enumerate(shared) for j in range(4)]
-    return spread.measure(decoder(family).to(torch.bfloat16), inputs)
+    return spread.measure(M.decoder(family).to(torch.bfloat16), inputs)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -130,7 +123,7 @@ def test_a_bf16_reward_is_as_near_to_the_truth_as_in_transformers(family):
 
 
 def test_the_spread_of_a_saved_model_is_printed(tmp_path, capsys):
-    decoder("llama").save_pretrained(tmp_path)
+    M.decoder("llama").save_pretrained(tmp_path)
     M.tokenizer().save_pretrained(tmp_path)
     lines = gzip.compress(b'{"chosen": "one two", "rejected": "one three"}\n{"chosen": "four", "rejected": "5"}')
     (tmp_path / "texts.jsonl.gz").write_bytes(lines)
@@ -145,7 +138,7 @@ def test_the_spread_of_a_saved_model_is_printed(tmp_path, capsys):
 
 
 def test_positions_and_pooling_read_inside_shared_prefixes():
-    model = decoder("qwen2")
+    model = M.decoder("qwen2")
     rm, inputs = RewardModel(model), texts(7)
     at = [len(ids) // 2 for ids in inputs]
     want = truths(model, [ids[: p + 1] for ids, p in zip(inputs, at)])[:, 0]
@@ -153,7 +146,7 @@ def test_positions_and_pooling_read_inside_shared_prefixes():
 
 
 def test_hooks_get_the_padded_batches_they_expect():
-    model = decoder("llama")
+    model = M.decoder("llama")
     rm = RewardModel(model)
     handle = model.model.layers[0].register_forward_hook(lambda module, args, out: None)
     assert "hooks (on layers.0) expect padded batches" in rm.explain()
@@ -164,7 +157,7 @@ def test_hooks_get_the_padded_batches_they_expect():
 
 
 def test_the_hooks_that_transformers_leaves_behind_rule_nothing_out():
-    model = decoder("llama")
+    model = M.decoder("llama")
     rm, inputs = RewardModel(model), texts(5)
     want = rm.score(inputs)
     with torch.no_grad():
@@ -185,11 +178,11 @@ def test_an_encoder_runs_padded_and_says_why():
 
 def test_an_unknown_engine_is_refused():
     with pytest.raises(ValueError, match='Expected engine to be "packed" or "padded", got \'fast\''):
-        RewardModel(decoder("llama")).score([[1]], engine="fast")
+        RewardModel(M.decoder("llama")).score([[1]], engine="fast")
 
 
 def test_out_of_memory_halves_the_budget_and_loses_nothing(monkeypatch):
-    model = decoder("llama")
+    model = M.decoder("llama")
     rm, inputs = RewardModel(model), texts(9)
     want = rm.score(inputs, engine="padded")
     sizes = []
@@ -213,7 +206,7 @@ def test_out_of_memory_halves_the_budget_and_loses_nothing(monkeypatch):
 @pytest.mark.parametrize("family", ["llama", "phi3-longrope"])
 @pytest.mark.parametrize("task", ["SequenceClassification", "TokenClassification"])
 def test_inputs_planned_window_by_window_score_the_same_where_memory_runs_out_too(monkeypatch, family, task):
-    model = decoder(family, task=task)
+    model = M.decoder(family, task=task)
     rm, inputs = RewardModel(model), texts(3) + texts(5) + texts(8)
     score = rm.score if task.startswith("Sequence") else rm.token_values
     want = score(inputs, max_length=128, engine="packed")
@@ -240,7 +233,7 @@ def test_inputs_planned_window_by_window_score_the_same_where_memory_runs_out_to
 
 
 def test_nothing_stays_changed_in_the_model():
-    model = decoder("gemma2").train()
+    model = M.decoder("gemma2").train()
     before = {name: dict(module.__dict__) for name, module in model.named_modules()}
     kind, implementation = type(model.config), model.config._attn_implementation
     RewardModel(model).score(texts(1), engine="packed")
@@ -251,14 +244,14 @@ def test_nothing_stays_changed_in_the_model():
 
 
 def test_the_attention_function_refuses_to_run_outside_of_the_engine():
-    model = decoder("llama")
+    model = M.decoder("llama")
     model.config._attn_implementation_internal = "rmfast"
     with pytest.raises(RuntimeError, match="only works inside rmfast's engine"):
         model(input_ids=torch.tensor([[1, 2, 3]]))
 
 
 def test_a_model_whose_layers_look_right_but_are_not_is_found_out():
-    model = decoder("llama")
+    model = M.decoder("llama")
     for layer in model.model.layers:
         layer.mlp.register_buffer("twice", torch.tensor(2.0))
         plain = type(layer.mlp).forward
@@ -278,7 +271,7 @@ def test_a_model_whose_layers_look_right_but_are_not_is_found_out():
 
 @pytest.mark.parametrize("invariant, wanted", [(False, [60, 3]), (True, [72, 8])])  # whole tiles of 8 rows
 def test_the_last_layer_runs_its_mlp_for_the_read_rows_alone(invariant, wanted, monkeypatch):
-    rm = RewardModel(decoder("llama"), invariant=invariant, compute="native")  # torch's products move on 8 rows
+    rm = RewardModel(M.decoder("llama"), invariant=invariant, compute="native")  # torch's products move on 8 rows
     rm.explain()
     rows = []
     original = mlps.gated_activation
@@ -291,7 +284,7 @@ def test_the_last_layer_runs_its_mlp_for_the_read_rows_alone(invariant, wanted, 
 
 @pytest.mark.parametrize("backend", ["eager", "cpp"])
 def test_every_backend_gives_the_same_scores(backend):
-    model = decoder("qwen3")
+    model = M.decoder("qwen3")
     inputs = texts(4)
     with rmfast.backend(backend):
         got = RewardModel(model).score(inputs, engine="packed")
@@ -300,7 +293,7 @@ def test_every_backend_gives_the_same_scores(backend):
 
 def test_lora_in_the_body_is_run():
     peft = pytest.importorskip("peft")
-    model = decoder("llama")
+    model = M.decoder("llama")
     config = peft.LoraConfig(r=4, target_modules=["q_proj", "v_proj", "down_proj"], task_type="SEQ_CLS")
     adapted = peft.get_peft_model(model, config)
     with torch.no_grad():
@@ -315,7 +308,7 @@ def test_lora_in_the_body_is_run():
 
 
 def test_ids_are_planned_in_chunks_of_the_budget():
-    rm = RewardModel(decoder("llama"))
+    rm = RewardModel(M.decoder("llama"))
     packed = rm.packed_engine()
     assert packed.affordable_tokens() >= 256
     sizes = []
@@ -337,7 +330,7 @@ def test_a_window_that_stands_in_the_mask_alone_is_not_lost():
 
 @pytest.mark.parametrize("part", ["mlp", "self_attn", "input_layernorm", None])
 def test_a_module_replaced_after_the_first_score_is_used(part):
-    model, other = decoder("llama"), decoder("llama", seed=5)
+    model, other = M.decoder("llama"), M.decoder("llama", seed=5)
     rm, inputs = RewardModel(model), texts(2)
     rm.score(inputs, engine="packed")
     if part is None:
@@ -348,14 +341,14 @@ def test_a_module_replaced_after_the_first_score_is_used(part):
 
 
 def test_a_backend_that_cannot_run_is_an_error_and_not_remembered():
-    rm = RewardModel(decoder("llama"))
+    rm = RewardModel(M.decoder("llama"))
     with rmfast.backend("cuda"), pytest.raises(rmfast.BackendError):
         rm.score([[1, 2, 3]])
     assert "engine: packed" in rm.explain()
 
 
 def test_many_texts_on_one_long_prefix_copy_it_once(monkeypatch):
-    model = decoder("llama", max_position_embeddings=512)
+    model = M.decoder("llama", max_position_embeddings=512)
     prompt = M.token_ids([300])[0]
     inputs = [[*prompt, i, i + 1, 7] for i in range(40)]
     rm, rows = RewardModel(model), []
@@ -367,7 +360,7 @@ def test_many_texts_on_one_long_prefix_copy_it_once(monkeypatch):
 
 
 def test_a_forward_set_on_a_rotary_embedding_is_left_there():
-    model = decoder("phi3-longrope")
+    model = M.decoder("phi3-longrope")
     rotary = model.model.rotary_emb
     rotary.forward = mine = rotary.forward
     RewardModel(model).score(M.token_ids([30, 40]), engine="packed")
@@ -375,7 +368,7 @@ def test_a_forward_set_on_a_rotary_embedding_is_left_there():
 
 
 def test_under_autocast_the_modules_choose_the_dtypes():
-    rm, inputs = RewardModel(decoder("llama")), texts(1)
+    rm, inputs = RewardModel(M.decoder("llama")), texts(1)
     want = rm.score(inputs)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         assert "not packed: autocast is on" in rm.explain()
@@ -444,7 +437,7 @@ def test_a_part_of_another_formula_is_found_out_in_16_bits_and_with_small_weight
 
 @pytest.mark.parametrize("when", ["before", "after"])
 def test_a_body_that_leaves_after_some_of_its_layers_runs_by_its_own(when):
-    model = decoder("llama", num_hidden_layers=3)
+    model = M.decoder("llama", num_hidden_layers=3)
     before = truths(model, texts())
     rm = RewardModel(model)
     if when == "after":

@@ -42,6 +42,23 @@ def test_load_takes_dtype_device_pooling_and_passes_the_rest(tmp_path):
     assert loaded.model.config._attn_implementation == "eager"
 
 
+@pytest.mark.parametrize("task", ["SequenceClassification", "CausalLM"])
+def test_a_softcap_is_not_dropped_where_transformers_would(tmp_path, task, monkeypatch):
+    model = M.decoder("gemma2", task=task, attn_logit_softcapping=0.5)
+    save(tmp_path, model, M.tokenizer("decoder"))
+    head = None if task == "SequenceClassification" else rmfast.TokenHead(3)
+    # What transformers says up to 5.23.
+    monkeypatch.setattr(transformers.Gemma2PreTrainedModel, "_supports_sdpa", True)
+    loaded = rmfast.load(tmp_path, device="cpu", head=head)
+    with torch.no_grad():
+        logits = [model(torch.tensor([ids])).logits[0] for ids in TEXTS]  # (1,), or (T, vocabulary)
+    want = torch.stack([x[-1, 3] if head else x[0] for x in logits])
+    M.assert_rewards(loaded.score(TEXTS), want, 1.0)
+    assert loaded.model.config._attn_implementation == "eager"
+    with pytest.raises(ValueError, match=r"by SDPA, which drops the softcap of 0\.5"):
+        rmfast.load(tmp_path, device="cpu", head=head, attn_implementation="sdpa")
+
+
 def test_load_keeps_the_checkpoints_dtype(tmp_path):
     save(tmp_path, M.decoder("llama").bfloat16(), M.tokenizer())
     assert rmfast.load(tmp_path, device="cpu").model.dtype == torch.bfloat16
