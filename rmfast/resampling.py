@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Hashable, Iterator, Sequence
+from typing import Any
 
 import numpy as np
 
@@ -43,3 +45,8 @@ def percentiles(draws: np.ndarray, confidence: float) -> np.ndarray:
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="All-NaN")
         return np.nanquantile(draws, [tail, 1 - tail], axis=0)
+
+
+def as_json(row: Any) -> dict[str, Any]:
+    """A named tuple's fields; None for figures that are not finite, which JSON lacks."""
+    return {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in row._asdict().items()}

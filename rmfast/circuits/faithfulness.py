@@ -29,7 +29,7 @@ from rmfast.engine.scorer import Scorer
 from rmfast.patching.pairs import Align, Pair
 from rmfast.patching.request import Metric, Request
 from rmfast.plots import axes, needed, shown_figure
-from rmfast.resampling import clusters, drawn
+from rmfast.resampling import as_json, clusters, drawn
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -127,7 +127,7 @@ class Faithfulness:
         """Shares, numbers of all pairs and levels as JSON."""
         about = {name: getattr(self, name) for name in ("ablation", "confidence", "resamples", "seed")}
         numbers = {name: getattr(self, name).tolist() for name in ("circuit", "rest", "model", "none")}
-        shares = [{k: v if np.isfinite(v) else None for k, v in share._asdict().items()} for share in self.shares]
+        shares = [as_json(share) for share in self.shares]
         text = json.dumps({**about, "shares": shares, **numbers}, indent=1)
         arguments.path("path", path).write_text(text + "\n", encoding="utf-8")
 

@@ -33,7 +33,7 @@ from rmfast.concepts.readout import Readout
 from rmfast.engine.options import RunOptions, takes
 from rmfast.engine.scorer import Scorer
 from rmfast.plots import axes, needed
-from rmfast.resampling import cluster_means, clusters, drawn, percentiles
+from rmfast.resampling import as_json, cluster_means, clusters, drawn, percentiles
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -115,9 +115,9 @@ class DoseResponse:
     def save(self, path: str | os.PathLike[str]) -> None:
         """Doses, slope and selectivity as JSON."""
         about = {name: getattr(self, name) for name in ("concept", "way", "prompts", "confidence")}
-        rows = {"doses": [d._asdict() for d in self.doses], "selectivity": [s._asdict() for s in self.selectivity]}
-        out = {**about, "texts": len(self.plain), "slope": self.slope._asdict(), **rows}
-        arguments.path("path", path).write_text(json.dumps(out, indent=2) + "\n", encoding="utf-8")
+        rows = {"doses": [as_json(d) for d in self.doses], "selectivity": [as_json(s) for s in self.selectivity]}
+        out = {**about, "texts": len(self.plain), "slope": as_json(self.slope), **rows}
+        arguments.path("path", path).write_text(json.dumps(out, indent=2, allow_nan=False) + "\n", encoding="utf-8")
 
     def plot(self, ax: Any = None) -> Any:
         """The mean change over the dose with its interval, and the slopes of 19 in 20 directions of nothing as a band;

@@ -23,6 +23,7 @@ from rmfast.debias.search import RULES, SHARES, Rule, Tried, choose
 from rmfast.debias.study import NONE, Study, prompts_of
 from rmfast.engine.scorer import Scorer
 from rmfast.plots import axes, shown_table
+from rmfast.resampling import as_json
 from rmfast.texts.pairs import Pair
 
 _AT_ONCE = 512  # texts of `test` whose keys and values are held: 1.4 GB of SmolLM2's for 60 tokens each
@@ -117,8 +118,8 @@ class Validation:
         """Rows, rules, choices of k and the curve over k as JSON; the clamp has a `save` of its own."""
         out = {
             "verdict": self.verdict, "reliable": self.reliable, "folds": self.folds, "confidence": self.confidence,
-            "rows": [_plain(row) for row in self.rows],
-            "rules": {rule: _plain(row) for rule, row in self.rules.items()}, "chosen": self.chosen,
+            "rows": [as_json(row) for row in self.rows],
+            "rules": {rule: as_json(row) for rule, row in self.rules.items()}, "chosen": self.chosen,
             "curve": [{"k": ks, "neurons": count, "accuracy": float(accuracy)} for ks, count, accuracy in self.curve],
         }  # fmt: skip
         text = json.dumps(out, indent=2, allow_nan=False)
@@ -150,11 +151,6 @@ class Validation:
 
 
 _SHOWN = {"gain_random": "as many random neurons", "gain_over_random": "gain over these"}
-
-
-def _plain(row: Row) -> dict[str, Any]:
-    """As JSON has it: None for NaN."""
-    return {k: None if isinstance(v, float) and not np.isfinite(v) else v for k, v in row._asdict().items()}
 
 
 def _total(ks: Mapping[str, int]) -> int:

@@ -22,8 +22,8 @@ from scipy import stats
 
 from rmfast import arguments
 from rmfast.engine.scorer import Scorer
-from rmfast.interpret.pairwise import Pairwise, adjusted, checked, expect_prompts, plain
-from rmfast.resampling import cluster_means, clusters, drawn, percentiles
+from rmfast.interpret.pairwise import Pairwise, adjusted, checked, expect_prompts
+from rmfast.resampling import as_json, cluster_means, clusters, drawn, percentiles
 from rmfast.texts.items import read_named_pairs
 from rmfast.texts.pairs import join, text_of
 
@@ -90,7 +90,7 @@ class Cascade(Pairwise):
         return {
             "method": self.method,
             "held": self.held,
-            "together": {name: plain(value) for name, value in self.together._asdict().items()},
+            "together": as_json(self.together),
             "means": [{"name": m.name, "value": m.value, "low": m.low, "high": m.high} for m in self.means],
         }
 

@@ -13,6 +13,7 @@ import numpy as np
 
 from rmfast import arguments
 from rmfast.plots import axes, heat_map, needed, shown_table
+from rmfast.resampling import as_json
 
 LEAST_PROMPTS = 20  # below, percentiles of a bootstrap say little
 
@@ -60,7 +61,7 @@ class Pairwise:
     def save(self, path: str | os.PathLike[str]) -> None:
         """Rows and what they rest on as JSON; null for what is not defined."""
         about = {"names": self.names, "prompts": self.prompts, "confidence": self.confidence, **self._about()}
-        rows = [{name: plain(value) for name, value in row._asdict().items()} for row in self.rows]
+        rows = [as_json(row) for row in self.rows]
         text = json.dumps({**about, "rows": rows}, indent=2, allow_nan=False) + "\n"
         arguments.path("path", path).write_text(text, encoding="utf-8")
 
@@ -94,11 +95,6 @@ def _cell(value: Any) -> str:
     if not isinstance(value, float):
         return str(value)
     return "–" if math.isnan(value) else f"{value:.3g}"
-
-
-def plain(value: Any) -> Any:
-    """A number as JSON has it."""
-    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def adjusted(observed: np.ndarray, shuffled: Iterable[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:

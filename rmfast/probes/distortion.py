@@ -24,7 +24,7 @@ from rmfast import arguments
 from rmfast.plots import axes as axes_of
 from rmfast.plots import needed, shown_table
 from rmfast.probes.result import Probed
-from rmfast.resampling import clusters, drawn, percentiles
+from rmfast.resampling import as_json, clusters, drawn, percentiles
 
 WHOLE = "all"
 # No part of the index: what no taste looks like; what takes content away; what makes a response worse.
@@ -94,7 +94,7 @@ class Distortion:
     def save(self, path: str | os.PathLike[str]) -> None:
         """Rows, confidence and number of prompts as JSON."""
         about = {"confidence": self.confidence, "prompts": self.prompts, "difference": self.difference}
-        out = {**about, "rows": [row._asdict() for row in self.rows]}
+        out = {**about, "rows": [as_json(row) for row in self.rows]}
         arguments.path("path", path).write_text(json.dumps(out, indent=2, allow_nan=False) + "\n", encoding="utf-8")
 
     def __repr__(self) -> str:

@@ -14,7 +14,7 @@ import numpy as np
 from rmfast import arguments
 from rmfast.plots import axes
 from rmfast.probes.statistics import Effect, by_prompt, detectable, holm, intervals, standardised, t_test
-from rmfast.resampling import clusters
+from rmfast.resampling import as_json, clusters
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -93,7 +93,7 @@ class Probed:
     def save(self, path: str | os.PathLike[str]) -> None:
         """Effects, spread, margin and levels as JSON."""
         about = {name: getattr(self, name) for name in ("spread", "margin", "level", "confidence", "resamples", "seed")}
-        rows = [{key: _plain(value) for key, value in effect._asdict().items()} for effect in self.effects]
+        rows = [as_json(effect) for effect in self.effects]
         out = {**about, "skipped": dict(self.skipped), "too_long": self.too_long, "effects": rows}
         Path(path).write_text(json.dumps(out, indent=2, allow_nan=False) + "\n", encoding="utf-8")
 
@@ -179,7 +179,3 @@ def probed(
         level=level, confidence=confidence, resamples=resamples, seed=seed, skipped=dict(skipped),
         too_long=too_long, rewards=rewards,
     )  # fmt: skip
-
-
-def _plain(value: Any) -> Any:
-    return None if isinstance(value, float) and not np.isfinite(value) else value

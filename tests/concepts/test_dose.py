@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from dataclasses import replace
 
@@ -176,6 +177,8 @@ def test_what_it_writes(tmp_path):
     kept = json.loads((tmp_path / "dose.json").read_text())
     assert len(kept["doses"]) == 5 and kept["slope"]["value"] == found.slope.value
     assert kept["selectivity"][1]["against"] == "shuffled labels"
+    dataclasses.replace(found, slope=found.slope._replace(low=float("nan"))).save(tmp_path / "dose.json")
+    assert json.loads((tmp_path / "dose.json").read_text())["slope"]["low"] is None
     assert "Dose response of 'concept' (add), 20 texts of 20 prompts" in repr(found)
     assert len(found.to_dataframe()) == 5
     pytest.importorskip("matplotlib")

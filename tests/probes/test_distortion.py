@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 
 import numpy as np
@@ -108,6 +109,8 @@ def test_what_it_writes(tmp_path):
     d.save(tmp_path / "distortion.json")
     kept = json.loads((tmp_path / "distortion.json").read_text())
     assert kept["prompts"] == 40 and kept["rows"][0]["value"] == d["all"].value
+    dataclasses.replace(d, rows=[d.rows[0]._replace(low=float("nan"))]).save(tmp_path / "distortion.json")
+    assert json.loads((tmp_path / "distortion.json").read_text())["rows"][0]["low"] is None
     assert "Distortion index, in spreads; 40 prompts" in repr(d) and "<table>" in d._repr_html_()
     assert list(d.to_dataframe()["axis"]) == ["all", "one", "two"]
     pytest.importorskip("matplotlib")
