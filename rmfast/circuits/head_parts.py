@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from rmfast.binding.modules import active, is_plain, is_readable
-from rmfast.circuits.norm_map import NormMap
+from rmfast.binding.norm_map import NormMap
 from rmfast.engine.norms import Norm
 
 
@@ -24,7 +24,7 @@ def head_part(project: nn.Module, norm: Norm | None, heads: Tensor, head: int) -
     part = _projected(project, heads, head, wide)
     if norm is None:
         return part
-    made = NormMap.of(norm, part)
+    made = NormMap.of(part.dtype, **norm.head_arguments(part.device))
     return made.linear(part) * made.scale(project(heads.flatten(1)).to(wide))
 
 

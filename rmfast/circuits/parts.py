@@ -21,8 +21,8 @@ from transformers.pytorch_utils import Conv1D
 from rmfast.binding.binding import Binding
 from rmfast.binding.compute import chosen
 from rmfast.binding.modules import active, is_readable, is_untouched
+from rmfast.binding.norm_map import NormMap
 from rmfast.circuits.nodes import Node
-from rmfast.circuits.norm_map import NormMap
 from rmfast.engine.layers import Layer
 from rmfast.engine.scorer import Scorer
 from rmfast.patching.layers_patcher import LayersPatcher
@@ -181,7 +181,8 @@ class Parts:
 
     def norm(self, index: int, place: str) -> NormMap:
         """Of "before_attn", "after_attn", "before_mlp"."""
-        return NormMap.of(getattr(self.layers[index], place), self.like)
+        norm = getattr(self.layers[index], place)
+        return NormMap() if norm is None else NormMap.of(self.like.dtype, **norm.head_arguments(self.like.device))
 
     def _linear(self, module: nn.Module) -> tuple[Tensor, Tensor]:
         """A linear module's weight (out, in) and bias (out,)."""

@@ -19,10 +19,11 @@ import torch
 from torch import Tensor, nn
 
 from rmfast.binding.modules import active, has_hooks, is_readable
+from rmfast.binding.norm_map import NormMap
 from rmfast.binding.norms import Call, head_arguments, norm_kind
 from rmfast.engine.attention import of_rows_read
 from rmfast.engine.scorer import Scorer
-from rmfast.interpret.frozen_head import FrozenHead, FrozenNorm, linear_head
+from rmfast.interpret.frozen_head import FrozenHead, linear_head
 from rmfast.ops import reward_head
 from rmfast.patching.layers_patcher import LayersPatcher
 from rmfast.patching.points import Point
@@ -53,7 +54,7 @@ class _Units:
     result: Point  # what the projection gives
     projector: Tensor  # (K, units, width)
     bias: Tensor  # (K,), of the projection
-    norm: FrozenNorm
+    norm: NormMap
     constant: Tensor  # (K,), of the norm
 
 
@@ -107,15 +108,15 @@ class Components:
         point, added = self.patcher.points[layer][kind], self.patcher.points[layer][WHOLE[kind]].module
         held = next(chain(point.module.parameters(), point.module.buffers()), self.direction)
         direction = self.direction.to(self.binding.device if held.is_meta else held.device)
-        norm = FrozenNorm()
+        norm = NormMap()
         if not any(module is point.module for module in added.modules()):
             norm = self._behind(active(added), direction.device)
         units, width = self.patcher.units(kind)
-        directions, bias = projector(point.module, norm.back(direction), units * width, self._stored)
+        directions, bias = projector(point.module, norm.fold(direction), units * width, self._stored)
         result = Point(point.module, "out")
         return _Units(point, result, directions.unflatten(-1, (units, width)), bias, norm, norm.constant(direction))
 
-    def _behind(self, module: nn.Module, device: torch.device) -> FrozenNorm:
+    def _behind(self, module: nn.Module, device: torch.device) -> NormMap:
         """The norm between a projection and the stream."""
         weight: Any = getattr(module, "weight", self.direction)
         noise = torch.randn(1, 4, self.direction.size(-1), generator=torch.Generator().manual_seed(0)).to(weight)
@@ -125,7 +126,7 @@ class Components:
                 "Expected the norm behind attention or MLP to be an RMS or layer norm with a readable weight and no "
                 f"hooks, got {type(module).__name__}; attn_out and mlp_out need none"
             )
-        return FrozenNorm.of(self.dtype, **head_arguments(module, kind, device))
+        return NormMap.of(self.dtype, **head_arguments(module, kind, device))
 
     def contributions(self, stream: Tensor, scale: Tensor, rewards: Tensor) -> Tensor:
         """(m, C): rewards, the contributions of the names in their order, each (layers, units, K), and the constant."""
@@ -219,7 +220,7 @@ class Components:
         bias = GIVES[kind][1], layer
         if bias not in self._dots:
             units = self.units[kind, layer]
-            scale = units.norm.scale(of_rows_read(x), self.dtype)
+            scale = units.norm.scale(of_rows_read(x).to(self.dtype))
             self._dots[kind, layer] *= scale[..., None]
             self._dots[bias] = units.bias * scale + units.constant
 

@@ -28,7 +28,6 @@ from rmfast import arguments
 from rmfast.engine.scorer import Scorer
 from rmfast.interpret.frozen_head import FrozenHead, linear_head
 from rmfast.interpret.pairwise import Pairwise, adjusted, checked, expect_prompts
-from rmfast.kernels.reward_head.reference import NONE
 from rmfast.ops import reward_head
 from rmfast.patching.watched import run_watched
 from rmfast.resampling import cluster_means, clusters, drawn, percentiles
@@ -208,7 +207,7 @@ def _read(
 def _cosines(direction: np.ndarray, z: np.ndarray, scale: np.ndarray, head: FrozenHead, width: int) -> np.ndarray:
     """(n, A, A) of the gradients at each text."""
     gram = np.broadcast_to(direction @ direction.T, (len(z), *[len(direction)] * 2))
-    if head.norm.kind != NONE:
+    if head.norm.eps is not None:
         radial = (1 + head.norm.eps * scale**2) / width
         gram = gram - radial[:, :, None] * z[:, :, None] * z[:, None, :]
     size = np.sqrt(np.einsum("nii->ni", gram))

@@ -10,43 +10,7 @@ from torch import Tensor
 
 from rmfast.binding.binding import Binding, Removal
 from rmfast.binding.modules import active, is_readable, plain_linear
-from rmfast.kernels.reward_head.reference import LAYER, NONE, NORMS, fold_bias, fold_gain
-
-
-@dataclass(frozen=True)
-class FrozenNorm:
-    """A norm as a linear map: for a row x it is scale(x) times that map, and a constant."""
-
-    kind: int = NONE
-    gain: Tensor | None = None
-    bias: Tensor | None = None
-    eps: float = 0.0
-
-    @classmethod
-    def of(
-        cls, dtype: torch.dtype, norm: str | None, norm_weight: Tensor | None = None, norm_bias: Tensor | None = None,
-        eps: float = 0.0,
-    ) -> FrozenNorm:  # fmt: skip
-        """From `reward_head`'s arguments."""
-        gain, bias = (None if x is None else x.detach().to(dtype) for x in (norm_weight, norm_bias))
-        return cls(NORMS[norm], gain, bias, eps)
-
-    def back(self, directions: Tensor) -> Tensor:
-        """Directions (K, d) of what it gives, as directions of what it is given, but for the scale."""
-        directions = fold_gain(directions, self.kind, self.gain)
-        return directions - directions.mean(-1, keepdim=True) if self.kind == LAYER else directions
-
-    def constant(self, directions: Tensor, bias: Tensor | None = None) -> Tensor:
-        """(K,): what its own bias adds along the directions, and theirs."""
-        return fold_bias(directions, bias, self.kind, self.bias)
-
-    def scale(self, x: Tensor, dtype: torch.dtype) -> Tensor:
-        """(n, d) -> (n, 1) in dtype."""
-        if self.kind == NONE:
-            return x.new_ones(x.size(0), 1, dtype=dtype)
-        x = x.to(dtype)
-        x = x - x.mean(-1, keepdim=True) if self.kind == LAYER else x
-        return torch.rsqrt(x.square().mean(-1, keepdim=True) + self.eps)
+from rmfast.binding.norm_map import NormMap
 
 
 @dataclass(frozen=True)
@@ -67,7 +31,7 @@ class FrozenHead:
         before: what h loses before the norm's scale is taken.
     """
 
-    norm: FrozenNorm
+    norm: NormMap
     direction: Tensor
     constant: Tensor
     dtype: torch.dtype
@@ -89,15 +53,16 @@ class FrozenHead:
             assert weight is not None
             weight = weight if binding.after is None else binding.after.of(weight)
             given = binding.norm_arguments(weight.device) if norm == "frozen" else {"norm": None}
-            final = FrozenNorm.of(dtype, **given)
-            direction = final.back(weight)
+            final = NormMap.of(dtype, **given)
+            direction = final.fold(weight)
             direction = direction if binding.before is None else binding.before.of(direction)  # a symmetric map
-            return cls(final, direction, final.constant(weight, bias), dtype, binding.before)
+            constant = final.constant(weight) if bias is None else final.constant(weight) + bias
+            return cls(final, direction, constant, dtype, binding.before)
 
     def scale(self, stream: Tensor) -> Tensor:
         """(n, d) -> (n, 1), the norm's scale on these streams."""
         stream = stream if self.before is None else self.before.of(stream)
-        return self.norm.scale(stream, self.dtype)
+        return self.norm.scale(stream.to(self.dtype))
 
 
 def linear_head(binding: Binding) -> Any:

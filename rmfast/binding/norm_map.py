@@ -7,12 +7,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from rmfast.engine.norms import Norm
-
 
 @dataclass(frozen=True)
 class NormMap:
-    """A norm as y = gain ⊙ s (x − its mean, where centred) + bias, s = 1 / rms; as it is made, none: y = x."""
+    """A norm as y = gain ⊙ s (x − its mean, where centred) + bias, s = 1 / rms; as it is made, none: y = x.
+
+    With s taken from some row it is a linear map, of any part of that row.
+    """
 
     gain: Tensor | None = None
     bias: Tensor | None = None
@@ -20,15 +21,17 @@ class NormMap:
     centred: bool = False
 
     @classmethod
-    def of(cls, norm: Norm | None, like: Tensor) -> NormMap:
-        """With weights of the dtype and device of `like`."""
+    def of(
+        cls, dtype: torch.dtype, norm: str | None, norm_weight: Tensor | None = None, norm_bias: Tensor | None = None,
+        eps: float = 0.0,
+    ) -> NormMap:  # fmt: skip
+        """From `reward_head`'s arguments, with weights of a dtype."""
         if norm is None:
             return cls()
-        given = norm.head_arguments(like.device)
-        gain, bias = (None if x is None else x.detach().to(like) for x in (given["norm_weight"], given["norm_bias"]))
-        if given["norm"] == "gemma_rms" and gain is not None:
+        gain, bias = (None if x is None else x.detach().to(dtype) for x in (norm_weight, norm_bias))
+        if norm == "gemma_rms" and gain is not None:
             gain = gain + 1
-        return cls(gain, bias, given["eps"], given["norm"] == "layer")
+        return cls(gain, bias, eps, norm == "layer")
 
     def centre(self, x: Tensor) -> Tensor:
         return x - x.mean(-1, keepdim=True) if self.centred else x
@@ -42,6 +45,10 @@ class NormMap:
     def fold(self, directions: Tensor) -> Tensor:
         """Directions (..., d) in what it gives as those in what it is given, but for the scale."""
         return self.centre(directions if self.gain is None else directions * self.gain)
+
+    def constant(self, directions: Tensor) -> Tensor:
+        """(K,): what its bias adds along directions (K, d) in what it gives."""
+        return directions.new_zeros(len(directions)) if self.bias is None else directions @ self.bias
 
     def linear(self, x: Tensor) -> Tensor:
         """What it gives of x (..., d), but for the scale and the bias."""
