@@ -8,8 +8,9 @@ import dataclasses
 import functools
 import inspect
 import os
+import re
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Annotated, Any, Literal, NoReturn
 
@@ -167,12 +168,15 @@ def with_options(command: Callable[..., None]) -> Callable[..., None]:
         for field in dataclasses.fields(kind)
     ]
 
+    def said(message: Any) -> str:
+        return in_options(str(message), {parameter.name for parameter in parameters})
+
     @functools.wraps(command)
     def run(**given: Any) -> None:
         options = kind(**{parameter.name: given.pop(parameter.name) for parameter in shared})
         try:
             with warnings.catch_warnings():
-                warnings.showwarning = lambda message, *_: typer.echo(f"rmfast: {message}", err=True)  # one line
+                warnings.showwarning = lambda message, *_: typer.echo(f"rmfast: {said(message)}", err=True)  # one line
                 command(options, **given)
         except Terminated as error:
             fail(" ".join(["terminated", *map(str, error.args)]), code=143)
@@ -183,12 +187,30 @@ def with_options(command: Callable[..., None]) -> Callable[..., None]:
         except Exception as error:
             if options.traceback:
                 raise
-            fail(" ".join(str(error).split()) or type(error).__name__)
+            fail(" ".join(said(error).split()) or type(error).__name__)
 
     parameters = sorted([*own, *shared], key=lambda p: p.default is not inspect.Parameter.empty)  # needed ones first
     run.__signature__ = inspect.Signature([p.replace(kind=p.KEYWORD_ONLY) for p in parameters])  # type: ignore[attr-defined]
     run.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
     return run
+
+
+# An argument in a sentence, and not in a call: with truncation="left", expected trust_remote_code=True.
+_ARGUMENT = re.compile(r"""(?<![\w.(=?&])(?<!,\ )([a-z_]+)=((["'])[^"'\s]+\3(?:\ or\ \3[^"'\s]+\3)*|True|\d[\d.]*\b)""")
+
+
+def in_options(message: str, names: Collection[str]) -> str:
+    """A message of the library, which names its arguments as Python has them, with those that a command has as options:
+    truncation="left" is --truncation left."""
+
+    def option(found: re.Match[str]) -> str:
+        name, value, quote = found.groups()
+        if name not in names:
+            return found[0]
+        flag = f"--{name.replace('_', '-')}"
+        return flag if value == "True" else f"{flag} {value.replace(quote or '', '')}"
+
+    return _ARGUMENT.sub(option, message)
 
 
 def fail(message: str, code: int = 1) -> NoReturn:

@@ -17,7 +17,7 @@ from typing import Any
 import typer
 
 import rmfast
-from rmfast.cli.options import Options, chosen_backend, encoding_of, files_of_options, load_model
+from rmfast.cli.options import Options, chosen_backend, encoding_of, files_of_options, in_options, load_model
 from rmfast.cli.progress import Progress
 from rmfast.cli.rows import Layout, RowLayout
 from rmfast.cli.shards import Shard
@@ -199,11 +199,12 @@ class Run:
                 lines.append(dump_line(row.data | self.layout.cells(model, row, results[place])))
                 continue
             self.bad += 1
-            self._report(row.line, errors[place])
+            reason = in_options(errors[place], vars(o))
+            self._report(row.line, reason)
             if o.on_error == "null":
-                lines.append(dump_line(row.data | dict.fromkeys(self.layout.new_columns()) | {"error": errors[place]}))
+                lines.append(dump_line(row.data | dict.fromkeys(self.layout.new_columns()) | {"error": reason}))
             else:
-                skipped.append((number + place, Row(row.line, {}, errors[place])))
+                skipped.append((number + place, Row(row.line, {}, reason)))
         self.output.append(lines, skipped)
         if end < len(rows):
             hint = "--on-error skip or null goes on past bad rows"

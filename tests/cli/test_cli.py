@@ -15,6 +15,7 @@ import torch
 from shell import files, read, run, saved, write
 
 import rmfast
+from rmfast.cli.options import in_options
 from rmfast.engine import scorer
 
 TEXTS = ["short", "a somewhat longer text", "x", "Größe, 大きさ", "the end\nof it"]
@@ -146,6 +147,32 @@ def test_a_long_text_is_cut_when_asked(folder, rm, tmp_path):
     assert read(tmp_path / "out.jsonl")[0]["reward"] == pytest.approx(expected, abs=1e-6)
 
 
+@pytest.mark.parametrize(
+    "message, told",
+    [
+        ('over max_length=512; truncation="left" or "right" would cut it',
+         "over --max-length 512; --truncation left or right would cut it"),
+        ("which only runs with trust_remote_code=True", "which only runs with --trust-remote-code"),
+        ("Expected dtype='bfloat16', got 3", "Expected --dtype bfloat16, got 3"),
+        # No options of the command, calls, and what merely looks so.
+        ('rmfast.load(..., head="NAME")', 'rmfast.load(..., head="NAME")'),
+        ('rm.score(x, truncation="left")', 'rm.score(x, truncation="left")'),
+        *[(same, same) for same in ('align="strict"', "a=b", 'x.dtype="y"', "https://host/?dtype=3")],
+    ],
+)  # fmt: skip
+def test_messages_name_options_and_not_arguments(message, told):
+    names = {"max_length", "truncation", "trust_remote_code", "dtype", "head"}
+    assert in_options(message, names) == told
+
+
+def test_a_text_over_the_limit_names_the_options(folder, tmp_path):
+    args = files(folder, tmp_path, [{"text": "y" * 200}])
+    done = run("score", *args, "--max-length", 20)
+    assert done.exit_code == 1 and "over --max-length 20; --truncation left or right would cut it" in done.stderr
+    assert run("score", *args, "--max-length", 20, "--overwrite", "--on-error", "null").exit_code == 0
+    assert "--truncation left or right" in read(tmp_path / "out.jsonl")[0]["error"]
+
+
 def test_errors_are_one_line_and_exit_1(folder, tmp_path):
     args = files(folder, tmp_path, [{"text": "a"}])
     command = [sys.executable, "-m", "rmfast", "score", *map(str, args), "--model", str(tmp_path / "nowhere")]
@@ -254,7 +281,7 @@ def test_num_labels_says_how_many_rewards_the_head_gives(tmp_path, labels, code)
     done = run("score", *source, "--num-labels", labels)
     assert done.exit_code == code, done.output
     if code:
-        assert "num_labels=2, got (3, 48)" in done.output
+        assert "with --num-labels 2, got (3, 48)" in done.output
     else:
         assert len(read(tmp_path / "out.jsonl")[0]["reward"]) == 3
 

@@ -181,7 +181,7 @@ def test_going_on_with_another_revision_of_an_adapter_on_the_hub_is_refused(tmp_
 
 def test_a_command_that_failed_at_the_first_row_can_be_corrected(folder, tmp_path):
     args = files(folder, tmp_path, [{"text": "some words"}])
-    assert "over max_length=1" in run("score", *args, "--max-length", 1).stderr
+    assert "over --max-length 1;" in run("score", *args, "--max-length", 1).stderr
     assert run("score", *args).exit_code == 0
 
 
