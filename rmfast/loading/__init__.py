@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from rmfast import arguments
+from rmfast.binding.refusals import dropped_softcap
 from rmfast.heads.given import expect_head
 from rmfast.loading.adapters import is_adapter, load_adapter
 from rmfast.loading.files import has_file
@@ -53,19 +54,24 @@ def load_checkpoint(
     if device is None and kw.get("device_map") is None and torch.cuda.is_available():
         device = "cuda"
     _expect_there(path, shared)
+    model: Any
     with _named(path):
-        if not is_adapter(path, shared):
+        if is_adapter(path, shared):
+            tokenizer = _load_tokenizer(path, shared) if has_file(path, "tokenizer_config.json", shared) else None
+            head = beside(path, shared, head, {}, tokenizer)
+            model, base, base_shared = load_adapter(path, shared, options, device, headed=head is not None)
+            tokenizer = tokenizer or _load_tokenizer(base, base_shared)
+        else:
             if compute == "fp32" or not isinstance(pooling, str):
                 _expect_fit(path, shared, options, pooling, compute)
-            if not wants_program(path, shared, head):
-                return load_model(path, shared, options, device), _load_tokenizer(path, shared), None
-            tokenizer = _load_tokenizer(path, shared)
-            model, head = load_body(path, shared, options, device, head, tokenizer)
-            return model, tokenizer, head
-        tokenizer = _load_tokenizer(path, shared) if has_file(path, "tokenizer_config.json", shared) else None
-        head = beside(path, shared, head, {}, tokenizer)
-        model, base, base_shared = load_adapter(path, shared, options, device, headed=head is not None)
-        return model, tokenizer or _load_tokenizer(base, base_shared), head
+            if wants_program(path, shared, head):
+                tokenizer = _load_tokenizer(path, shared)
+                model, head = load_body(path, shared, options, device, head, tokenizer)
+            else:
+                model, tokenizer, head = load_model(path, shared, options, device), _load_tokenizer(path, shared), None
+    if "attn_implementation" not in kw and dropped_softcap(model) is not None:
+        model.set_attn_implementation("eager")
+    return model, tokenizer, head
 
 
 def _expect_there(path: Any, shared: dict[str, Any]) -> None:

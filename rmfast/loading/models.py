@@ -6,7 +6,6 @@ from typing import Any
 
 from torch import nn
 
-from rmfast.binding.refusals import dropped_softcap
 from rmfast.loading.weights import check_weights, restore_buffers
 
 TASKS = ("SequenceClassification", "TokenClassification")
@@ -51,8 +50,6 @@ def load_model(
     model, info = getattr(transformers, auto).from_pretrained(path, output_loading_info=True, **shared, **options)
     restore_buffers(model, info)
     check_weights(path, model, info, replaced)
-    if "attn_implementation" not in options and dropped_softcap(model) is not None:
-        model.set_attn_implementation("eager")
     return model.to(device) if device is not None else model
 
 

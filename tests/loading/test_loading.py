@@ -91,7 +91,7 @@ def test_load_without_a_tokenizer_takes_token_ids_only(tmp_path):
         ({"pooling": "first"}, "pooling"),
         ({"pooling": 1000}, r"pooling to be a token id in \[0, \d+\), got 1000"),
         ({"dtype": "int8"}, "floating dtype"),
-        ({"device": "cuda:99"}, "(?i)cuda"),
+        ({"device": "cuda:99"}, "(?i)cuda|nvidia"),
         ({"device": "cpu", "device_map": "auto"}, "device or device_map"),
         ({"trust_remote_code": "no"}, "trust_remote_code"),
         ({"head": 3}, "head to be of rmfast.heads"),
