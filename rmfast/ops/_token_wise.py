@@ -91,8 +91,9 @@ def rms_norm(
         gemma: the gain is 1 + weight, and the normed row is rounded once, after it.
 
     Returns:
-        y, or (y, sum) with `residual`; x's shape, contiguous; y in x's dtype, sum in the residual's. In the C++ and Triton
-        kernels a row's bits do not depend on the other rows, on where it lies in memory or on the number of threads.
+        y, or (y, sum) with `residual`; x's shape, contiguous; y in x's dtype, sum in the residual's. In the C++ and
+        Triton kernels a row's bits do not depend on the other rows, on where it lies in memory or on the number of
+        threads.
 
     Raises:
         ValueError: a shape, stride, device or eps that does not fit; post_weight without residual; an input that
