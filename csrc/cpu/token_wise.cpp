@@ -40,6 +40,7 @@ std::tuple<Tensor, Tensor> rms_norm(const Tensor& x, const std::optional<Tensor>
   const int64_t rows = x.size(0);
   RmsNorm a{};
   a.dtype = dtype_of(x);
+  a.wide = residual && residual->scalar_type() != x.scalar_type();
   a.d = x.size(1);
   a.x = matrix(x);
   if (residual) a.residual = matrix(*residual);
@@ -49,7 +50,7 @@ std::tuple<Tensor, Tensor> rms_norm(const Tensor& x, const std::optional<Tensor>
   a.gemma = gemma;
   a.eps = eps;
   Tensor y = empty(x.scalar_type(), {rows, a.d});
-  Tensor sum = residual ? empty(x.scalar_type(), {rows, a.d}) : empty(x.scalar_type(), {0});
+  Tensor sum = residual ? empty(residual->scalar_type(), {rows, a.d}) : empty(x.scalar_type(), {0});
   a.y = y.mutable_data_ptr();
   a.sum = residual ? sum.mutable_data_ptr() : nullptr;
   const TokenWiseIsa& run = isa();

@@ -15,7 +15,8 @@ namespace {
 
 // ------------------------------------------------------------------------------------------------------------ norm
 
-template <class A, class T, bool Gemma>
+// x and y are of T, the residual and the sum of S.
+template <class A, class T, class S, bool Gemma>
 void rms_norm(const RmsNorm& a, int64_t first, int64_t last, void* scratch) {
   const int64_t d = a.d;
   A* gain = static_cast<A*>(scratch);
@@ -25,43 +26,49 @@ void rms_norm(const RmsNorm& a, int64_t first, int64_t last, void* scratch) {
   for (int64_t row = first; row < last; ++row) {
     const T* x = static_cast<const T*>(a.x.data) + row * a.x.stride;
     T* y = static_cast<T*>(a.y) + row * d;
+    const S* normed_of = reinterpret_cast<const S*>(x);
     V<A> squares = {};
     if (!a.residual.data || a.post) vectors<A>(d, RMFAST_VECTOR {
       const V<A> v = get<A>(x + i, n);
       squares += v * v;
     });
     if (a.residual.data) {
-      const T* residual = static_cast<const T*>(a.residual.data) + row * a.residual.stride;
-      T* total = static_cast<T*>(a.sum) + row * d;
+      const S* residual = static_cast<const S*>(a.residual.data) + row * a.residual.stride;
+      S* total = static_cast<S*>(a.sum) + row * d;
       const A inverse = a.post ? inverse_rms(sum<A>(squares), d, a.eps) : A(1);
       squares = V<A>{};
       auto add = RMFAST_VECTOR {
         V<A> v = get<A>(x + i, n);
-        if (a.post) v = Rounded<T>::of(normed<A, T, Gemma>(v, inverse, get<A>(post_gain + i, n)));
-        v = Rounded<T>::of(v + get<A>(residual + i, n));
+        if (a.post) v = Rounded<S>::of(normed<A, S, Gemma>(v, inverse, get<A>(post_gain + i, n)));
+        v = Rounded<S>::of(v + get<A>(residual + i, n));
+        if (sizeof(S) != sizeof(T)) v = v == v ? v : splat(A(__builtin_nan("")));  // of a payload that y can be rounded with
         put<A>(total + i, v, n);
         squares += v * v;
       };
       vectors<A>(d, add);
-      x = total;
+      normed_of = total;
     }
     const A inverse = inverse_rms(sum<A>(squares), d, a.eps);
     vectors<A>(d, RMFAST_VECTOR {
-      put<A>(y + i, normed<A, T, Gemma>(get<A>(x + i, n), inverse, get<A>(gain + i, n)), n);
+      put<A>(y + i, normed<A, S, Gemma>(get<A>(normed_of + i, n), inverse, get<A>(gain + i, n)), n);
     });
   }
 }
 
-template <class A, class T>
+template <class A, class T, class S = T>
 void rms_norm_of(const RmsNorm& a, int64_t first, int64_t last, void* scratch) {
-  a.gemma ? rms_norm<A, T, true>(a, first, last, scratch) : rms_norm<A, T, false>(a, first, last, scratch);
+  a.gemma ? rms_norm<A, T, S, true>(a, first, last, scratch) : rms_norm<A, T, S, false>(a, first, last, scratch);
 }
 
 void run_rms_norm(const RmsNorm& a, int64_t first, int64_t last, void* scratch) {
   switch (a.dtype) {
     case DType::f64: return rms_norm_of<double, double>(a, first, last, scratch);
-    case DType::bf16: return rms_norm_of<float, bf16>(a, first, last, scratch);
-    case DType::f16: return rms_norm_of<float, f16>(a, first, last, scratch);
+    case DType::bf16:
+      return a.wide ? rms_norm_of<float, bf16, float>(a, first, last, scratch)
+                    : rms_norm_of<float, bf16>(a, first, last, scratch);
+    case DType::f16:
+      return a.wide ? rms_norm_of<float, f16, float>(a, first, last, scratch)
+                    : rms_norm_of<float, f16>(a, first, last, scratch);
     default: return rms_norm_of<float, float>(a, first, last, scratch);
   }
 }

@@ -29,10 +29,9 @@ def rms_norm(
     """y and sum, both (N, d); sum is empty without a residual."""
     if residual is None:
         return _normed(x, weight, eps, gemma), x.new_empty(0)
-    if post_weight is not None:
-        x = _normed(x, post_weight, eps, gemma)
-    total = x + residual
-    return _normed(total, weight, eps, gemma), total
+    added = x if post_weight is None else _normed(x.to(residual.dtype), post_weight, eps, gemma)
+    total = added + residual
+    return _normed(total, weight, eps, gemma).to(x.dtype), total
 
 
 def _rotated(x: Tensor, cos: Tensor, sin: Tensor, weight: Tensor | None, eps: float, gemma: bool) -> Tensor:

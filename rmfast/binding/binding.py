@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from rmfast.binding.compute import Fp32, chosen, holds
+from rmfast.binding.compute import LOW, Fp32, chosen, holds
 from rmfast.binding.modules import (
     Snapshot,
     active,
@@ -211,8 +211,13 @@ class Binding:
 
     @property
     def stream_dtype(self) -> torch.dtype:
-        """Of the hidden states in a session."""
-        return torch.float32 if self.in_fp32 else next(p.dtype for p in self.root.parameters() if p.is_floating_point())
+        """Of the hidden states that the body's own modules give in a session."""
+        return torch.float32 if self.in_fp32 else self.stored
+
+    @property
+    def stored(self) -> torch.dtype:
+        """Of the model's first weights, as a rule the embedding."""
+        return next(p.dtype for p in self.root.parameters() if p.is_floating_point())
 
     def own_forward(self) -> tuple:
         """What the model's own forward runs around its parts, and which tokens it reads and sees, as a key."""
@@ -373,8 +378,13 @@ class Binding:
         x = x if self.before is None else self.before.of(x)
         if self.leaves_norm_out:
             assert self.norm is not None
-            x = self.norm(x)
+            x = self.norm(self._as_its_weights(x))
         return x if self.after is None else self.after.of(x)
+
+    def _as_its_weights(self, x: Tensor) -> Tensor:
+        """Rows as the final norm takes them as a module: a stream that is fp32 between 16-bit blocks, as these do."""
+        stored = next((p.dtype for p in active(self.norm).parameters()), x.dtype)
+        return x.to(stored) if x.dtype == torch.float32 and stored in LOW else x
 
     def norm_arguments(self, device: torch.device) -> dict[str, Any]:
         """`reward_head`'s norm arguments for hidden states from `hidden`, read from the model now."""

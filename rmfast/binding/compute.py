@@ -20,8 +20,8 @@ from rmfast import backends as _backends
 from rmfast.ops import linear
 
 COMPUTE = ("auto", "native", "fp32")
-_LOW = (torch.bfloat16, torch.float16)
-_FLOATS = (torch.float64, torch.float32, *_LOW)
+LOW = (torch.bfloat16, torch.float16)
+_FLOATS = (torch.float64, torch.float32, *LOW)
 _PLAIN = (Tensor, nn.Parameter)
 _ASKED = "as was asked for"
 
@@ -93,7 +93,7 @@ def is_ours(weight: Any) -> bool:
     return (
         type(weight) in _PLAIN
         and weight.dim() == 2
-        and weight.dtype in (torch.float32, *_LOW)
+        and weight.dtype in (torch.float32, *LOW)
         and (weight.stride(1) == 1 or weight.size(1) == 1)
     )
 
@@ -123,7 +123,7 @@ def outside() -> AbstractContextManager[Any]:
 
 def _wide(value: Any) -> Any:
     if isinstance(value, Tensor):
-        return value.float() if value.dtype in _LOW and type(value) in _PLAIN else value
+        return value.float() if value.dtype in LOW and type(value) in _PLAIN else value
     return type(value)(map(_wide, value)) if isinstance(value, list | tuple) else value
 
 
@@ -179,12 +179,12 @@ def _kept(func: Any, args: tuple, kwargs: dict[str, Any]) -> Any:
 
     def target(value: Any) -> Any:
         if isinstance(value, torch.dtype):
-            return torch.float32 if value in _LOW else value
+            return torch.float32 if value in LOW else value
         return value
 
     x, *rest = args
     like = rest[0] if rest else kwargs.get("other")  # x.to(other), x.type_as(other)
-    if isinstance(like, Tensor) and like.dtype in _LOW:
+    if isinstance(like, Tensor) and like.dtype in LOW:
         return x.to(like.device, torch.float32)
     return func(x, *map(target, rest), **{name: target(value) for name, value in kwargs.items()})
 

@@ -35,6 +35,7 @@ class Layer:
         beside: how many things its own forward gives beside the stream, in a tuple (Falcon); None: a tensor.
         keeps_rows: whether the last one must give as many rows as it is given, those that are read first: the body
             has a shape in mind (GPT-2).
+        narrow: the dtype of what its blocks read, where the stream is fp32 beside it; None: that of the stream.
         width: d.
         neuron_count: inner activations of the MLP, where it is known by its parts.
         options: scale, softcap and window, as the module itself gives them.
@@ -53,6 +54,7 @@ class Layer:
     last: bool = False
     beside: int | None = None
     keeps_rows: bool = False
+    narrow: torch.dtype | None = None
     width: int = 0
     neuron_count: int = 0
     options: dict[str, Any] = field(default_factory=dict)
@@ -77,7 +79,7 @@ class Layer:
     def __call__(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
         run = current_run.get()
         assert run is not None
-        y, x = self.enter(hidden_states[0], run.delta)
+        y, x = self.enter(self.widened(hidden_states[0]), run.delta)
         x, run.delta = self.rows(run, y, x, *self.tables(hidden_states, kwargs))
         if self.last:
             x, run.delta = x + run.delta, None
@@ -119,6 +121,14 @@ class Layer:
     def returned(self, x: Tensor) -> Any:
         """Rows in the form in which its own forward gives them."""
         return x[None] if self.beside is None else (x[None], *[None] * self.beside)
+
+    def widened(self, x: Tensor) -> Tensor:
+        """Rows as the stream holds them: what the first layer is given is as the embedding made it."""
+        return x if self.narrow is None else x.float()
+
+    def _narrowed(self, y: Tensor) -> Tensor:
+        """Rows as linear layers take them."""
+        return y if self.narrow is None else y.to(self.narrow)
 
     def enter(self, x: Tensor, delta: Tensor | None) -> tuple[Tensor, Tensor]:
         """What attention reads and the stream, from the stream and what is yet to be added to it."""
@@ -172,7 +182,7 @@ class Layer:
 
     def project(self, y: Tensor, read: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
         """Queries (at the rows `read`), keys and values (n, heads, D) of normed rows, before norms and rotation."""
-        return self.projections.project(y, read)
+        return self.projections.project(self._narrowed(y), read)
 
     def turn(self, q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
         """Queries and keys after their norms and rotation; either may have no heads."""
@@ -182,14 +192,14 @@ class Layer:
         """What the MLP adds to the stream, from its normed rows."""
         if self.inner is not None:
             return self.mlp_from(self.neurons(y))
-        out = self.mlp(y[None])
+        out = self.mlp(self._narrowed(y)[None])
         delta = (out[0] if isinstance(out, tuple) else out)[0]
         return delta if self.after_mlp is None else self.after_mlp(delta)
 
     def neurons(self, y: Tensor) -> Tensor:
         """The MLP's inner activations (n, m) of normed rows."""
         assert self.inner is not None
-        return self.inner.neurons(y)
+        return self.inner.neurons(self._narrowed(y))
 
     def mlp_from(self, neurons: Tensor) -> Tensor:
         """What the MLP adds to the stream, from its inner activations."""

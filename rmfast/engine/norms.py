@@ -40,14 +40,17 @@ class Norm:
         return None if kind is None else cls(module, kind)
 
     def __call__(self, x: Tensor, residual: Tensor | None = None, post: Norm | None = None) -> Any:
-        """norm(x); with a residual (norm(sum), sum) for sum = x + residual, or post(x) + residual."""
+        """norm(x); with a residual (norm(sum), sum) for sum = x + residual, or post(x) + residual.
+
+        Beside a wider residual sum is of its dtype, and the norm of x's.
+        """
         if self.is_rms and (post is None or post.like(self)):
             post_weight = None if post is None else post.arguments["weight"]
             return rms_norm(x, residual=residual, post_weight=post_weight, **self.arguments)
         if residual is None:
             return rms_norm(x, **self.arguments) if self.is_rms else self._layer(x)
-        total = residual + (x if post is None else post(x))
-        return self(total), total
+        total = residual + (x if post is None else post(x.to(residual.dtype)))
+        return self(total).to(x.dtype), total
 
     @property
     def is_rms(self) -> bool:

@@ -11,7 +11,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
-from itertools import pairwise
+from itertools import pairwise, product
 from typing import Any
 
 import numpy as np
@@ -21,7 +21,7 @@ from tqdm.auto import tqdm
 
 from rmfast import backends as _backends
 from rmfast.binding.binding import Binding
-from rmfast.binding.compute import holds
+from rmfast.binding.compute import LOW, holds
 from rmfast.binding.find import probe_ids
 from rmfast.binding.modules import has_hooks, hidden_state_of, is_transformers
 from rmfast.binding.rope import fresh_rope
@@ -44,6 +44,7 @@ from rmfast.engine.memory import free_memory, out_of_memory, reuse_freed_memory
 from rmfast.engine.padded import marked_rows
 from rmfast.engine.planner import Chunk, plan, windows
 from rmfast.engine.structure import by_formula, by_names, by_run, error_of, watched
+from rmfast.engine.tables import longest_text, rotary_modules, unrounded
 from rmfast.engine.uploads import sent
 from rmfast.engine.wiring import seen_in
 from rmfast.texts.inputs import Encoded
@@ -86,6 +87,7 @@ class Engine:
         self._tiles: dict[tuple, int | str] = {}  # by the number of threads, and whether products are ours
         self._moves: dict[tuple, str | None] = {}
         self.experts = experts_of(binding.body)
+        self._rotary = rotary_modules(binding.body)
         with binding.session(clamped=False):
             self.written = alibi.find(binding)
             precise = binding.stream_dtype in (torch.float32, torch.float64)
@@ -140,14 +142,28 @@ class Engine:
         if (problem := by_formula(layers, seen, run, run.heads.copy(), part_limit)) is not None:
             return f"fused layers: {problem}"
         self.layers = layers
-        error = self._probe(limit)
-        if isinstance(error, str):
-            layers[-1][1].keeps_rows = True
+        error: float | str = ""
+        for wide, layers[-1][1].keeps_rows in product((True, False) if self._may_widen() else (False,), (False, True)):
+            for _, fused in layers:
+                fused.narrow = self.binding.stream_dtype if wide else None
             error = self._probe(limit)
+            if not isinstance(error, str):
+                break
         if not isinstance(error, str):
             far = error_of(self.body(tokens, positions, run, [fused for _, fused in layers], 0), states)
             error = far if far <= limit else f"they differ from the model's own by {far:.1e} at its last positions"
         return f"fused layers: {error}" if isinstance(error, str) else None
+
+    def _may_widen(self) -> bool:
+        """Whether the stream between the layers may be fp32 where their blocks run in 16 bits: what takes the last
+        layer's must be the head's op, or `Binding.normed`, and no module."""
+        binding = self.binding
+        return binding.stream_dtype in LOW and binding.device.type == "cpu" and binding.leaves_norm_out
+
+    @property
+    def wide(self) -> bool:
+        """Whether the stream is fp32 between layers whose blocks run in 16 bits."""
+        return bool(self.layers) and self.layers[0][1].narrow is not None
 
     def _padded(self, tokens: Tensor, positions: Tensor) -> Tensor:
         """The model's own run of one text at given positions, as `body` gives it."""
@@ -163,12 +179,8 @@ class Engine:
         found = self._tile() if self.invariant else 1
         return 1 if isinstance(found, str) else found
 
-    @property
-    def _stored(self) -> torch.dtype:
-        return next(p.dtype for p in self.binding.root.parameters() if p.is_floating_point())
-
     def _tile(self) -> int | str:
-        key = torch.get_num_threads(), holds(), self.binding.device, self._stored
+        key = torch.get_num_threads(), holds(), self.binding.device, self.binding.stored
         if key not in self._tiles:
             self._tiles[key] = tile_of(self.binding.body)
         return self._tiles[key]
@@ -197,7 +209,7 @@ class Engine:
             return "a tile of the CUDA kernel holds rows of several texts"
         if attention == "varlen":
             return "torch's varlen_attn promises no bits"
-        key = attention, torch.get_num_threads(), self.binding, self.binding.device, self._stored
+        key = attention, torch.get_num_threads(), self.binding, self.binding.device, self.binding.stored
         if key not in self._moves:
             with self.binding.session():
                 self._moves[key] = self._moved_bits()
@@ -220,6 +232,10 @@ class Engine:
     def mode(self) -> str:
         return "fused" if self.layers else "modules"
 
+    def __str__(self) -> str:
+        why, stream = f" ({self.why})" if self.why else "", ", the stream between them float32" if self.wide else ""
+        return f"packed, {self.mode} layers{why}{stream}"
+
     def moved(self, binding: Binding, copies: Mapping[nn.Module, nn.Module] | None) -> Engine:
         """The engine of the same model under another binding, or of `copies` of its modules with other weights."""
         made = copy.copy(self)
@@ -227,6 +243,7 @@ class Engine:
         if copies is not None:
             made._options = {copies[module]: options for module, options in self._options.items()}
             made.experts = [copies[module] for module in self.experts]
+            made._rotary = [copies[module] for module in self._rotary]
             made.written = {copies[module]: how for module, how in self.written.items()}
             made.layers = [(copies[module], layer.moved(copies)) for module, layer in self.layers]
         return made
@@ -394,7 +411,9 @@ class Engine:
             stack.enter_context(alibi.running(self.written))
             stack.enter_context(self.alike())
             if longest:
-                stack.enter_context(_longest_text(binding.body, longest))
+                stack.enter_context(longest_text(self._rotary, longest))
+            if forwards and self.wide:
+                stack.enter_context(unrounded(self._rotary))
             if binding.leaves_norm_out:
                 stack.enter_context(passing_through(binding.norm))
             for (layer, _), forward in zip(self.layers, forwards):
@@ -406,23 +425,6 @@ class Engine:
                 current_run.reset(token)
                 self._options.update(run.options)
         return hidden_state_of(out)[0]
-
-
-@contextmanager
-def _longest_text(body: nn.Module, longest: int) -> Iterator[None]:
-    """Rotary embeddings as they are beside a text of `longest` tokens: one more position, taken off again."""
-    with ExitStack() as stack:
-        for module in body.modules():
-            if not hasattr(module, "original_inv_freq") and not hasattr(module, "rope_type"):
-                continue
-            original = module.forward
-
-            def longer(x: Tensor, position_ids: Tensor, *args: Any, original: Any = original, **kw: Any) -> Any:
-                more = torch.cat([position_ids, position_ids.new_full((position_ids.size(0), 1), longest - 1)], dim=1)
-                return tuple(t[:, :-1] for t in original(x, more, *args, **kw))
-
-            stack.enter_context(replaced_forward(module, longer))
-        yield
 
 
 def run_packed(

@@ -423,7 +423,7 @@ class Scorer:
 
     def _settings(self, engine: Engine | str) -> list[Any]:
         """What the engine has taken from the model's configuration and its layers: scales, windows."""
-        held = settings_of(self.binding.config)
+        held = [*settings_of(self.binding.config), self.binding.stored]
         if isinstance(engine, str):
             return held
         replaced = [*engine.written, *engine.experts]  # whose own forwards do not run
@@ -481,10 +481,7 @@ class Scorer:
     def explain(self) -> str:
         """Which engine scores this model and why, and which backend runs each op on its device."""
         packed = self.packed_engine()
-        if isinstance(packed, str):
-            engine = f"padded (not packed: {packed})"
-        else:
-            engine = f"packed, {packed.mode} layers" + (f" ({packed.why})" if packed.why else "")
+        engine = f"padded (not packed: {packed})" if isinstance(packed, str) else packed
         moves = self.moves()
         bits = "the same in any batch" if moves is None else f"may move with the batch ({moves})"
         backends = _backends.explain(device=self.binding.device.type)

@@ -21,6 +21,8 @@ from rmfast.ops._library import (
     no_gradient,
 )
 
+_HALVES = (torch.bfloat16, torch.float16)
+
 define(
     "rms_norm",
     "(Tensor x, Tensor? weight, Tensor? residual, Tensor? post_weight, float eps, bool gemma) -> (Tensor, Tensor)",
@@ -33,6 +35,11 @@ define(
 define("gated_activation", "(Tensor gate, Tensor up, int kind) -> Tensor")
 
 
+def _refuses_two_dtypes(x, weight, residual, *args):
+    wide = residual is not None and residual.dtype != x.dtype
+    return f"it adds no {residual.dtype} residual to {x.dtype}" if wide else None
+
+
 def _register(name: str) -> None:
     def triton():
         from rmfast.kernels.token_wise import triton
@@ -41,6 +48,7 @@ def _register(name: str) -> None:
 
     _backends.register(
         name,
+        refusals={"triton": _refuses_two_dtypes} if name == "rms_norm" else None,
         triton=triton,
         cpp=lambda: getattr(torch.ops.rmfast_native, name).default,
         eager=lambda: getattr(_reference, name),
@@ -71,17 +79,21 @@ def rms_norm(
     modules fall back to float32). In 16 bits they equal transformers' but for rare last bits, since the mean is summed
     in another order. The result has x's dtype, also for a weight of another one.
 
+    Beside a float32 residual (a stream that is not rounded between 16-bit blocks) sum is float32, and nothing is
+    rounded but y, once.
+
     Args:
         x: (..., d); float64, float32, bfloat16 or float16, any strides whose last dimension is contiguous.
         weight: (d,), any of these dtypes, or None for a norm without a gain.
-        residual: x's shape and dtype, or None.
+        residual: x's shape and dtype, or float32 beside 16-bit x; or None.
         post_weight: (d,), only with `residual`.
         eps: added to the mean square; above 0.
         gemma: the gain is 1 + weight, and the normed row is rounded once, after it.
 
     Returns:
-        y, or (y, sum) with `residual`; x's shape and dtype, contiguous. In the C++ and Triton kernels a row's bits do
-        not depend on the other rows, on where it lies in memory or on the number of threads.
+        y, or (y, sum) with `residual`; x's shape, contiguous; y in x's dtype, sum in the residual's. In the C++ and
+        Triton kernels a row's bits do not depend on the other rows, on where it lies in memory or on the number of
+        threads.
 
     Raises:
         ValueError: a shape, stride, device or eps that does not fit; post_weight without residual; an input that
@@ -94,7 +106,8 @@ def rms_norm(
     checked(weight, "weight", (d,), x)
     checked(post_weight, "post_weight", (d,), x)
     if residual is not None:
-        _rows(residual, "residual", x.shape, x)
+        wide = residual.dtype == torch.float32 and x.dtype in _HALVES if isinstance(residual, Tensor) else False
+        _rows(residual, "residual", x.shape, x, wide)
     expect(post_weight is None or residual is not None, "post_weight", "None without residual", "a tensor")
     expect_eps(eps)
     expect_no_grad("rms_norm", x=x, weight=weight, residual=residual, post_weight=post_weight)
@@ -196,8 +209,8 @@ def gated_activation(gate: Tensor, up: Tensor, *, kind: str) -> Tensor:
     return _like(_gated_activation(*args) if direct(args) else torch.ops.rmfast.gated_activation(*args), gate)
 
 
-def _rows(value: Tensor, name: str, shape: torch.Size | None, like: Tensor) -> None:
-    """One (..., d) argument: the op's first one (shape None), or one of its shape and dtype."""
+def _rows(value: Tensor, name: str, shape: torch.Size | None, like: Tensor, wide: bool = False) -> None:
+    """One (..., d) argument: the op's first one (shape None), or one of its shape and (but for a `wide` one) dtype."""
     if not isinstance(value, Tensor):
         raise TypeError(f"Expected {name} to be a torch.Tensor, got {type(value).__name__}")
     if shape is None:
@@ -207,7 +220,7 @@ def _rows(value: Tensor, name: str, shape: torch.Size | None, like: Tensor) -> N
     # A message made in vain costs 1 µs of a call's 10.
     elif value.shape != shape:
         raise ValueError(f"Expected {name} to have shape {tuple(shape)}, got {tuple(value.shape)}")
-    elif value.dtype != like.dtype:
+    elif value.dtype != like.dtype and not wide:
         raise TypeError(f"Expected {name} to have dtype {like.dtype}, that of the first argument, got {value.dtype}")
     elif value.device != like.device:
         raise ValueError(f"Expected {name}.device to be that of the first argument, {like.device}, got {value.device}")
@@ -241,13 +254,13 @@ def _contiguous(value: Tensor | None) -> Tensor | None:
 
 def _rms_norm(*args):
     x = args[0]
-    run = _backends.choose("rms_norm", x.device.type)
+    run = _backends.choose("rms_norm", x.device.type, args)
     return _rms_norm_fake(*args) if x.numel() == 0 else run(*args)
 
 
 def _rms_norm_fake(*args):
     x, residual = args[0], args[2]
-    return x.new_empty(x.shape), x.new_empty((0,) if residual is None else x.shape)
+    return x.new_empty(x.shape), x.new_empty(0) if residual is None else residual.new_empty(x.shape)
 
 
 def _rotary(*args):

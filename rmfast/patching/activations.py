@@ -177,7 +177,7 @@ def collect(
         positions: "all" tokens, or the "last" one, at which the reward is read.
         skip: how many tokens at the beginning of each text to leave out, with "all": the first one's norm is often a
             hundred times that of others.
-        dtype: "float32", "bfloat16" or "float16"; default the stream's own, fp32 for fp64.
+        dtype: "float32", "bfloat16" or "float16"; default that of what the model's own modules give, fp32 for fp64.
         batch_tokens, progress, encoding: as for `score`.
 
     Raises:

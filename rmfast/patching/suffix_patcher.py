@@ -101,7 +101,7 @@ class SuffixPatcher:
 
         def recording(m: int, layer: Layer) -> Callable[..., Tensor]:
             def forward(hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
-                x, (cos, sin) = hidden_states[0], layer.tables(hidden_states, kwargs)
+                x, (cos, sin) = layer.widened(hidden_states[0]), layer.tables(hidden_states, kwargs)
                 if m in streams:
                     record.stream[m] = x
                     if base:

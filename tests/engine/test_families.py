@@ -58,7 +58,7 @@ def test_scores_and_values_are_those_of_each_text_alone(family, dtype, rounding)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_bf16_rewards_have_one_set_of_bits_as_near_to_the_truth_as_in_transformers(family):
+def test_bf16_rewards_have_one_set_of_bits_about_as_near_to_the_truth_as_in_transformers(family):
     model = F.model(family, labels=2)
     half = copy.deepcopy(model).to(torch.bfloat16)
     truth = torch.stack([M.alone(copy.deepcopy(half).float(), ids) for ids in TEXTS])
@@ -68,7 +68,19 @@ def test_bf16_rewards_have_one_set_of_bits_as_near_to_the_truth_as_in_transforme
         assert "packed, fused" in rm.explain() and "bits: the same in any batch" in rm.explain(), rm.explain()
         got = rm.score(TEXTS)
         assert torch.equal(got, torch.cat([rm.score([ids]) for ids in TEXTS]))
-        assert float((got - truth).abs().max()) <= 2 * float(theirs)
+        assert float((got - truth).abs().max()) <= 1.5 * float(theirs)
+
+
+def test_bf16_rewards_are_nearer_to_the_truth_than_in_transformers():
+    """A few texts' errors go by chance: judged over the families."""
+    shares, texts = [], M.token_ids([5, 40, 17, 25, 60, 12] * 2)
+    for family in FAMILIES:
+        half = F.model(family, labels=2).to(torch.bfloat16)
+        rm, wide = RewardModel(half, compute="native"), copy.deepcopy(half).float()
+        assert rm.packed_engine().wide
+        truth, theirs = (torch.stack([M.alone(model, ids) for ids in texts]) for model in (wide, half))
+        shares.append(float((rm.score(texts) - truth).abs().mean() / (theirs - truth).abs().mean()))
+    assert sum(shares) / len(shares) <= 0.75, shares
 
 
 @pytest.mark.parametrize("family", FAMILIES)

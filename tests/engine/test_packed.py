@@ -117,9 +117,10 @@ def test_a_bf16_reward_moves_with_its_batch_no_more_than_in_transformers(family)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_a_bf16_reward_is_as_near_to_the_truth_as_in_transformers(family):
-    errors = {how: float(error.max()) for how, error in bf16_rewards(family).errors().items()}
-    assert errors["packed together"] <= 2 * errors["transformers alone"], errors
+def test_a_bf16_reward_is_nearer_to_the_truth_than_in_transformers(family):
+    errors = bf16_rewards(family).errors()
+    ours, theirs = errors["packed together"], errors["transformers alone"]
+    assert float(ours.mean()) <= 0.75 * float(theirs.mean()) and float(ours.max()) <= float(theirs.max())
 
 
 def test_the_spread_of_a_saved_model_is_printed(tmp_path, capsys):

@@ -112,6 +112,39 @@ def test_a_weight_of_another_dtype_leaves_the_dtype_of_x(backend, use_backend):
         assert all(a.dtype == torch.bfloat16 and torch.equal(a, b) for a, b in zip(got, want))
 
 
+WIDE = [param for param in BACKENDS if param.values[0][1] != "triton"]
+
+
+@pytest.mark.parametrize("post", [False, True], ids=["plain", "post"])
+@pytest.mark.parametrize("dtype", DTYPES[2:], ids=str)
+@llama_and_gemma
+@pytest.mark.parametrize("backend", WIDE)
+def test_beside_an_fp32_residual_nothing_is_rounded_but_y(backend, gemma, dtype, post, use_backend, poisoned):
+    device = use_backend(backend)
+    for rows, d in SIZES:
+        x, weight, _, post_weight = norm_inputs(rows, d, dtype, device)
+        residual, post_weight = draw(rows, d, device=device, seed=1, scale=3), post_weight if post else None
+        y, total = rms_norm(x, weight, residual=residual, post_weight=post_weight, eps=1e-5, gemma=gemma)
+        _, truth = reference.rms_norm(*wide(x, weight, residual, post_weight), 1e-5, gemma)
+        torch.testing.assert_close(total, truth.float(), rtol=1e-6, atol=5e-7 * float(truth.abs().max()))
+        assert torch.equal(y, rms_norm(total, weight, eps=1e-5, gemma=gemma).to(dtype))
+        alone = rms_norm(x[-1:], weight, residual=residual[-1:], post_weight=post_weight, eps=1e-5, gemma=gemma)
+        assert torch.equal(alone[0], y[-1:]) and torch.equal(alone[1], total[-1:])
+    torch.library.opcheck(torch.ops.rmfast.rms_norm.default, (x, weight, residual, post_weight, 1e-5, gemma))
+
+
+@pytest.mark.parametrize("dtype", DTYPES[2:], ids=str)
+@pytest.mark.parametrize("backend", WIDE)
+def test_a_nan_of_any_payload_in_an_fp32_residual_stays_one(backend, dtype, use_backend):
+    device = use_backend(backend)
+    x, residual = draw(3, 40, dtype=dtype, device=device), draw(3, 40, device=device).clone()
+    for bits in (-1, 0x7FFFFFFF, 0x7F800001):
+        residual[1, 7] = torch.tensor(bits, dtype=torch.int32).view(torch.float32)
+        y, total = rms_norm(x, None, residual=residual, eps=1e-6)
+        assert y.isnan().all(1).tolist() == [False, True, False]
+        assert total.isnan().sum() == 1 and total[1, 7].isnan()
+
+
 # ---------------------------------------------------------------------------------------------------------- rotary
 
 
@@ -343,6 +376,12 @@ ERRORS = [
     (rms_norm, {"weight": ONE[0, :7]}, ValueError, "Expected weight to have shape (8), got (7,)"),
     (rms_norm, {"residual": ONE[:3]}, ValueError, "Expected residual to have shape (4, 8), got (3, 8)"),
     (rms_norm, {"residual": ONE.half()}, TypeError, "Expected residual to have dtype torch.float32, that of the first"),
+    (
+        rms_norm,
+        {"x": ONE.double(), "weight": None, "post_weight": None},
+        TypeError,
+        "Expected residual to have dtype torch.float64, that of the first",
+    ),
     (rms_norm, {"residual": None}, ValueError, "Expected post_weight to be None without residual"),
     (rms_norm, {"eps": 0.0}, ValueError, "Expected eps to be finite and above 0, got 0.0"),
     (rms_norm, {"eps": "1"}, TypeError, "Expected eps to be a float, got str"),

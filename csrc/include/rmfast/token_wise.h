@@ -22,6 +22,7 @@ struct Matrix {
 
 struct RmsNorm {
   DType dtype;
+  bool wide;  // the residual and the sum are float32 beside 16-bit x and y
   int64_t d;
   Matrix x, residual;  // residual.data null: y = norm(x)
   Gain weight, post_weight;
