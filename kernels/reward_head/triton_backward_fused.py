@@ -18,8 +18,8 @@ _PROGRAMS = 512
 @triton.jit(do_not_specialize=["M", "T", "N", "stride_b", "stride_t"])
 def _backward_fused(
     p_grad, p_hidden, p_rows, p_weight, p_gain, p_grad_rows, p_partial,
-    M, T, N, stride_b, stride_t,
-    d: tl.constexpr, K: tl.constexpr, eps: tl.constexpr, NORM: tl.constexpr, FLAT: tl.constexpr,
+    M, T, N, stride_b, stride_t, eps: tl.float64,
+    d: tl.constexpr, K: tl.constexpr, NORM: tl.constexpr, FLAT: tl.constexpr,
     NEED_ROWS: tl.constexpr, NEED_DOTS: tl.constexpr,
     BM: tl.constexpr, DP: tl.constexpr, VEC: tl.constexpr, VA: tl.constexpr,
 ):  # fmt: skip
@@ -113,7 +113,7 @@ def backward_fused(
     partial = weight.new_empty((programs, heads, d) if need_dots else (1, 0))
     _backward_fused[(programs,)](
         grad, read.hidden, read.rows, weight, norm_weight, grad_rows, partial, *read.shape,
-        d=d, K=heads, eps=eps, NORM=norm, FLAT=read.flat, NEED_ROWS=need_rows, NEED_DOTS=need_dots,
+        eps, d=d, K=heads, NORM=norm, FLAT=read.flat, NEED_ROWS=need_rows, NEED_DOTS=need_dots,
         enable_fp_fusion=False, **config,
     )  # fmt: skip
     return grad_rows, partial

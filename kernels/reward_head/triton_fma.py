@@ -24,6 +24,11 @@ def few_dots(dtype: torch.dtype) -> int:
     return 6 if dtype.itemsize == 2 else FEW
 
 
+def padded(count: int) -> int:
+    """The directions, or heads, that kernels are compiled for where they take a number of them: a power of 2, or 0."""
+    return triton.next_power_of_2(count) if count else 0
+
+
 @triton.jit
 def part(b_x, PART: tl.constexpr, VA: tl.constexpr):
     """Part PART of the last axis, [..., VEC] -> [..., VA]."""
