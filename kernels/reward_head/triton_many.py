@@ -109,7 +109,7 @@ def many_config(dots: int, dtype: torch.dtype) -> dict[str, int]:
     """
     block = min(max(triton.next_power_of_2(dots), 16), 64)
     if dtype == torch.float64:
-        return {"BM": 16, "BN": 16, "BD": 16, "TERMS": terms(dtype), "num_warps": 4, "num_stages": 2}
+        return {"BM": 16, "BN": 16, "BD": 16, "TERMS": terms(dtype), "num_warps": 4, "num_stages": 2, "maxnreg": 168}
     if dtype == torch.float32:
         return {
             "BM": 64, "BN": block, "BD": 32, "TERMS": terms(dtype), "num_warps": 4, "num_stages": 3, "maxnreg": 224,
