@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from rmfast.kernels.launch import aligned, on_device
+from rmfast.kernels.launch import aligned, cdiv, on_device
 from rmfast.kernels.token_wise.reference import accumulator
 from rmfast.kernels.token_wise.triton import MAX_ROW, aligned_rows, load_gain, normed, rms_norm_config
 
@@ -53,7 +53,7 @@ def patch_rows(
     with on_device(base):
         x, y = base.new_empty(n, d), base.new_empty(n, d)
         base, values = aligned_rows(base, config["VEC"]), aligned_rows(values, config["VEC"])
-        _patch_rows[(triton.cdiv(n, config["BM"]),)](
+        _patch_rows[(cdiv(n, config["BM"]),)](
             base, values, base_rows, value_rows, aligned(weight), x, y, n, base.size(0), values.size(0),
             base.stride(0), values.stride(0), eps, d=d, GEMMA=gemma, enable_fp_fusion=False, **config,
         )  # fmt: skip

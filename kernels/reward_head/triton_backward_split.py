@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import functools
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+
+from rmfast.kernels.launch import cdiv, power_of_2
 
 from .triton_matmul import matmul
 from .triton_norm import LAYER, NONE, inverse_norm, load_gain
@@ -129,10 +133,11 @@ def _backward_dots(
     )  # fmt: skip
 
 
+@functools.cache
 def split_backward_config(heads: int, dtype: torch.dtype) -> dict[str, int]:
     if dtype == torch.float64:
         return {"BM": 16, "BK": 16, "BD": 16, "num_warps": 4, "num_stages": 2, "maxnreg": 255}
-    block = min(max(triton.next_power_of_2(heads), 16), 32)
+    block = min(max(power_of_2(heads), 16), 32)
     return {"BM": 32, "BK": block, "BD": 64, "num_warps": 4, "num_stages": 2, "maxnreg": 255}
 
 
@@ -154,16 +159,16 @@ def backward_split(
         "d": d, "FLAT": read.flat, "VEC": vector_width(d, read.hidden.dtype), "enable_fp_fusion": False,
     }  # fmt: skip
     stats = weight.new_empty(read.count, 2)
-    _backward_rows[(triton.cdiv(read.count, config["BM"]),)](
+    _backward_rows[(cdiv(read.count, config["BM"]),)](
         grad, read.hidden, read.rows, weight, norm_weight, grad_rows, stats, *read.shape, heads, eps,
-        NORM=norm, NEED_ROWS=need_rows, KP=max(triton.next_power_of_2(heads), config["BK"]), **common, **config,
+        NORM=norm, NEED_ROWS=need_rows, KP=max(power_of_2(heads), config["BK"]), **common, **config,
     )  # fmt: skip
     if not need_dots:
         return grad_rows, weight.new_empty(1, 0)
-    tiles = (triton.cdiv(heads, config["BK"]), triton.cdiv(d, config["BD"]))
-    chunks = max(1, min(64, 1024 // (tiles[0] * tiles[1]), triton.cdiv(read.count, 4 * config["BM"])))
-    chunk = triton.cdiv(triton.cdiv(read.count, chunks), config["BM"]) * config["BM"]
-    chunks = triton.cdiv(read.count, chunk)
+    tiles = (cdiv(heads, config["BK"]), cdiv(d, config["BD"]))
+    chunks = max(1, min(64, 1024 // (tiles[0] * tiles[1]), cdiv(read.count, 4 * config["BM"])))
+    chunk = cdiv(cdiv(read.count, chunks), config["BM"]) * config["BM"]
+    chunks = cdiv(read.count, chunk)
     partial = weight.new_empty(chunks, heads, d)
     _backward_dots[(chunks, *tiles)](
         grad, read.hidden, read.rows, stats, partial, *read.shape, chunk, heads, **common, **config

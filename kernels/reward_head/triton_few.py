@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import functools
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+
+from rmfast.kernels.launch import cdiv
 
 from .triton_fma import fma_dot, padded, part, part_width, replace
 from .triton_norm import LAYER, NONE, inverse_norm, load_gain
@@ -109,11 +113,12 @@ def _few(
         tl.store(p_out + o_m * (K + J if JP > 0 else K) + n, b_s, mask=m_n)
 
 
+@functools.cache
 def few_config(d: int, dtype: torch.dtype) -> dict[str, int]:
     """Tiles of 4 warps x 16 bytes across and 4 rows deep, narrower and deeper where d would fill less than 80%."""
     vec = vector_width(d, dtype)
     block = 128 * vec
-    while block > 16 and triton.cdiv(d, block) * block > 1.25 * d:
+    while block > 16 and cdiv(d, block) * block > 1.25 * d:
         block //= 2
     config = {"BM": 4 * 128 * vec // block, "BD": block, "VEC": vec, "VA": part_width(vec, dtype), "num_warps": 4}
     # Without a cap ptxas spills a register on sm_100 for the sake of one more program per SM.
@@ -137,7 +142,7 @@ def few(
     out = weight.new_empty(read.count, heads + count, dtype=acc)
     stats = None if directions is None else weight.new_empty(read.count, 2, dtype=acc)
     config = few_config(d, read.hidden.dtype)
-    _few[(triton.cdiv(read.count, config["BM"]),)](
+    _few[(cdiv(read.count, config["BM"]),)](
         read.hidden, read.rows, weight, bias, norm_weight, norm_bias, directions, out, stats, *read.shape, count,
         eps, d=d, K=heads, JP=padded(count), NORM=norm, FLAT=read.flat, enable_fp_fusion=False, **config,
     )  # fmt: skip

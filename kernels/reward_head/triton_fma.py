@@ -11,6 +11,8 @@ import torch
 import triton
 import triton.language as tl
 
+from rmfast.kernels.launch import power_of_2
+
 # Dots of a row of 32 bits by FMAs.
 FEW = 8
 
@@ -26,7 +28,7 @@ def few_dots(dtype: torch.dtype) -> int:
 
 def padded(count: int) -> int:
     """The directions, or heads, that kernels are compiled for where they take a number of them: a power of 2, or 0."""
-    return triton.next_power_of_2(count) if count else 0
+    return power_of_2(count) if count else 0
 
 
 @triton.jit

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import functools
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+
+from rmfast.kernels.launch import cdiv
 
 from .triton_explicit import explicit_rows
 from .triton_fma import padded
@@ -192,6 +196,7 @@ def _finish_all(
 _WIDEST = 32
 
 
+@functools.cache
 def finish_config(heads: int, directions: int, acc: torch.dtype) -> dict[str, int]:
     """Tiles of the interventions' algebra; the fp64 tile of an explicit row holds 2048 elements where J allows.
 
@@ -236,10 +241,10 @@ def intervene(
     }  # fmt: skip
     if intervention_index is None and max(heads, count) <= _WIDEST and weight.dtype != torch.float64:
         rows = 64
-        _finish_all[(triton.cdiv(read.count, rows),)](
+        _finish_all[(cdiv(read.count, rows),)](
             *given, rewards, *sizes, **options, **{**config, "BM": rows, "maxnreg": 255}
         )
         return rewards
-    programs = triton.cdiv(read.count, config["BM"]) * (interventions if intervention_index is None else 1)
+    programs = cdiv(read.count, config["BM"]) * (interventions if intervention_index is None else 1)
     _finish[(programs,)](*given, intervention_index, rewards, *sizes, **options, **config)
     return rewards

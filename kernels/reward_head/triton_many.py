@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import functools
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+
+from rmfast.kernels.launch import cdiv, power_of_2
 
 from .triton_matmul import dot, high_low, matmul
 from .triton_norm import LAYER, NONE, inverse_norm
@@ -99,6 +103,7 @@ def _many(
     tl.store(p_tile, b_dots, mask=m_m[:, None] & (o_n < DOTS)[None, :])
 
 
+@functools.cache
 def many_config(dots: int, dtype: torch.dtype) -> dict[str, int]:
     """Tiles of the skinny GEMM, and the terms a dot is split into.
 
@@ -107,7 +112,7 @@ def many_config(dots: int, dtype: torch.dtype) -> dict[str, int]:
     bf16 rows with three terms 1.4e-7 (two: 2.4e-6; three, but one chain of truncating additions: 2.4e-6), fp32 rows in
     two tf32 parts 2.0e-7 (one chain: 6.3e-6), fp32 FMAs in order 3.7e-7. Two terms of fp16 hold an fp32's bits.
     """
-    block = min(max(triton.next_power_of_2(dots), 16), 64)
+    block = min(max(power_of_2(dots), 16), 64)
     if dtype == torch.float64:
         return {"BM": 16, "BN": 16, "BD": 16, "TERMS": terms(dtype), "num_warps": 4, "num_stages": 2, "maxnreg": 168}
     if dtype == torch.float32:
@@ -125,7 +130,7 @@ def many(read: Rows, prepared: Prepared, norm: int, eps: float, need_stats: bool
     out = offset.new_empty(read.count, dots)
     stats = offset.new_empty(read.count, 2) if need_stats else None
     config = many_config(dots, read.hidden.dtype)
-    _many[(triton.cdiv(read.count, config["BM"]) * triton.cdiv(dots, config["BN"]),)](
+    _many[(cdiv(read.count, config["BM"]) * cdiv(dots, config["BN"]),)](
         read.hidden, read.rows, packed, scale, offset, out, stats, *read.shape, dots, eps,
         d=read.d, ONE_TILE=dots <= config["BN"], NORM=norm, FLAT=read.flat, DP=padded,
         VEC=vector_width(read.d, read.hidden.dtype), enable_fp_fusion=False, **config,

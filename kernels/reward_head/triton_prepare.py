@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import functools
 from typing import NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+
+from rmfast.kernels.launch import cdiv, power_of_2
 
 from .triton_matmul import tf32
 from .triton_norm import LAYER, load_gain
@@ -93,9 +96,10 @@ def _prepare(
                     o_p += DP
 
 
+@functools.cache
 def prepare_config(directions: int, acc: torch.dtype) -> dict[str, int]:
     """32 numbers a thread; few passes over d, for the launch before the one that reads the rows is all latency."""
-    block = min(triton.next_power_of_2(max(directions, 1)), 16)
+    block = min(power_of_2(max(directions, 1)), 16)
     return {"BJ": block, "BD": min(32 * 1024 // acc.itemsize // block, 2048), "num_warps": 8}
 
 
@@ -127,13 +131,13 @@ def prepare(
     heads, d = weight.shape
     count = 0 if directions is None else directions.size(0)
     dots = heads + count
-    padded = triton.cdiv(d, 16) * 16
+    padded = cdiv(d, 16) * 16
     packed = weight.new_empty(dots, terms(dtype), padded, dtype=dtype) if pack else None
     scale = weight.new_empty(dots) if pack and dtype.itemsize == 2 else None
     offset = weight.new_empty(heads)
     moments = None if directions is None else weight.new_empty(dots, count + 1)
     config = prepare_config(count, weight.dtype)
-    _prepare[(dots, max(1, triton.cdiv(count, config["BJ"])))](
+    _prepare[(dots, max(1, cdiv(count, config["BJ"])))](
         weight, bias, norm_weight, norm_bias, directions, packed, scale, offset, moments, heads, count,
         d=d, NORM=norm, TERMS=terms(dtype), DP=padded, enable_fp_fusion=False, **config,
     )  # fmt: skip

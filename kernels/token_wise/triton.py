@@ -16,7 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 from rmfast.kernels.arithmetic import fast_exp2, fast_inverse, inverse_root
-from rmfast.kernels.launch import aligned, on_device
+from rmfast.kernels.launch import aligned, cdiv, on_device, power_of_2
 
 from . import reference
 
@@ -219,7 +219,7 @@ def rms_norm_config(d: int, dtype: torch.dtype) -> dict[str, int]:
 
     A cap on registers well above the need keeps ptxas from spilling for the sake of one more program per SM.
     """
-    block = triton.next_power_of_2(d)
+    block = power_of_2(d)
     return {
         "BM": max(1, 2048 // block), "BD": block, "VEC": vector_width(dtype, d),
         "num_warps": min(16, max(4, block // 512)), "maxnreg": 128,
@@ -230,16 +230,16 @@ def rms_norm_config(d: int, dtype: torch.dtype) -> dict[str, int]:
 def rotary_config(heads: int, d: int, rotated: int, dtype: torch.dtype) -> dict[str, int]:
     """Tiles of heads with 8 numbers of each half for a thread, so that a sum over a head has one order whatever the
     tile; of 4, 2 or 1 warps as few as fill four fifths of the tiles, or else the fullest."""
-    block = triton.next_power_of_2(rotated // 2)
+    block = power_of_2(rotated // 2)
     least = max(1, 256 // block)
 
     def fill(warps: int) -> float:
         tile = least * warps
-        return heads / (triton.cdiv(heads, tile) * tile)
+        return heads / (cdiv(heads, tile) * tile)
 
     warps = next((warps for warps in (4, 2, 1) if fill(warps) >= 0.8), max((4, 2, 1), key=fill))
     return {
-        "BH": least * warps, "BR": block, "BP": triton.next_power_of_2(max(1, d - rotated)),
+        "BH": least * warps, "BR": block, "BP": power_of_2(max(1, d - rotated)),
         "VEC": vector_width(dtype, d, rotated // 2), "num_warps": warps,
     }  # fmt: skip
 
@@ -262,7 +262,7 @@ def rms_norm(
         y, total = x.new_empty(x.shape), x.new_empty((0,) if residual is None else x.shape)
         x = aligned_rows(x, config["VEC"])
         residual = None if residual is None else aligned_rows(residual, config["VEC"])
-        _rms_norm[(triton.cdiv(rows, config["BM"]),)](
+        _rms_norm[(cdiv(rows, config["BM"]),)](
             x, residual, aligned(weight), aligned(post_weight), y, total, rows, x.stride(0),
             0 if residual is None else residual.stride(0),
             eps, d=d, GEMMA=gemma, POST=post_weight is not None, enable_fp_fusion=False, **config,
@@ -305,8 +305,8 @@ def gated_activation(gate: Tensor, up: Tensor, kind: int) -> Tensor:
         out = gate.new_empty(gate.shape)
         width = vector_width(gate.dtype, m)
         wide = all(value.data_ptr() % 16 == 0 and value.stride(0) % width == 0 for value in (gate, up))
-        block = min(1024, triton.next_power_of_2(m))
-        _gated_activation[(rows, triton.cdiv(m, block))](
+        block = min(1024, power_of_2(m))
+        _gated_activation[(rows, cdiv(m, block))](
             gate, up, out, gate.stride(0), up.stride(0),
             m=m, KIND=kind, BD=block, VEC=width if wide else 1, num_warps=4, enable_fp_fusion=False,
         )  # fmt: skip

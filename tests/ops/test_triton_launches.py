@@ -15,6 +15,8 @@ from fakes import devices, fake_tensors, looks, on_gpu  # noqa: E402
 from stub_driver import Driver, stubbed  # noqa: E402
 
 from rmfast import backends  # noqa: E402
+from rmfast.kernels.launch import cdiv, power_of_2  # noqa: E402
+from rmfast.kernels.token_wise import triton as token_wise  # noqa: E402
 
 SECOND = torch.device("cuda:1")
 LAUNCHED = [name for name, (op, _) in CALLS.items() if op != "linear"]  # which has no kernel in Triton
@@ -62,11 +64,15 @@ def test_a_launcher_of_a_gradient_gives_what_the_fake_says(name):
     assert_sound(driver)
 
 
+def test_sizes_are_rounded_up_as_triton_does():
+    sizes = [*range(1, 70), 2**31 - 1, 2**31, 2**31 + 1]
+    assert [power_of_2(size) for size in sizes] == [triton.next_power_of_2(size) for size in sizes]
+    assert [cdiv(size, 16) for size in (0, *sizes)] == [triton.cdiv(size, 16) for size in (0, *sizes)]
+
+
 def test_a_second_call_compiles_nothing():
     _, call = CALLS["rms_norm"]
     made = numbers_of(call)
-    from rmfast.kernels.token_wise import triton as token_wise
-
     with fake_tensors(), stubbed() as driver:
         x, weight = on_gpu(made)
         for _ in range(3):
