@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from rmfast.kernels.launch import on_device
+from rmfast.kernels.launch import cdiv, on_device
 
 from . import reference
 
@@ -119,7 +119,7 @@ def line(
     with on_device(x):
         value = x.new_empty(rows, dtype=torch.float64)
         grad = torch.empty_like(x) if need_grad else None
-        _line[(triton.cdiv(rows, LINE["BM"]),)](
+        _line[(cdiv(rows, LINE["BM"]),)](
             x, ranges, alpha, same, rates, value, grad, rows, H=rates.size(0), **LINE
         )  # fmt: skip
         return value.sum(), x.new_empty(0) if grad is None else grad
@@ -130,7 +130,7 @@ def weigh(
 ) -> Tensor:
     height, width = dots.shape
     with on_device(dots):
-        grid = triton.cdiv(height, WEIGH["BM"]), triton.cdiv(width, WEIGH["BN"])
+        grid = cdiv(height, WEIGH["BM"]), cdiv(width, WEIGH["BN"])
         value = dots.new_empty(grid)
         _weigh[grid](
             dots, squares, ranges, alpha, same, rates, value, alpha.size(0), row, column, height, width,

@@ -7,12 +7,14 @@ than there are: `why_not` says so, and the eager reference runs.
 
 from __future__ import annotations
 
+import functools
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from rmfast.kernels.launch import on_device
+from rmfast.kernels.launch import cdiv, on_device, power_of_2
 
 MAX_TEXTS = 2048
 
@@ -69,12 +71,13 @@ def _neuron_stats(
         tl.store(p_spearman + o_m * A + i_a, tl.where(b_nan, float("nan"), b_value), mask=m_m)
 
 
+@functools.cache
 def config(n: int) -> dict[str, int]:
     """Tiles of at most 2048 words, 16 for a thread: with twice as many 2048 texts spill.
 
     A cap on registers well above the need keeps ptxas from spilling for the sake of one more program per SM.
     """
-    words = triton.next_power_of_2(n)
+    words = power_of_2(n)
     return {"BM": min(64, 2048 // words), "BN": words, "num_warps": 4, "maxnreg": 255}
 
 
@@ -93,7 +96,7 @@ def neuron_stats(activations: Tensor, ranks: Tensor, squares: Tensor) -> tuple[T
         spearman = activations.new_empty((m, ranks.size(1)), dtype=torch.float32)
         median = activations.new_empty(m, dtype=torch.float32)
         settings = config(n)
-        _neuron_stats[(triton.cdiv(m, settings["BM"]),)](
+        _neuron_stats[(cdiv(m, settings["BM"]),)](
             activations, ranks, squares, spearman, median, n, m, ranks.size(1), *activations.stride(),
             enable_fp_fusion=False, **settings,
         )  # fmt: skip

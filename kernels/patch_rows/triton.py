@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from rmfast.kernels.launch import aligned, on_device
+from rmfast.kernels.launch import aligned, cdiv, on_device
 from rmfast.kernels.token_wise.reference import accumulator
 from rmfast.kernels.token_wise.triton import MAX_ROW, aligned_rows, load_gain, normed, rms_norm_config
 
@@ -20,7 +20,7 @@ from . import reference
 @triton.jit(do_not_specialize=["N", "rows_b", "rows_v", "stride_b", "stride_v"])
 def _patch_rows(
     p_base, p_values, p_base_rows, p_value_rows, p_weight, p_x, p_y, N, rows_b, rows_v, stride_b, stride_v,
-    d: tl.constexpr, eps: tl.constexpr, GEMMA: tl.constexpr, BM: tl.constexpr, BD: tl.constexpr, VEC: tl.constexpr,
+    eps: tl.float64, d: tl.constexpr, GEMMA: tl.constexpr, BM: tl.constexpr, BD: tl.constexpr, VEC: tl.constexpr,
 ):  # fmt: skip
     dtype = p_base.dtype.element_ty
     acc = tl.float64 if dtype == tl.float64 else tl.float32
@@ -40,7 +40,7 @@ def _patch_rows(
     o_y = (o_n * d)[:, None] + o_d[None, :]
     m_y = m_n[:, None] & m_d[None, :]
     tl.store(p_x + o_y, b_x, mask=m_y)
-    tl.store(p_y + o_y, normed(b_x.to(acc), load_gain(p_weight, o_d, m_d, acc, GEMMA), dtype, d, eps, GEMMA), mask=m_y)
+    tl.store(p_y + o_y, normed(b_x.to(acc), load_gain(p_weight, o_d, m_d, acc, GEMMA), eps, dtype, d, GEMMA), mask=m_y)
 
 
 def patch_rows(
@@ -53,8 +53,8 @@ def patch_rows(
     with on_device(base):
         x, y = base.new_empty(n, d), base.new_empty(n, d)
         base, values = aligned_rows(base, config["VEC"]), aligned_rows(values, config["VEC"])
-        _patch_rows[(triton.cdiv(n, config["BM"]),)](
+        _patch_rows[(cdiv(n, config["BM"]),)](
             base, values, base_rows, value_rows, aligned(weight), x, y, n, base.size(0), values.size(0),
-            base.stride(0), values.stride(0), d=d, eps=eps, GEMMA=gemma, enable_fp_fusion=False, **config,
+            base.stride(0), values.stride(0), eps, d=d, GEMMA=gemma, enable_fp_fusion=False, **config,
         )  # fmt: skip
         return x, y

@@ -5,7 +5,8 @@ A row's order of additions depends only on d, K, J and the dtype: launch configu
 else (`enable_fp_fusion=False`), and rows are read with the vector width that d allows. Layouts, and with them the
 order of a reduction, follow that width, so rows that are not aligned to it are first copied to where they are.
 
-    forward     K + J <= 6   triton_few.py             one read of the rows at the speed of the read; 8 in 32 bits
+    forward     K + J <= 6   triton_few.py             one read of the rows at the speed of the read; 8 in 32 bits;
+                                                       J counts as the power of 2 from it on
                 more         triton_many.py            a skinny GEMM on the tensor cores
                              triton_prepare.py before it, and before interventions: triton_intervene.py on the dots
     backward    K d small    triton_backward_fused.py  one read of the rows, kept in registers
@@ -23,7 +24,7 @@ from rmfast.kernels.launch import aligned, on_device
 from .triton_backward_fused import backward_fused, fused_backward_config
 from .triton_backward_split import backward_split
 from .triton_few import few
-from .triton_fma import few_dots
+from .triton_fma import few_dots, padded
 from .triton_intervene import intervene
 from .triton_many import many
 from .triton_prepare import prepare
@@ -50,7 +51,7 @@ def forward(
     have any floating dtype and stride: those of one or two heads in 16 bits are read as they are, which saves a launch
     for each.
     """
-    is_few = weight.size(0) + (0 if directions is None else directions.size(0)) <= few_dots(hidden.dtype)
+    is_few = weight.size(0) + padded(0 if directions is None else directions.size(0)) <= few_dots(hidden.dtype)
     acc = accumulation(hidden.dtype)
 
     def taken(value: Any) -> Any:

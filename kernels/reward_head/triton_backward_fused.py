@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import functools
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+
+from rmfast.kernels.launch import cdiv, power_of_2
 
 from .triton_fma import FEW, part, part_width, replace, whole
 from .triton_norm import LAYER, NONE, inverse_norm, load_gain
@@ -18,8 +22,8 @@ _PROGRAMS = 512
 @triton.jit(do_not_specialize=["M", "T", "N", "stride_b", "stride_t"])
 def _backward_fused(
     p_grad, p_hidden, p_rows, p_weight, p_gain, p_grad_rows, p_partial,
-    M, T, N, stride_b, stride_t,
-    d: tl.constexpr, K: tl.constexpr, eps: tl.constexpr, NORM: tl.constexpr, FLAT: tl.constexpr,
+    M, T, N, stride_b, stride_t, eps: tl.float64,
+    d: tl.constexpr, K: tl.constexpr, NORM: tl.constexpr, FLAT: tl.constexpr,
     NEED_ROWS: tl.constexpr, NEED_DOTS: tl.constexpr,
     BM: tl.constexpr, DP: tl.constexpr, VEC: tl.constexpr, VA: tl.constexpr,
 ):  # fmt: skip
@@ -82,9 +86,10 @@ def _backward_fused(
             tl.store(p_partial + (i_p * K + n // PARTS) * d + o_v, b_v[n], mask=o_v < d)
 
 
+@functools.cache
 def fused_backward_config(d: int, heads: int, dtype: torch.dtype) -> dict[str, int] | None:
     """Whole rows in registers, 32 elements a thread, beside at most 64 of V; None where that does not fit."""
-    padded = max(16, triton.next_power_of_2(d))
+    padded = max(16, power_of_2(d))
     size = padded * (2 if dtype == torch.float64 else 1)
     if size > 8192 or heads * size > 16384 or heads > FEW:
         return None
@@ -109,11 +114,11 @@ def backward_fused(
     """Gradient of the rows (M, d), and V in parts of rows (parts, K, d), with the config that fits them."""
     heads, d = weight.shape
     grad_rows = read.hidden.new_empty((read.count, d) if need_rows else (0,))
-    programs = min(_PROGRAMS, triton.cdiv(read.count, config["BM"]))
+    programs = min(_PROGRAMS, cdiv(read.count, config["BM"]))
     partial = weight.new_empty((programs, heads, d) if need_dots else (1, 0))
     _backward_fused[(programs,)](
         grad, read.hidden, read.rows, weight, norm_weight, grad_rows, partial, *read.shape,
-        d=d, K=heads, eps=eps, NORM=norm, FLAT=read.flat, NEED_ROWS=need_rows, NEED_DOTS=need_dots,
+        eps, d=d, K=heads, NORM=norm, FLAT=read.flat, NEED_ROWS=need_rows, NEED_DOTS=need_dots,
         enable_fp_fusion=False, **config,
     )  # fmt: skip
     return grad_rows, partial

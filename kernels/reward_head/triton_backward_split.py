@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import functools
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+
+from rmfast.kernels.launch import cdiv, power_of_2
 
 from .triton_matmul import matmul
 from .triton_norm import LAYER, NONE, inverse_norm, load_gain
@@ -13,11 +17,13 @@ from .triton_rows import Rows, row_offsets, vector_width
 
 
 @triton.jit
-def _scaled_gain(p_grad, p_weight, p_gain, o_m, m_m, b_inv, o_d, m_d, d: tl.constexpr, K: tl.constexpr,
-                 NORM: tl.constexpr, BM: tl.constexpr, BK: tl.constexpr, BD: tl.constexpr):  # fmt: skip
+def _scaled_gain(
+    p_grad, p_weight, p_gain, o_m, m_m, b_inv, o_d, m_d, K,
+    d: tl.constexpr, NORM: tl.constexpr, KP: tl.constexpr, BM: tl.constexpr, BK: tl.constexpr, BD: tl.constexpr,
+):  # fmt: skip
     """Σ_k g_k inv a_k: [BM, BD]."""
     b_y = tl.zeros([BM, BD], p_weight.dtype.element_ty)
-    for i_k in range(0, K, BK):
+    for i_k in range(0, BK if KP <= BK else K, BK):
         o_k = i_k + tl.arange(0, BK)
         m_k = o_k < K
         b_g = tl.load(p_grad + o_m[:, None] * K + o_k[None, :], mask=m_m[:, None] & m_k[None, :], other=0.0)
@@ -33,9 +39,9 @@ def _scaled_gain(p_grad, p_weight, p_gain, o_m, m_m, b_inv, o_d, m_d, d: tl.cons
 @triton.jit(do_not_specialize=["M", "T", "N", "stride_b", "stride_t"])
 def _backward_rows(
     p_grad, p_hidden, p_rows, p_weight, p_gain, p_grad_rows, p_stats,
-    M, T, N, stride_b, stride_t,
-    d: tl.constexpr, K: tl.constexpr, eps: tl.constexpr, NORM: tl.constexpr, FLAT: tl.constexpr,
-    NEED_ROWS: tl.constexpr, BM: tl.constexpr, BK: tl.constexpr, BD: tl.constexpr, VEC: tl.constexpr,
+    M, T, N, stride_b, stride_t, K, eps: tl.float64,
+    d: tl.constexpr, NORM: tl.constexpr, FLAT: tl.constexpr,
+    NEED_ROWS: tl.constexpr, KP: tl.constexpr, BM: tl.constexpr, BK: tl.constexpr, BD: tl.constexpr, VEC: tl.constexpr,
 ):  # fmt: skip
     """Gradient of the rows (M, d), and stats (M, 2): inverse norm and mean."""
     acc = p_weight.dtype.element_ty
@@ -72,7 +78,7 @@ def _backward_rows(
                 b_x = tl.load(p_h + i_d, mask=m_x, other=0.0).to(acc)
                 b_x = tl.where(m_x, b_x - b_mean[:, None], 0.0)
                 b_y = _scaled_gain(
-                    p_grad, p_weight, p_gain, o_m, m_m, b_inv, i_d + o_b, m_d, d, K, NORM, BM, BK, BD
+                    p_grad, p_weight, p_gain, o_m, m_m, b_inv, i_d + o_b, m_d, K, d, NORM, KP, BM, BK, BD
                 )  # fmt: skip
                 b_projection += tl.sum(b_y * b_x, 1)
                 b_y_sum += tl.sum(b_y, 1)
@@ -81,7 +87,7 @@ def _backward_rows(
             m_d = i_d + o_b < d
             m_x = m_h[:, None] & m_d[None, :]
             b_y = _scaled_gain(
-                p_grad, p_weight, p_gain, o_m, m_m, b_inv, i_d + o_b, m_d, d, K, NORM, BM, BK, BD
+                p_grad, p_weight, p_gain, o_m, m_m, b_inv, i_d + o_b, m_d, K, d, NORM, KP, BM, BK, BD
             )  # fmt: skip
             if NORM != NONE:
                 b_x = tl.load(p_h + i_d, mask=m_x, other=0.0).to(acc)
@@ -99,8 +105,8 @@ def _backward_rows(
 @triton.jit(do_not_specialize=["M", "T", "N", "stride_b", "stride_t", "CHUNK"])
 def _backward_dots(
     p_grad, p_hidden, p_rows, p_stats, p_partial,
-    M, T, N, stride_b, stride_t, CHUNK,
-    d: tl.constexpr, K: tl.constexpr, FLAT: tl.constexpr,
+    M, T, N, stride_b, stride_t, CHUNK, K,
+    d: tl.constexpr, FLAT: tl.constexpr,
     BM: tl.constexpr, BK: tl.constexpr, BD: tl.constexpr, VEC: tl.constexpr,
 ):  # fmt: skip
     """One tile of V over the rows of chunk i: partial (chunks, K, d)."""
@@ -127,10 +133,11 @@ def _backward_dots(
     )  # fmt: skip
 
 
+@functools.cache
 def split_backward_config(heads: int, dtype: torch.dtype) -> dict[str, int]:
     if dtype == torch.float64:
         return {"BM": 16, "BK": 16, "BD": 16, "num_warps": 4, "num_stages": 2, "maxnreg": 255}
-    block = min(max(triton.next_power_of_2(heads), 16), 32)
+    block = min(max(power_of_2(heads), 16), 32)
     return {"BM": 32, "BK": block, "BD": 64, "num_warps": 4, "num_stages": 2, "maxnreg": 255}
 
 
@@ -149,21 +156,21 @@ def backward_split(
     grad_rows = read.hidden.new_empty((read.count, d) if need_rows else (0,))
     config = split_backward_config(heads, read.hidden.dtype)
     common = {
-        "d": d, "K": heads, "FLAT": read.flat, "VEC": vector_width(d, read.hidden.dtype), "enable_fp_fusion": False,
+        "d": d, "FLAT": read.flat, "VEC": vector_width(d, read.hidden.dtype), "enable_fp_fusion": False,
     }  # fmt: skip
     stats = weight.new_empty(read.count, 2)
-    _backward_rows[(triton.cdiv(read.count, config["BM"]),)](
-        grad, read.hidden, read.rows, weight, norm_weight, grad_rows, stats, *read.shape,
-        eps=eps, NORM=norm, NEED_ROWS=need_rows, **common, **config,
+    _backward_rows[(cdiv(read.count, config["BM"]),)](
+        grad, read.hidden, read.rows, weight, norm_weight, grad_rows, stats, *read.shape, heads, eps,
+        NORM=norm, NEED_ROWS=need_rows, KP=max(power_of_2(heads), config["BK"]), **common, **config,
     )  # fmt: skip
     if not need_dots:
         return grad_rows, weight.new_empty(1, 0)
-    tiles = (triton.cdiv(heads, config["BK"]), triton.cdiv(d, config["BD"]))
-    chunks = max(1, min(64, 1024 // (tiles[0] * tiles[1]), triton.cdiv(read.count, 4 * config["BM"])))
-    chunk = triton.cdiv(triton.cdiv(read.count, chunks), config["BM"]) * config["BM"]
-    chunks = triton.cdiv(read.count, chunk)
+    tiles = (cdiv(heads, config["BK"]), cdiv(d, config["BD"]))
+    chunks = max(1, min(64, 1024 // (tiles[0] * tiles[1]), cdiv(read.count, 4 * config["BM"])))
+    chunk = cdiv(cdiv(read.count, chunks), config["BM"]) * config["BM"]
+    chunks = cdiv(read.count, chunk)
     partial = weight.new_empty(chunks, heads, d)
     _backward_dots[(chunks, *tiles)](
-        grad, read.hidden, read.rows, stats, partial, *read.shape, chunk, **common, **config
+        grad, read.hidden, read.rows, stats, partial, *read.shape, chunk, heads, **common, **config
     )  # fmt: skip
     return grad_rows, partial

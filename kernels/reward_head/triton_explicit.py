@@ -24,7 +24,7 @@ def _changed(p_h, p_p, b_c, i_d, m_j, d: tl.constexpr, BD: tl.constexpr):
 @triton.jit
 def _explicit(
     p_hidden, p_weight, p_gain, p_directions, p_offset, p_strengths, p_targets, p_out, o_h, i_i, m_i,
-    d: tl.constexpr, K: tl.constexpr, J: tl.constexpr, eps: tl.constexpr, NORM: tl.constexpr, JP: tl.constexpr,
+    K, J, eps, d: tl.constexpr, NORM: tl.constexpr, JP: tl.constexpr, KP: tl.constexpr,
     BK: tl.constexpr, BD: tl.constexpr,
 ):  # fmt: skip
     """The K rewards of one row and one intervention from the changed row itself, in fp64."""
@@ -49,7 +49,7 @@ def _explicit(
         for i_d in range(0, d, BD):
             b_total += _changed(p_h, p_p, b_c, i_d, m_j, d, BD)
         b_mean = tl.sum(b_total) / d
-    for i_k in range(0, K, BK):
+    for i_k in range(0, BK if KP <= BK else K, BK):
         o_k = i_k + tl.arange(0, BK)
         m_k = o_k < K
         b_square = tl.zeros([BD], tl.float64)
@@ -75,9 +75,9 @@ def _explicit(
 @triton.jit
 def explicit_rows(
     b_new_n2, b_size, p_hidden, p_rows, p_weight, p_gain, p_directions, p_offset, p_strengths, p_targets, p_out,
-    o_m, m_m, o_i, m_i, o_out, M, T, N, stride_b, stride_t,
-    d: tl.constexpr, K: tl.constexpr, J: tl.constexpr, eps: tl.constexpr, NORM: tl.constexpr, FLAT: tl.constexpr,
-    BM: tl.constexpr, JP: tl.constexpr, BK: tl.constexpr, BD: tl.constexpr,
+    o_m, m_m, o_i, m_i, o_out, M, T, N, stride_b, stride_t, K, J, eps,
+    d: tl.constexpr, NORM: tl.constexpr, FLAT: tl.constexpr,
+    BM: tl.constexpr, JP: tl.constexpr, KP: tl.constexpr, BK: tl.constexpr, BD: tl.constexpr,
 ):  # fmt: skip
     """Writes the rewards of those rows o_m [BM] whose new squared norm is small beside the terms that it is the sum of,
     b_size; o_i [BM] their interventions, where m_i, and o_out where their rewards go."""
@@ -93,5 +93,5 @@ def explicit_rows(
                     p_hidden, p_weight, p_gain, p_directions, p_offset, p_strengths, p_targets,
                     p_out + tl.sum(tl.where(m_r, o_out, 0)), tl.sum(tl.where(m_r, o_h, 0)),
                     tl.sum(tl.where(m_r, o_i, 0)), tl.sum(tl.where(m_r, m_i.to(tl.int32), 0)),
-                    d, K, J, eps, NORM, JP, BK, BD,
+                    K, J, eps, d, NORM, JP, KP, BK, BD,
                 )  # fmt: skip

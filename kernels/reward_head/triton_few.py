@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import functools
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from .triton_fma import fma_dot, part, part_width, replace
+from rmfast.kernels.launch import cdiv
+
+from .triton_fma import fma_dot, padded, part, part_width, replace
 from .triton_norm import LAYER, NONE, inverse_norm, load_gain
 from .triton_rows import Rows, accumulation, row_offsets, vector_width
 
@@ -15,13 +19,13 @@ from .triton_rows import Rows, accumulation, row_offsets, vector_width
 @triton.jit(do_not_specialize=["M", "T", "N", "stride_b", "stride_t"])
 def _few(
     p_hidden, p_rows, p_weight, p_bias, p_gain, p_norm_bias, p_directions, p_out, p_stats,
-    M, T, N, stride_b, stride_t,
-    d: tl.constexpr, K: tl.constexpr, J: tl.constexpr, eps: tl.constexpr, NORM: tl.constexpr, FLAT: tl.constexpr,
+    M, T, N, stride_b, stride_t, J, eps: tl.float64,
+    d: tl.constexpr, K: tl.constexpr, JP: tl.constexpr, NORM: tl.constexpr, FLAT: tl.constexpr,
     BM: tl.constexpr, BD: tl.constexpr, VEC: tl.constexpr, VA: tl.constexpr,
 ):  # fmt: skip
     """Rewards (M, K); with J > 0 the dots (M, K + J) of the centred rows, and stats (M, 2): squared norm and mean.
 
-    Weights, gain and biases may be in 16 bits.
+    It computes JP dots, the power of 2 from J on: of zeros from J on. Weights, gain and biases may be in 16 bits.
     """
     acc = p_out.dtype.element_ty
     G: tl.constexpr = BD // VEC
@@ -35,14 +39,14 @@ def _few(
 
     b_zero = tl.zeros([BM, G], acc)
     b_square = b_zero
-    b_dots = (b_zero,) * (K + J)
+    b_dots = (b_zero,) * (K + JP)
     if NORM == LAYER:
         # Sums are taken of h minus its mean over the first block, which differs from the row's mean by at most
         # sqrt(d / BD) standard deviations: the variance then loses a factor of at most d / BD to cancellation.
         b_first = tl.load(p_h, mask=m_h[:, None] & (o_b < d), other=0.0).to(acc)
         b_shift = tl.sum(b_first, 1) / min(BD, d)  # [BM]
         b_sum = b_zero
-        b_gain_sums = (tl.zeros([1, G], acc),) * (K + J)
+        b_gain_sums = (tl.zeros([1, G], acc),) * (K + JP)
         b_offsets = (tl.zeros([1, G], acc),) * K
     for i_d in range(0, d, BD):
         m_d = m_h[:, None]
@@ -61,7 +65,7 @@ def _few(
                 b_gain = load_gain(p_gain, o_d, m_a, NORM)
             if NORM == LAYER:
                 b_sum = b_sum + tl.sum(b_x, 2)
-            for n in tl.static_range(K + J):
+            for n in tl.static_range(K + JP):
                 if n < K:
                     b_a = tl.load(p_weight + n * d + o_d, mask=m_a, other=0.0).to(acc)  # [1, G, VA]
                     if p_norm_bias is not None:
@@ -72,7 +76,10 @@ def _few(
                     if NORM == LAYER:
                         b_gain_sums = replace(b_gain_sums, n, b_gain_sums[n] + tl.sum(b_a, 2))
                 else:
-                    b_a = tl.load(p_directions + (n - K) * d + o_d, mask=m_a, other=0.0)
+                    m_n = m_a
+                    if n - K > JP // 2:
+                        m_n = m_a & (n - K < J)
+                    b_a = tl.load(p_directions + (n - K) * d + o_d, mask=m_n, other=0.0)
                     if NORM == LAYER:
                         b_gain_sums = replace(b_gain_sums, n, b_gain_sums[n] + tl.sum(b_a, 2))
                 b_dots = replace(b_dots, n, fma_dot(b_x, b_a, b_dots[n]))
@@ -83,31 +90,35 @@ def _few(
         b_delta = tl.sum(b_sum, 1) / d
         b_n2 = b_n2 - b_delta * b_delta * d
     b_n2 = tl.where(m_h, b_n2, float("nan"))
-    if J > 0:
+    if JP > 0:
         tl.store(p_stats + o_m * 2, b_n2, mask=m_m)
         if NORM == LAYER:
             tl.store(p_stats + o_m * 2 + 1, b_shift + b_delta, mask=m_m)
     elif NORM != NONE:
         b_inv = inverse_norm(b_n2, d, eps)
-    for n in tl.static_range(K + J):
+    for n in tl.static_range(K + JP):
         b_s = tl.where(m_h, tl.sum(b_dots[n], 1), float("nan"))
         if NORM == LAYER:
             b_s = b_s - b_delta * tl.sum(b_gain_sums[n])
-        if J == 0:
+        if JP == 0:
             if NORM != NONE:
                 b_s = b_s * b_inv
             if p_norm_bias is not None:
                 b_s = b_s + tl.sum(b_offsets[n])
             if p_bias is not None:
                 b_s = b_s + tl.load(p_bias + n).to(acc)
-        tl.store(p_out + o_m * (K + J) + n, b_s, mask=m_m)
+        m_n = m_m
+        if n - K > JP // 2:
+            m_n = m_m & (n - K < J)
+        tl.store(p_out + o_m * (K + J if JP > 0 else K) + n, b_s, mask=m_n)
 
 
+@functools.cache
 def few_config(d: int, dtype: torch.dtype) -> dict[str, int]:
     """Tiles of 4 warps x 16 bytes across and 4 rows deep, narrower and deeper where d would fill less than 80%."""
     vec = vector_width(d, dtype)
     block = 128 * vec
-    while block > 16 and triton.cdiv(d, block) * block > 1.25 * d:
+    while block > 16 and cdiv(d, block) * block > 1.25 * d:
         block //= 2
     config = {"BM": 4 * 128 * vec // block, "BD": block, "VEC": vec, "VA": part_width(vec, dtype), "num_warps": 4}
     # Without a cap ptxas spills a register on sm_100 for the sake of one more program per SM.
@@ -131,8 +142,8 @@ def few(
     out = weight.new_empty(read.count, heads + count, dtype=acc)
     stats = None if directions is None else weight.new_empty(read.count, 2, dtype=acc)
     config = few_config(d, read.hidden.dtype)
-    _few[(triton.cdiv(read.count, config["BM"]),)](
-        read.hidden, read.rows, weight, bias, norm_weight, norm_bias, directions, out, stats, *read.shape,
-        d=d, K=heads, J=count, eps=eps, NORM=norm, FLAT=read.flat, enable_fp_fusion=False, **config,
+    _few[(cdiv(read.count, config["BM"]),)](
+        read.hidden, read.rows, weight, bias, norm_weight, norm_bias, directions, out, stats, *read.shape, count,
+        eps, d=d, K=heads, JP=padded(count), NORM=norm, FLAT=read.flat, enable_fp_fusion=False, **config,
     )  # fmt: skip
     return out, stats

@@ -11,6 +11,8 @@ import torch
 import triton
 import triton.language as tl
 
+from rmfast.kernels.launch import power_of_2
+
 # Dots of a row of 32 bits by FMAs.
 FEW = 8
 
@@ -22,6 +24,11 @@ def few_dots(dtype: torch.dtype) -> int:
     numbers of 16 bits a clock from memory, and starts 128 instructions of a lane: 12.3 for each, less than 7 dots take.
     """
     return 6 if dtype.itemsize == 2 else FEW
+
+
+def padded(count: int) -> int:
+    """The directions, or heads, that kernels are compiled for where they take a number of them: a power of 2, or 0."""
+    return power_of_2(count) if count else 0
 
 
 @triton.jit

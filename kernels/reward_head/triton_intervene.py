@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import functools
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from rmfast.kernels.launch import cdiv
+
 from .triton_explicit import explicit_rows
+from .triton_fma import padded
 from .triton_matmul import matmul
 from .triton_norm import LAYER, NONE, inverse_norm
 from .triton_prepare import Prepared
@@ -16,8 +21,7 @@ from .triton_rows import Rows
 
 @triton.jit
 def _coefficients(
-    p_dots, p_moments, p_strengths, p_targets, o_m, m_m, o_i, m_i, b_mean, o_j, K: tl.constexpr, J: tl.constexpr,
-    NORM: tl.constexpr,
+    p_dots, p_moments, p_strengths, p_targets, o_m, m_m, o_i, m_i, b_mean, o_j, K, J, NORM: tl.constexpr,
 ):  # fmt: skip
     """c and z of the centred row, and the directions' sums: [BM, BJ], [BM, BJ], [BJ]."""
     m_j = o_j < J
@@ -38,9 +42,9 @@ def _coefficients(
 def _finish(
     p_hidden, p_rows, p_weight, p_gain, p_directions, p_dots, p_stats, p_moments, p_offset, p_strengths, p_targets,
     p_index, p_out,
-    M, T, N, stride_b, stride_t, I,  # noqa: E741
-    d: tl.constexpr, K: tl.constexpr, J: tl.constexpr, eps: tl.constexpr, NORM: tl.constexpr, FLAT: tl.constexpr,
-    BM: tl.constexpr, BJ: tl.constexpr, BK: tl.constexpr, JP: tl.constexpr, BD: tl.constexpr,
+    M, T, N, stride_b, stride_t, I, K, J, eps: tl.float64,  # noqa: E741
+    d: tl.constexpr, NORM: tl.constexpr, FLAT: tl.constexpr, BM: tl.constexpr, BJ: tl.constexpr, BK: tl.constexpr,
+    JP: tl.constexpr, KP: tl.constexpr, BD: tl.constexpr,
 ):  # fmt: skip
     """Rewards after intervention from the dots (M, K + J) and stats of `few` or `many`.
 
@@ -72,7 +76,7 @@ def _finish(
     b_linear = tl.zeros([BM], acc)
     b_quadratic = tl.zeros([BM], acc)
     b_new_sum = tl.zeros([BM], acc)
-    for i_j in range(0, J, BJ):
+    for i_j in range(0, BJ if JP <= BJ else J, BJ):
         o_j = i_j + tl.arange(0, BJ)
         b_c, b_z, b_sums = _coefficients(
             p_dots, p_moments, p_strengths, p_targets, o_m, m_m, o_i, m_i, b_mean, o_j, K, J, NORM
@@ -80,7 +84,7 @@ def _finish(
         b_linear += tl.sum(b_c * b_z, 1)
         b_new_sum -= tl.sum(b_c * b_sums[None, :], 1)
         b_gc = tl.zeros([BM, BJ], acc)
-        for i_l in range(0, J, BJ):
+        for i_l in range(0, BJ if JP <= BJ else J, BJ):
             o_l = i_l + tl.arange(0, BJ)
             b_cl, _z, _sums = _coefficients(
                 p_dots, p_moments, p_strengths, p_targets, o_m, m_m, o_i, m_i, b_mean, o_l, K, J, NORM
@@ -99,12 +103,12 @@ def _finish(
     if NORM != NONE:
         b_inv = inverse_norm(b_new_n2, d, eps)
 
-    for i_k in range(0, K, BK):
+    for i_k in range(0, BK if KP <= BK else K, BK):
         o_k = i_k + tl.arange(0, BK)
         m_k = o_k < K
         m_out = m_m[:, None] & m_k[None, :]
         b_uc = tl.zeros([BM, BK], acc)
-        for i_j in range(0, J, BJ):
+        for i_j in range(0, BJ if JP <= BJ else J, BJ):
             o_j = i_j + tl.arange(0, BJ)
             b_c, _z, _sums = _coefficients(
                 p_dots, p_moments, p_strengths, p_targets, o_m, m_m, o_i, m_i, b_mean, o_j, K, J, NORM
@@ -128,8 +132,8 @@ def _finish(
 
     explicit_rows(
         b_new_n2, b_n2 + tl.abs(b_linear) + b_quadratic, p_hidden, p_rows, p_weight, p_gain, p_directions, p_offset,
-        p_strengths, p_targets, p_out, o_m, m_m, o_i, m_i, o_out, M, T, N, stride_b, stride_t,
-        d, K, J, eps, NORM, FLAT, BM, JP, BK, BD,
+        p_strengths, p_targets, p_out, o_m, m_m, o_i, m_i, o_out, M, T, N, stride_b, stride_t, K, J, eps,
+        d, NORM, FLAT, BM, JP, KP, BK, BD,
     )  # fmt: skip
 
 
@@ -137,9 +141,9 @@ def _finish(
 def _finish_all(
     p_hidden, p_rows, p_weight, p_gain, p_directions, p_dots, p_stats, p_moments, p_offset, p_strengths, p_targets,
     p_out,
-    M, T, N, stride_b, stride_t, I,  # noqa: E741
-    d: tl.constexpr, K: tl.constexpr, J: tl.constexpr, eps: tl.constexpr, NORM: tl.constexpr, FLAT: tl.constexpr,
-    BM: tl.constexpr, BJ: tl.constexpr, BK: tl.constexpr, JP: tl.constexpr, BD: tl.constexpr,
+    M, T, N, stride_b, stride_t, I, K, J, eps: tl.float64,  # noqa: E741
+    d: tl.constexpr, NORM: tl.constexpr, FLAT: tl.constexpr, BM: tl.constexpr, BJ: tl.constexpr, BK: tl.constexpr,
+    JP: tl.constexpr, KP: tl.constexpr, BD: tl.constexpr,
 ):  # fmt: skip
     """`_finish` for a tile of rows under all interventions, one after the other: the rows' dots [BM, BJ] and [BM, BK],
     the directions' products [BJ, BJ] and those with the heads [BJ, BK] stay on the chip."""
@@ -184,7 +188,7 @@ def _finish_all(
         explicit_rows(
             b_new_n2, b_n2 + tl.abs(b_linear) + b_quadratic, p_hidden, p_rows, p_weight, p_gain, p_directions, p_offset,
             p_strengths, p_targets, p_out, o_m, m_m, tl.zeros([BM], tl.int64) + i_i, m_m, o_out,
-            M, T, N, stride_b, stride_t, d, K, J, eps, NORM, FLAT, BM, JP, BK, BD,
+            M, T, N, stride_b, stride_t, K, J, eps, d, NORM, FLAT, BM, JP, KP, BK, BD,
         )  # fmt: skip
 
 
@@ -192,16 +196,17 @@ def _finish_all(
 _WIDEST = 32
 
 
+@functools.cache
 def finish_config(heads: int, directions: int, acc: torch.dtype) -> dict[str, int]:
     """Tiles of the interventions' algebra; the fp64 tile of an explicit row holds 2048 elements where J allows.
 
     A cap on registers well above the need keeps ptxas from spilling for the sake of one more program per SM.
     """
     widest = 16 if acc == torch.float64 else _WIDEST
-    padded = triton.next_power_of_2(directions)
+    most, most_heads = padded(directions), max(padded(heads), 16)
     return {
-        "BM": 16, "BJ": min(max(padded, 16), widest), "BK": min(max(triton.next_power_of_2(heads), 16), widest),
-        "JP": padded, "BD": max(1, 2048 // max(padded, 32)), "num_warps": 4, "maxnreg": 168,
+        "BM": 16, "BJ": min(max(most, 16), widest), "BK": min(most_heads, widest), "JP": most,
+        "KP": most_heads, "BD": max(1, 2048 // max(most, 32)), "num_warps": 4, "maxnreg": 168,
     }  # fmt: skip
 
 
@@ -229,16 +234,17 @@ def intervene(
         read.hidden, read.rows, weight, norm_weight, directions, dots, stats, prepared.moments, prepared.offset,
         strengths, targets,
     )  # fmt: skip
+    sizes = (*read.shape, interventions, heads, count, eps)
     options = {
-        "d": d, "K": heads, "J": count, "eps": eps, "NORM": norm, "FLAT": read.flat,
+        "d": d, "NORM": norm, "FLAT": read.flat,
         "enable_fp_fusion": False,
     }  # fmt: skip
     if intervention_index is None and max(heads, count) <= _WIDEST and weight.dtype != torch.float64:
         rows = 64
-        _finish_all[(triton.cdiv(read.count, rows),)](
-            *given, rewards, *read.shape, interventions, **options, **{**config, "BM": rows, "maxnreg": 255}
+        _finish_all[(cdiv(read.count, rows),)](
+            *given, rewards, *sizes, **options, **{**config, "BM": rows, "maxnreg": 255}
         )
         return rewards
-    programs = triton.cdiv(read.count, config["BM"]) * (interventions if intervention_index is None else 1)
-    _finish[(programs,)](*given, intervention_index, rewards, *read.shape, interventions, **options, **config)
+    programs = cdiv(read.count, config["BM"]) * (interventions if intervention_index is None else 1)
+    _finish[(programs,)](*given, intervention_index, rewards, *sizes, **options, **config)
     return rewards

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import functools
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+
+from rmfast.kernels.launch import cdiv, power_of_2
 
 from .triton_matmul import dot, high_low, matmul
 from .triton_norm import LAYER, NONE, inverse_norm
@@ -16,22 +20,25 @@ from .triton_rows import Rows, row_offsets, vector_width
 @triton.jit(do_not_specialize=["M", "T", "N", "stride_b", "stride_t"])
 def _many(
     p_hidden, p_rows, p_packed, p_scale, p_offset, p_out, p_stats,
-    M, T, N, stride_b, stride_t,
-    d: tl.constexpr, DOTS: tl.constexpr, eps: tl.constexpr, NORM: tl.constexpr, FLAT: tl.constexpr,
+    M, T, N, stride_b, stride_t, DOTS, eps: tl.float64,
+    d: tl.constexpr, ONE_TILE: tl.constexpr, NORM: tl.constexpr, FLAT: tl.constexpr,
     TERMS: tl.constexpr, DP: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr, VEC: tl.constexpr,
 ):  # fmt: skip
     """Rewards (M, DOTS); with stats the dots of the centred rows, and stats (M, 2): squared norm and mean."""
     acc = p_offset.dtype.element_ty
     dtype = p_hidden.dtype.element_ty
     # Tiles of dots of the same rows are neighbours in the launch, so the rows come from L2 but once.
-    i_m = tl.program_id(0).to(tl.int64) // tl.cdiv(DOTS, BN)
-    i_n = tl.program_id(0) % tl.cdiv(DOTS, BN)
+    i_m, i_n = tl.program_id(0), 0
+    if not ONE_TILE:
+        tiles = tl.cdiv(DOTS, BN)
+        i_m, i_n = i_m // tiles, i_m % tiles
+    i_m = i_m.to(tl.int64)
     o_m = i_m * BM + tl.arange(0, BM)
     o_n = i_n * BN + tl.arange(0, BN)
     o_h, m_h = row_offsets(p_rows, o_m, M, T, N, stride_b, stride_t, VEC, FLAT)
     o_b = tl.arange(0, BD)
     p_h = p_hidden + o_h[:, None] + o_b[None, :]
-    p_a = p_packed + o_n[None, :].to(tl.int64) * DP + o_b[:, None]
+    p_a = p_packed + o_n[None, :].to(tl.int64) * (TERMS * DP) + o_b[:, None]
     b_shift = tl.zeros([BM], acc)
     if NORM == LAYER:
         # As in triton_few.py, with the mean of up to four blocks; rounded, and 0 where it is small beside the row, so
@@ -63,7 +70,7 @@ def _many(
             b_h, b_low = high_low(b_x, dtype)
         for i_t in tl.static_range(TERMS):
             b_a = tl.load(
-                p_a + (TERMS - 1 - i_t) * DOTS * DP + i_d,
+                p_a + (TERMS - 1 - i_t) * DP + i_d,
                 mask=(o_n < DOTS)[None, :] & (i_d + o_b < DP)[:, None],
                 other=0.0,
             )  # [BD, BN]
@@ -96,6 +103,7 @@ def _many(
     tl.store(p_tile, b_dots, mask=m_m[:, None] & (o_n < DOTS)[None, :])
 
 
+@functools.cache
 def many_config(dots: int, dtype: torch.dtype) -> dict[str, int]:
     """Tiles of the skinny GEMM, and the terms a dot is split into.
 
@@ -104,9 +112,9 @@ def many_config(dots: int, dtype: torch.dtype) -> dict[str, int]:
     bf16 rows with three terms 1.4e-7 (two: 2.4e-6; three, but one chain of truncating additions: 2.4e-6), fp32 rows in
     two tf32 parts 2.0e-7 (one chain: 6.3e-6), fp32 FMAs in order 3.7e-7. Two terms of fp16 hold an fp32's bits.
     """
-    block = min(max(triton.next_power_of_2(dots), 16), 64)
+    block = min(max(power_of_2(dots), 16), 64)
     if dtype == torch.float64:
-        return {"BM": 16, "BN": 16, "BD": 16, "TERMS": terms(dtype), "num_warps": 4, "num_stages": 2}
+        return {"BM": 16, "BN": 16, "BD": 16, "TERMS": terms(dtype), "num_warps": 4, "num_stages": 2, "maxnreg": 168}
     if dtype == torch.float32:
         return {
             "BM": 64, "BN": block, "BD": 32, "TERMS": terms(dtype), "num_warps": 4, "num_stages": 3, "maxnreg": 224,
@@ -118,13 +126,13 @@ def many(read: Rows, prepared: Prepared, norm: int, eps: float, need_stats: bool
     """Rewards (M, K) and None; with stats the dots (M, K + J) and stats (M, 2)."""
     offset, packed, scale, _moments = prepared
     assert packed is not None
-    dots, padded = packed.shape[1:]
+    dots, _terms, padded = packed.shape
     out = offset.new_empty(read.count, dots)
     stats = offset.new_empty(read.count, 2) if need_stats else None
     config = many_config(dots, read.hidden.dtype)
-    _many[(triton.cdiv(read.count, config["BM"]) * triton.cdiv(dots, config["BN"]),)](
-        read.hidden, read.rows, packed, scale, offset, out, stats, *read.shape,
-        d=read.d, DOTS=dots, eps=eps, NORM=norm, FLAT=read.flat, DP=padded,
+    _many[(cdiv(read.count, config["BM"]) * cdiv(dots, config["BN"]),)](
+        read.hidden, read.rows, packed, scale, offset, out, stats, *read.shape, dots, eps,
+        d=read.d, ONE_TILE=dots <= config["BN"], NORM=norm, FLAT=read.flat, DP=padded,
         VEC=vector_width(read.d, read.hidden.dtype), enable_fp_fusion=False, **config,
     )  # fmt: skip
     return out, stats

@@ -15,11 +15,12 @@ LAYER = tl.constexpr(reference.LAYER)
 
 
 @triton.jit
-def inverse_norm(b_n2, d: tl.constexpr, eps: tl.constexpr):
+def inverse_norm(b_n2, d: tl.constexpr, eps):
+    """eps comes in fp64, so that sums in fp64 have all of its digits."""
     if b_n2.dtype == tl.float64:
         return 1.0 / tl.sqrt(b_n2 / d + eps)
     else:
-        return inverse_root(b_n2 * (1.0 / d) + eps)
+        return inverse_root(b_n2 * (1.0 / d) + tl.cast(eps, tl.float32))
 
 
 @triton.jit

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import NamedTuple
 
 import torch
@@ -9,19 +10,21 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from rmfast.kernels.launch import cdiv, power_of_2
+
 from .triton_matmul import tf32
 from .triton_norm import LAYER, load_gain
 
 
 @triton.jit
 def _prepare(
-    p_weight, p_bias, p_gain, p_norm_bias, p_directions, p_packed, p_scale, p_offset, p_moments,
-    d: tl.constexpr, K: tl.constexpr, J: tl.constexpr, NORM: tl.constexpr, TERMS: tl.constexpr, DP: tl.constexpr,
+    p_weight, p_bias, p_gain, p_norm_bias, p_directions, p_packed, p_scale, p_offset, p_moments, K, J,
+    d: tl.constexpr, NORM: tl.constexpr, TERMS: tl.constexpr, DP: tl.constexpr,
     BJ: tl.constexpr, BD: tl.constexpr,
 ):  # fmt: skip
     """What depends on the heads and directions alone; program (n, i) takes dot n and directions i BJ and on.
 
-    packed (TERMS, K + J, DP): the dots, centred for a layer norm, in hidden's dtype (tf32 for fp32) as a sum of terms,
+    packed (K + J, TERMS, DP): the dots, centred for a layer norm, in hidden's dtype (tf32 for fp32) as a sum of terms,
     for 16 bits scaled by a power of 2 so that fp16's low term doesn't underflow; scale (K + J,) takes that back; offset
     (K,); moments (K + J, J + 1): the dots' products with the directions, and their sums.
     """
@@ -44,7 +47,7 @@ def _prepare(
             b_a = b_a * load_gain(p_gain, o_d, m_d, NORM)
         if p_norm_bias is not None:
             b_offset = tl.fma(b_w, tl.load(p_norm_bias + o_d, mask=m_d, other=0.0), b_offset)
-        if J > 0:
+        if p_directions is not None:
             b_a += tl.load(p_directions + (i_n - K) * d + o_d, mask=m_d & (m_head == 0), other=0.0)
             b_p = tl.load(
                 p_directions + o_j[:, None].to(tl.int64) * d + o_d[None, :], mask=m_j[:, None] & m_d[None, :], other=0.0
@@ -80,22 +83,23 @@ def _prepare(
                 b_a = tl.load(p_weight + i_n * d + o_d, mask=m_d & m_head, other=0.0)
                 if p_gain is not None:
                     b_a = b_a * load_gain(p_gain, o_d, m_d, NORM)
-                if J > 0:
+                if p_directions is not None:
                     b_a += tl.load(p_directions + (i_n - K) * d + o_d, mask=m_d & (m_head == 0), other=0.0)
                 b_a = tl.where(m_d, b_a - b_mean, 0.0) * b_scale
-                o_p = i_n * DP + o_d
+                o_p = i_n * (TERMS * DP) + o_d
                 for _ in tl.static_range(TERMS):
                     b_term = b_a.to(p_packed.dtype.element_ty)
                     if b_term.dtype == tl.float32:
                         b_term = tf32(b_a)
                     tl.store(p_packed + o_p, b_term, mask=o_d < DP)
                     b_a = b_a - b_term.to(acc)
-                    o_p += (K + J) * DP
+                    o_p += DP
 
 
+@functools.cache
 def prepare_config(directions: int, acc: torch.dtype) -> dict[str, int]:
     """32 numbers a thread; few passes over d, for the launch before the one that reads the rows is all latency."""
-    block = min(triton.next_power_of_2(max(directions, 1)), 16)
+    block = min(power_of_2(max(directions, 1)), 16)
     return {"BJ": block, "BD": min(32 * 1024 // acc.itemsize // block, 2048), "num_warps": 8}
 
 
@@ -127,14 +131,14 @@ def prepare(
     heads, d = weight.shape
     count = 0 if directions is None else directions.size(0)
     dots = heads + count
-    padded = triton.cdiv(d, 16) * 16
-    packed = weight.new_empty(terms(dtype), dots, padded, dtype=dtype) if pack else None
+    padded = cdiv(d, 16) * 16
+    packed = weight.new_empty(dots, terms(dtype), padded, dtype=dtype) if pack else None
     scale = weight.new_empty(dots) if pack and dtype.itemsize == 2 else None
     offset = weight.new_empty(heads)
     moments = None if directions is None else weight.new_empty(dots, count + 1)
     config = prepare_config(count, weight.dtype)
-    _prepare[(dots, max(1, triton.cdiv(count, config["BJ"])))](
-        weight, bias, norm_weight, norm_bias, directions, packed, scale, offset, moments,
-        d=d, K=heads, J=count, NORM=norm, TERMS=terms(dtype), DP=padded, enable_fp_fusion=False, **config,
+    _prepare[(dots, max(1, cdiv(count, config["BJ"])))](
+        weight, bias, norm_weight, norm_bias, directions, packed, scale, offset, moments, heads, count,
+        d=d, NORM=norm, TERMS=terms(dtype), DP=padded, enable_fp_fusion=False, **config,
     )  # fmt: skip
     return Prepared(offset, packed, scale, moments)

@@ -24,7 +24,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from rmfast.kernels.launch import capability, on_device
+from rmfast.kernels.launch import capability, on_device, power_of_2
 
 from .triton_blocks import LOG2E, aligned_stride, attend, beginning, shared_keys
 from .triton_packed import over_prefixes, packs
@@ -145,7 +145,7 @@ def _config(dtype: torch.dtype, d: int, sm: int) -> dict[str, int]:
     LOOPS: 2 where loops over keys with and without masks both do. PACKS: whether triton_packed.py does, which keeps two
     outputs of a row.
     """
-    bd, loops = max(16, triton.next_power_of_2(d)), 2 if d <= 64 else 1
+    bd, loops = max(16, power_of_2(d)), 2 if d <= 64 else 1
     if dtype == torch.float64:
         parts = {"DQ": bd, "num_warps": 4} if d <= 64 else {"DQ": 32, "num_warps": 8}
         return {"BD": bd, "BM": 16, "BN": 16, "num_stages": 1, "LOOPS": loops, "PACKS": loops - 1, **parts}

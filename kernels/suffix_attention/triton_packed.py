@@ -16,6 +16,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from rmfast.kernels.launch import cdiv
+
 from .triton_blocks import aligned_stride, attend, beginning, shared_keys
 
 
@@ -115,7 +117,7 @@ def over_prefixes(
     out = torch.empty(q.shape, dtype=acc, device=q.device)
     most, total = torch.empty((2, rows, heads), dtype=acc, device=q.device)
     strides = [stride for tensor in (q, *pool) for stride in tensor.stride()[:2]]
-    grid = triton.cdiv(rows * options["G"], options["BM"]), pool[0].size(1)
+    grid = cdiv(rows * options["G"], options["BM"]), pool[0].size(1)
     _prefixes[grid](
         q, *pool, *suffixes, sinks, alibi, out, most, total, *strides, rows, suffixes[3].numel(), window, **options
     )

@@ -16,7 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 from rmfast.kernels.arithmetic import fast_exp2, fast_inverse, inverse_root
-from rmfast.kernels.launch import aligned, on_device
+from rmfast.kernels.launch import aligned, cdiv, on_device, power_of_2
 
 from . import reference
 
@@ -29,11 +29,12 @@ MAX_ROW = 65536
 
 
 @triton.jit
-def _inverse_rms(b_squares, d: tl.constexpr, eps: tl.constexpr):
+def _inverse_rms(b_squares, d: tl.constexpr, eps):
+    """eps comes in fp64, so that sums in fp64 have all of its digits."""
     if b_squares.dtype == tl.float64:
         return 1.0 / tl.sqrt(b_squares / d + eps)
     else:
-        return inverse_root(b_squares * (1.0 / d) + eps)
+        return inverse_root(b_squares * (1.0 / d) + tl.cast(eps, tl.float32))
 
 
 @triton.jit
@@ -48,7 +49,7 @@ def load_gain(p_gain, o_d, m_d, acc: tl.constexpr, GEMMA: tl.constexpr):
 
 
 @triton.jit
-def normed(b_x, b_gain, dtype: tl.constexpr, d: tl.constexpr, eps: tl.constexpr, GEMMA: tl.constexpr):
+def normed(b_x, b_gain, eps, dtype: tl.constexpr, d: tl.constexpr, GEMMA: tl.constexpr):
     """Rows [BM, BD] in the accumulation dtype, rounded as transformers does: Llama's before and after the gain."""
     b_y = b_x * _inverse_rms(tl.sum(b_x * b_x, 1), d, eps)[:, None]
     if not GEMMA:
@@ -58,8 +59,8 @@ def normed(b_x, b_gain, dtype: tl.constexpr, d: tl.constexpr, eps: tl.constexpr,
 
 @triton.jit(do_not_specialize=["N", "stride_x", "stride_r"])
 def _rms_norm(
-    p_x, p_residual, p_weight, p_post, p_y, p_sum, N, stride_x, stride_r,
-    d: tl.constexpr, eps: tl.constexpr, GEMMA: tl.constexpr, POST: tl.constexpr,
+    p_x, p_residual, p_weight, p_post, p_y, p_sum, N, stride_x, stride_r, eps: tl.float64,
+    d: tl.constexpr, GEMMA: tl.constexpr, POST: tl.constexpr,
     BM: tl.constexpr, BD: tl.constexpr, VEC: tl.constexpr,
 ):  # fmt: skip
     dtype = p_x.dtype.element_ty
@@ -73,13 +74,13 @@ def _rms_norm(
     b_x = tl.load(p_x + o_x[:, None] + o_d[None, :], mask=m_x, other=0.0).to(acc)  # [BM, BD]
     if p_residual is not None:
         if POST:
-            b_x = normed(b_x, load_gain(p_post, o_d, m_d, acc, GEMMA), dtype, d, eps, GEMMA).to(acc)
+            b_x = normed(b_x, load_gain(p_post, o_d, m_d, acc, GEMMA), eps, dtype, d, GEMMA).to(acc)
         o_r = tl.multiple_of(o_n * stride_r, VEC)
         b_r = tl.load(p_residual + o_r[:, None] + o_d[None, :], mask=m_x, other=0.0).to(acc)
         b_sum = (b_x + b_r).to(dtype)
         tl.store(p_sum + o_y, b_sum, mask=m_x)
         b_x = b_sum.to(acc)
-    tl.store(p_y + o_y, normed(b_x, load_gain(p_weight, o_d, m_d, acc, GEMMA), dtype, d, eps, GEMMA), mask=m_x)
+    tl.store(p_y + o_y, normed(b_x, load_gain(p_weight, o_d, m_d, acc, GEMMA), eps, dtype, d, GEMMA), mask=m_x)
 
 
 @triton.jit
@@ -92,8 +93,8 @@ def _gains(p_q_norm, p_k_norm, o_d, m_d, b_is_q, acc: tl.constexpr, GEMMA: tl.co
 @triton.jit(do_not_specialize=["stride_qn", "stride_qh", "stride_kn", "stride_kh", "stride_c", "stride_s"])
 def _rotary(
     p_q, p_k, p_cos, p_sin, p_q_norm, p_k_norm, p_out_q, p_out_k,
-    stride_qn, stride_qh, stride_kn, stride_kh, stride_c, stride_s,
-    HEADS_Q: tl.constexpr, HEADS_K: tl.constexpr, D: tl.constexpr, R: tl.constexpr, eps: tl.constexpr,
+    stride_qn, stride_qh, stride_kn, stride_kh, stride_c, stride_s, eps: tl.float64,
+    HEADS_Q: tl.constexpr, HEADS_K: tl.constexpr, D: tl.constexpr, R: tl.constexpr,
     GEMMA: tl.constexpr, BH: tl.constexpr, BR: tl.constexpr, BP: tl.constexpr, VEC: tl.constexpr,
 ):  # fmt: skip
     """One row, its cos and sin read once; q's heads and behind them k's in tiles [BH, BR] of the two halves that turn,
@@ -218,7 +219,7 @@ def rms_norm_config(d: int, dtype: torch.dtype) -> dict[str, int]:
 
     A cap on registers well above the need keeps ptxas from spilling for the sake of one more program per SM.
     """
-    block = triton.next_power_of_2(d)
+    block = power_of_2(d)
     return {
         "BM": max(1, 2048 // block), "BD": block, "VEC": vector_width(dtype, d),
         "num_warps": min(16, max(4, block // 512)), "maxnreg": 128,
@@ -229,16 +230,16 @@ def rms_norm_config(d: int, dtype: torch.dtype) -> dict[str, int]:
 def rotary_config(heads: int, d: int, rotated: int, dtype: torch.dtype) -> dict[str, int]:
     """Tiles of heads with 8 numbers of each half for a thread, so that a sum over a head has one order whatever the
     tile; of 4, 2 or 1 warps as few as fill four fifths of the tiles, or else the fullest."""
-    block = triton.next_power_of_2(rotated // 2)
+    block = power_of_2(rotated // 2)
     least = max(1, 256 // block)
 
     def fill(warps: int) -> float:
         tile = least * warps
-        return heads / (triton.cdiv(heads, tile) * tile)
+        return heads / (cdiv(heads, tile) * tile)
 
     warps = next((warps for warps in (4, 2, 1) if fill(warps) >= 0.8), max((4, 2, 1), key=fill))
     return {
-        "BH": least * warps, "BR": block, "BP": triton.next_power_of_2(max(1, d - rotated)),
+        "BH": least * warps, "BR": block, "BP": power_of_2(max(1, d - rotated)),
         "VEC": vector_width(dtype, d, rotated // 2), "num_warps": warps,
     }  # fmt: skip
 
@@ -261,10 +262,10 @@ def rms_norm(
         y, total = x.new_empty(x.shape), x.new_empty((0,) if residual is None else x.shape)
         x = aligned_rows(x, config["VEC"])
         residual = None if residual is None else aligned_rows(residual, config["VEC"])
-        _rms_norm[(triton.cdiv(rows, config["BM"]),)](
+        _rms_norm[(cdiv(rows, config["BM"]),)](
             x, residual, aligned(weight), aligned(post_weight), y, total, rows, x.stride(0),
             0 if residual is None else residual.stride(0),
-            d=d, eps=eps, GEMMA=gemma, POST=post_weight is not None, enable_fp_fusion=False, **config,
+            eps, d=d, GEMMA=gemma, POST=post_weight is not None, enable_fp_fusion=False, **config,
         )  # fmt: skip
         return y, total
 
@@ -292,8 +293,8 @@ def rotary(
         q, k, cos, sin = (aligned_rows(value, config["VEC"]) for value in (q, k, cos, sin))
         _rotary[(rows,)](
             q, k, cos, sin, aligned(q_norm), aligned(k_norm), out_q, out_k,
-            *q.stride()[:2], *k.stride()[:2], cos.stride(0), sin.stride(0),
-            HEADS_Q=heads_q, HEADS_K=heads_k, D=d, R=rotated, eps=eps, GEMMA=gemma, enable_fp_fusion=False, **config,
+            *q.stride()[:2], *k.stride()[:2], cos.stride(0), sin.stride(0), eps,
+            HEADS_Q=heads_q, HEADS_K=heads_k, D=d, R=rotated, GEMMA=gemma, enable_fp_fusion=False, **config,
         )  # fmt: skip
         return out_q, out_k
 
@@ -304,8 +305,8 @@ def gated_activation(gate: Tensor, up: Tensor, kind: int) -> Tensor:
         out = gate.new_empty(gate.shape)
         width = vector_width(gate.dtype, m)
         wide = all(value.data_ptr() % 16 == 0 and value.stride(0) % width == 0 for value in (gate, up))
-        block = min(1024, triton.next_power_of_2(m))
-        _gated_activation[(rows, triton.cdiv(m, block))](
+        block = min(1024, power_of_2(m))
+        _gated_activation[(rows, cdiv(m, block))](
             gate, up, out, gate.stride(0), up.stride(0),
             m=m, KIND=kind, BD=block, VEC=width if wide else 1, num_warps=4, enable_fp_fusion=False,
         )  # fmt: skip

@@ -10,12 +10,14 @@ lists no registers: `why_not` says so, and the eager reference runs.
 
 from __future__ import annotations
 
+import functools
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from rmfast.kernels.launch import capability, on_device
+from rmfast.kernels.launch import capability, cdiv, on_device, power_of_2
 from rmfast.kernels.suffix_attention.triton_blocks import dot
 
 MAX_K = 256
@@ -102,6 +104,7 @@ def _topk_encode(
     tl.store(p_out, b_best, mask=m_m[:, None] & (o_s < K))
 
 
+@functools.cache
 def config(dtype: torch.dtype, k: int, aligned: bool, sm: int) -> dict[str, int]:
     """Tiles that stay in registers on a GPU of compute capability `sm`, found by compiling for it.
 
@@ -110,7 +113,7 @@ def config(dtype: torch.dtype, k: int, aligned: bool, sm: int) -> dict[str, int]
     accumulators, which are copied out of their own memory, the parts of fp32 operands, and addresses of single
     elements where rows are not aligned to 16 bytes.
     """
-    slots = max(16, triton.next_power_of_2(k))
+    slots = max(16, power_of_2(k))
     less = (dtype == torch.float32) + (not aligned)
     if less == 0 and slots <= 64 and sm < 100:
         tile = {"BM": 128, "BN": 128, "BK": 64 if sm >= 90 else 32}
@@ -142,9 +145,9 @@ def topk_encode(
     aligned = all(stride * x.itemsize % 16 == 0 for stride in strides)
     unit = 16 // x.itemsize if aligned else 1
     settings = config(x.dtype, k, aligned, capability(x))
-    blocks, tiles = triton.cdiv(n, settings["BM"]), triton.cdiv(width, settings["BN"])
-    each = triton.cdiv(tiles, max(1, min(tiles, _PROGRAMS // blocks)))  # tiles of a split
-    splits = triton.cdiv(tiles, each)
+    blocks, tiles = cdiv(n, settings["BM"]), cdiv(width, settings["BN"])
+    each = cdiv(tiles, max(1, min(tiles, _PROGRAMS // blocks)))  # tiles of a split
+    splits = cdiv(tiles, each)
     with on_device(x):
         words = x.new_empty((n, splits, k), dtype=torch.int64)
         _topk_encode[(blocks, splits)](

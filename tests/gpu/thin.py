@@ -13,6 +13,9 @@ from collections import defaultdict
 import pytest
 import torch
 
+# They compile, or launch on a driver that only writes down.
+WITHOUT_A_GPU = ("test_triton_compile.py", "test_triton_launches.py", "test_triton_specialisation.py")
+
 
 def pytest_addoption(parser):
     parser.addoption("--thin", type=int, default=0, metavar="N", help="N parameters of each GPU test alone")
@@ -20,7 +23,7 @@ def pytest_addoption(parser):
 
 def needs_a_gpu(item) -> bool:
     # The Triton kernels' own tests run on a GPU where there is one; what they compile for others needs none.
-    own = item.path.name.startswith("test_triton_") and item.path.name != "test_triton_compile.py"
+    own = item.path.name.startswith("test_triton_") and item.path.name not in WITHOUT_A_GPU
     return "gpu" in item.keywords or (own and "compile" not in item.name)
 
 

@@ -91,10 +91,15 @@ def build(launch: tuple, capability: int, tmp_path: Path) -> Compiled:
         elif parameter.is_constexpr or value is None:
             signature[parameter.name] = "constexpr"
             constants[parameter.name] = value
+        elif parameter.annotation_type or isinstance(value, float):
+            signature[parameter.name] = parameter.annotation_type or "fp32"
+        elif value == 1 and not parameter.do_not_specialize:
+            signature[parameter.name] = "constexpr"
+            constants[parameter.name] = 1
         else:
-            assert parameter.do_not_specialize, parameter.name
-            integer = "i32" if abs(value) < 2**31 else "i64"
-            signature[parameter.name] = "fp32" if isinstance(value, float) else integer
+            signature[parameter.name] = "i32" if abs(value) < 2**31 else "i64"
+            if value % 16 == 0 and not parameter.do_not_specialize:
+                attributes[(i,)] = [["tt.divisibility", 16]]
     source = ASTSource(kernel, signature, constexprs=constants, attrs=attributes)
     compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
     cubin = tmp_path / f"{kernel.__name__}_{capability}.cubin"

@@ -103,6 +103,7 @@ CASES: dict[str, dict[str, Callable[[], object]]] = {
         "bf16 d 4096 K 8": head(BF16, 4096, 8),
         "bf16 d 4096 K 16": head(BF16, 4096, 16),
         "bf16 d 2048 K 1 layer norm": head(BF16, 2048, 1, layer=True),
+        "bf16 d 2048 K 1 J 3 I 8": head(BF16, 2048, 1, 3),
         "bf16 d 2048 K 1 J 4 I 8": head(BF16, 2048, 1, 4),
         "bf16 d 2048 K 16 J 32 I 8": head(BF16, 2048, 16, 32),
         "fp32 d 2048 K 1": head(FP32, 2048, 1),

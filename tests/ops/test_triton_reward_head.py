@@ -113,11 +113,20 @@ def test_rewards_match_the_truth(dtype, norm, heads, long):
 
 @every_dtype
 @every_norm
-@pytest.mark.parametrize("heads,directions", [(1, 1), (3, 4), (2, 9)])
+@pytest.mark.parametrize("heads,directions", [(1, 1), (1, 3), (3, 4), (2, 9)])
 def test_interventions_match_the_truth(dtype, norm, heads, directions):
     for d, rows, targets, index in ((40, 5, True, False), (128, 20, False, True), (59, 20, True, True)):
         arguments = case(dtype, d, heads, rows, norm, directions, targets=targets, index=index)
         assert_close(run(arguments), arguments)
+
+
+@every_dtype
+@pytest.mark.parametrize("heads,directions", [(1, 0), (19, 0), (1, 3)])
+def test_eps_keeps_its_digits(dtype, heads, directions):
+    """0.1 as an fp32 is off by 1.5e-8 of it, where all of a small row's norm is eps."""
+    arguments = case(dtype, 64, heads, 3, reference.RMS, directions)
+    arguments |= {"hidden": 1e-3 * arguments["hidden"], "targets": None, "eps": 0.1}
+    assert_close(run(arguments), arguments)
 
 
 @every_dtype

@@ -78,6 +78,16 @@ def test_rms_norm_matches_the_truth(dtype, gemma):
 
 @runs
 @every_dtype
+def test_eps_keeps_its_digits(dtype):
+    """0.1 as an fp32 is off by 1.5e-8 of it, where all of a small row's norm is eps."""
+    x, weight, _, _ = norm_inputs(3, 64, dtype)
+    check("rms_norm", 1e-3 * x, weight, None, None, 0.1, False)
+    q, k, cos, sin, *gains = rotary_inputs(3, 2, 1, 16, 16, dtype)
+    check("rotary", 1e-3 * q, 1e-3 * k, cos, sin, *gains, 0.1, False)
+
+
+@runs
+@every_dtype
 def test_rows_too_long_for_registers_are_normed_too(dtype):
     x, weight, residual, post = norm_inputs(2, kernels.MAX_ROW // 4 + 1, dtype)
     check("rms_norm", x, weight, residual, post, 1e-5, False)
