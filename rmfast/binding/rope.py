@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
+
+from rmfast.binding.session import replaced_forward
 
 
 def _rope_parameters(config: Any) -> list[dict[str, Any]]:
@@ -75,3 +78,20 @@ def kept_rope(modules: list[nn.Module]) -> Iterator[None]:
     finally:
         for module, name, value in saved:
             setattr(module, name, value)
+
+
+@contextmanager
+def beside_longest(body: nn.Module, longest: int) -> Iterator[None]:
+    """Rotary embeddings as they are beside a text of `longest` tokens: one more position, taken off again."""
+    with ExitStack() as stack:
+        for module in body.modules():
+            if not hasattr(module, "original_inv_freq") and not hasattr(module, "rope_type"):
+                continue
+            original = module.forward
+
+            def longer(x: Tensor, position_ids: Tensor, *args: Any, original: Any = original, **kw: Any) -> Any:
+                more = torch.cat([position_ids, position_ids.new_full((position_ids.size(0), 1), longest - 1)], dim=1)
+                return tuple(t[:, :-1] for t in original(x, more, *args, **kw))
+
+            stack.enter_context(replaced_forward(module, longer))
+        yield

@@ -24,11 +24,12 @@ from rmfast.binding.binding import Binding
 from rmfast.binding.compute import holds
 from rmfast.binding.find import probe_ids
 from rmfast.binding.modules import has_hooks, hidden_state_of, is_transformers
-from rmfast.binding.rope import fresh_rope
+from rmfast.binding.rope import beside_longest, fresh_rope
 from rmfast.binding.session import passing_through, reading, replaced_forward
 from rmfast.engine import alibi
 from rmfast.engine.attention import (
     ChainedPool,
+    Pool,
     Recorded,
     Run,
     Unsupported,
@@ -38,11 +39,13 @@ from rmfast.engine.attention import (
 )
 from rmfast.engine.experts import experts_of, in_tiles, unknown_experts
 from rmfast.engine.functions import Alike
-from rmfast.engine.invariance import padding, tile_of
+from rmfast.engine.graphs import Graphs, unfit
+from rmfast.engine.invariance import tile_of
 from rmfast.engine.layers import Layer
 from rmfast.engine.memory import free_memory, out_of_memory, reuse_freed_memory
 from rmfast.engine.padded import marked_rows
 from rmfast.engine.planner import Chunk, plan, windows
+from rmfast.engine.shapes import Shape, arrays
 from rmfast.engine.structure import by_formula, by_names, by_run, error_of, watched
 from rmfast.engine.uploads import sent
 from rmfast.engine.wiring import seen_in
@@ -60,16 +63,18 @@ class Engine:
 
     Args:
         invariant: whether runs pad their rows so that a text has the same bits in any batch, where that can be.
+        graphs: whether chunks run as CUDA graphs.
 
     Attributes:
         mode: "fused" (layers by structure) or "modules" (the model's own layers around suffix_attention).
         why: why the mode is not "fused", or None.
+        graphs: what holds them, or None.
 
     Raises:
         Unsupported: the model can't run packed.
     """
 
-    def __init__(self, binding: Binding, invariant: bool = True):
+    def __init__(self, binding: Binding, invariant: bool = True, graphs: bool = False):
         if not binding.causal:
             raise Unsupported("its attention sees later tokens too")
         if not binding.reads_rows:
@@ -80,6 +85,7 @@ class Engine:
         if not attention_configs(binding.body):
             raise Unsupported("its attention does not use transformers' AttentionInterface")
         self.binding, self.invariant = binding, invariant
+        self.graphs: Graphs | None = None  # the probe's few texts need none
         self.why: str | None = None
         self.layers: list[tuple[nn.Module, Layer]] = []
         self._options: dict[nn.Module, dict[str, Any]] = {}
@@ -109,6 +115,7 @@ class Engine:
                 self.layers = []
             if hidden and self.why is not None:
                 raise Unsupported(f"its attention is its own, and its layers are not taken apart: {self.why}")
+        self.graphs = self._new_graphs() if graphs else None
 
     def _fuse(self, limit: float, part_limit: float, hidden: bool) -> str | None:
         """Takes the layers apart, or says why they run as they are; `hidden` attention shows no heads."""
@@ -229,7 +236,11 @@ class Engine:
             made.experts = [copies[module] for module in self.experts]
             made.written = {copies[module]: how for module, how in self.written.items()}
             made.layers = [(copies[module], layer.moved(copies)) for module, layer in self.layers]
+        made.graphs = None if self.graphs is None else made._new_graphs()
         return made
+
+    def _new_graphs(self) -> Graphs:
+        return Graphs(list(self.binding.body.modules()), unfit(self.binding, self.layers, self.why))
 
     def affordable_tokens(self) -> int:
         """Rows of a chunk that fit into half of the free memory, K/V rows kept for the next chunk included."""
@@ -342,9 +353,18 @@ class Engine:
             Each chunk and its hidden states (m, d), those at its M read_rows and behind them padding, before the final
             norm where `binding.leaves_norm_out`.
         """
+        graphs = None
+        if self.graphs is not None and seen is None and not longest and self.uncaptured() is None:
+            graphs = self.graphs.renewed(self.binding)
         kept: dict[nn.Module, tuple[Tensor, Tensor]] = {}
         for chunk in planned:
-            hidden, kept = self._chunk(ids, chunk, kept, longest, seen)
+            if graphs is not None and not chunk.kept and not len(chunk.keep_rows):
+                shape = Shape.rounded(chunk, self.tile)
+                out = graphs.run(shape, arrays(ids, chunk, shape), self.binding.device, self._of_gathered_pool)
+                # The next replay writes where this one did.
+                hidden, kept = out[: len(chunk.read_rows)].clone(), {}
+            else:
+                hidden, kept = self._chunk(ids, chunk, kept, longest, seen)
             yield chunk, hidden
 
     def _chunk(
@@ -355,28 +375,31 @@ class Engine:
         longest: int,
         seen: Callable[[nn.Module, Tensor, Tensor], None] | None,
     ) -> tuple[Tensor, dict[nn.Module, tuple[Tensor, Tensor]]]:
-        # A suffix of its own pads the rows, and the rows that are read, to multiples of the tile.
-        part = len(chunk.read_rows) < chunk.rows
-        more, more_reads = padding(chunk.rows, len(chunk.read_rows) if part else None, self.tile)
-        rows = chunk.rows + more
-        suffixes = [np.append(x, end).astype(np.int32) for x, end in (
-            (chunk.cu_seqlens, rows), (chunk.prefix_start, 0), (chunk.prefix_len, 0)
-        )]  # fmt: skip
-        flat = np.append(ids[chunk.tokens].astype(np.int64), np.zeros(more, np.int64))
-        arrays = [*suffixes, flat, np.append(chunk.positions, np.arange(more)), chunk.pool_rows, chunk.keep_rows]
-        if part:
-            reads = np.append(chunk.read_rows, np.arange(rows - more_reads, rows))
-            arrays += [reads, np.searchsorted(reads, suffixes[0]).astype(np.int32)]
-        cu_seqlens, start, length, tokens, positions, pool_rows, keep_rows, *read = sent(arrays, self.binding.device)
-        pool = ChainedPool(chunk, pool_rows, keep_rows, kept, seen)
+        shape = Shape.of(chunk, self.tile)
+        tensors = sent(arrays(ids, chunk, shape), self.binding.device)
+        pool = ChainedPool(chunk, tensors[5], tensors[6], kept, seen)
+        return self._hidden(tensors, pool, longest), pool.keep
+
+    def _of_gathered_pool(self, tensors: list[Tensor]) -> Tensor:
+        """Hidden states of a chunk that neither keeps rows nor is left any, from its arrays alone."""
+        rows = tensors[5]
+        return self._hidden(tensors, lambda _, k, v: (k[rows], v[rows]), 0)
+
+    def _hidden(self, tensors: list[Tensor], pool: Pool, longest: int) -> Tensor:
+        """Hidden states at the rows that are read, of a chunk's `arrays` on the device."""
+        cu_seqlens, start, length, tokens, positions, _, _, *read = tensors
         run = Run(cu_seqlens, start, length, pool)
-        if part:
+        if read:
             run.read_rows, run.cu_reads = read
-        with reading(rows, run.read_rows):
+        with reading(len(tokens), run.read_rows):
             hidden = self.body(tokens, positions, run, [fused for _, fused in self.layers], longest)
-        if run.read_rows is not None:
-            hidden = hidden[: len(run.read_rows)] if self.layers else hidden[run.read_rows]
-        return hidden, pool.keep
+        if run.read_rows is None:
+            return hidden
+        return hidden[: len(run.read_rows)] if self.layers else hidden[run.read_rows]
+
+    def uncaptured(self) -> str | None:
+        """Why chunks can't run as CUDA graphs; None where they can."""
+        return "they were not asked for" if self.graphs is None else self.graphs.why_not(self.binding)
 
     def body(
         self, tokens: Tensor, positions: Tensor, run: Run, forwards: Sequence[Callable[..., Tensor]], longest: int
@@ -394,7 +417,7 @@ class Engine:
             stack.enter_context(alibi.running(self.written))
             stack.enter_context(self.alike())
             if longest:
-                stack.enter_context(_longest_text(binding.body, longest))
+                stack.enter_context(beside_longest(binding.body, longest))
             if binding.leaves_norm_out:
                 stack.enter_context(passing_through(binding.norm))
             for (layer, _), forward in zip(self.layers, forwards):
@@ -406,23 +429,6 @@ class Engine:
                 current_run.reset(token)
                 self._options.update(run.options)
         return hidden_state_of(out)[0]
-
-
-@contextmanager
-def _longest_text(body: nn.Module, longest: int) -> Iterator[None]:
-    """Rotary embeddings as they are beside a text of `longest` tokens: one more position, taken off again."""
-    with ExitStack() as stack:
-        for module in body.modules():
-            if not hasattr(module, "original_inv_freq") and not hasattr(module, "rope_type"):
-                continue
-            original = module.forward
-
-            def longer(x: Tensor, position_ids: Tensor, *args: Any, original: Any = original, **kw: Any) -> Any:
-                more = torch.cat([position_ids, position_ids.new_full((position_ids.size(0), 1), longest - 1)], dim=1)
-                return tuple(t[:, :-1] for t in original(x, more, *args, **kw))
-
-            stack.enter_context(replaced_forward(module, longer))
-        yield
 
 
 def run_packed(
@@ -448,7 +454,8 @@ def run_packed(
                 # A clamped row is no other text's: to the planner the token that is read has an id of its own.
                 shared = ids.copy()
                 shared[cu[:-1] + positions] += binding.vocab_size
-            planned = plan(shared, cu, batch_tokens=batch_tokens, read=positions)  # type: ignore[arg-type]
+            kept = None if engine.graphs is None else 0
+            planned = plan(shared, cu, batch_tokens=batch_tokens, keep_tokens=kept, read=positions)  # type: ignore[arg-type]
             values: list[Tensor] = []
             marked = None
             if marks is not None:  # a row may be several texts'
