@@ -46,6 +46,7 @@ class RewardModel(Scorer):
             normed hidden states (M, d) of the tokens that are read, which gives (M,) or (M, K)
             (`rmfast.heads.FunctionHead` for one of all tokens of a text). The model may then be a bare body or a
             language model (docs/heads.md).
+        cuda_graphs: True for texts as CUDA graphs, or an error: for small models (docs/gpu.md). No GPU has tried it.
 
     Attributes:
         num_labels: K, the rewards of one token.
@@ -466,6 +467,7 @@ def load(
     invariant: bool | None = None,
     compute: Literal["auto", "native", "fp32"] = "auto",
     head: Any = None,
+    cuda_graphs: bool = False,
     **kw: Any,
 ) -> RewardModel:
     """Load a reward model and its tokenizer with transformers.
@@ -480,8 +482,8 @@ def load(
         dtype: a torch dtype or its name; default the checkpoint's own.
         device: where the weights go; default a CUDA GPU where there is one, else the CPU. Not with device_map.
         trust_remote_code: run the checkpoint's own Python code.
-        pooling, invariant, compute, head: as for `RewardModel`; head may also be the name of a Linear, or of layers
-            with ReLU between them, in the checkpoint ("v_head").
+        pooling, invariant, compute, head, cuda_graphs: as for `RewardModel`; head may also be the name of a Linear, or
+            of layers with ReLU between them, in the checkpoint ("v_head").
         **kw: passed to from_pretrained: device_map, quantization_config, revision, subfolder, num_labels, ...
 
     Raises:
@@ -489,9 +491,10 @@ def load(
             another shape, or has some that the model has no place for: the message names them.
         OSError: there is no such checkpoint (from transformers).
     """
-    check_options(pooling, invariant, compute)  # before gigabytes are loaded
+    options: dict[str, Any] = {"invariant": invariant, "compute": compute, "cuda_graphs": cuda_graphs}
+    check_options(pooling, **options)  # before gigabytes are loaded
     model, tokenizer, found = load_checkpoint(
         path_or_id, dtype=dtype, device=device, trust_remote_code=trust_remote_code, head=head, pooling=pooling,
         compute=compute, **kw,
     )  # fmt: skip
-    return RewardModel.loaded(model, tokenizer, pooling=pooling, invariant=invariant, compute=compute, head=found)
+    return RewardModel.loaded(model, tokenizer, pooling=pooling, head=found, **options)

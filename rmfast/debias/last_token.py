@@ -26,8 +26,9 @@ from rmfast.engine.attention import Run
 from rmfast.engine.invariance import padded
 from rmfast.engine.memory import free_memory
 from rmfast.engine.options import checked_run
-from rmfast.engine.packed import Engine, planning_windows
+from rmfast.engine.packed import Engine
 from rmfast.engine.padded import batches, run_batch
+from rmfast.engine.planned import planning_windows
 from rmfast.engine.planner import plan
 from rmfast.engine.programs import run_gated
 from rmfast.engine.scorer import Scorer

@@ -107,12 +107,13 @@ def checked_pooling(pooling: Any) -> str | int:
     return pooling if isinstance(pooling, str) else int(pooling)
 
 
-def check_options(pooling: Any, invariant: Any, compute: Any) -> None:
+def check_options(pooling: Any, invariant: Any, compute: Any, cuda_graphs: Any) -> None:
     """TypeError or ValueError for options of `rmfast.RewardModel` that say nothing of the model."""
     checked_pooling(pooling)
     if invariant is not None:
         flag("invariant", invariant)
     word("compute", compute, COMPUTE)
+    flag("cuda_graphs", cuda_graphs)
 
 
 def checked_normalization(normalize: tuple[Any, Any], labels: int) -> tuple[Tensor, Tensor]:

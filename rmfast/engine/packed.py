@@ -11,13 +11,12 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
-from itertools import pairwise, product
+from itertools import product
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
-from tqdm.auto import tqdm
 
 from rmfast import backends as _backends
 from rmfast.binding.binding import Binding
@@ -29,6 +28,7 @@ from rmfast.binding.session import passing_through, reading, replaced_forward
 from rmfast.engine import alibi
 from rmfast.engine.attention import (
     ChainedPool,
+    Pool,
     Recorded,
     Run,
     Unsupported,
@@ -38,19 +38,16 @@ from rmfast.engine.attention import (
 )
 from rmfast.engine.experts import experts_of, in_tiles, unknown_experts
 from rmfast.engine.functions import Alike
-from rmfast.engine.invariance import padding, tile_of
+from rmfast.engine.graphs import Graphs, unfit
+from rmfast.engine.invariance import tile_of
 from rmfast.engine.layers import Layer
-from rmfast.engine.memory import free_memory, out_of_memory, reuse_freed_memory
-from rmfast.engine.padded import marked_rows
-from rmfast.engine.planner import Chunk, plan, windows
+from rmfast.engine.memory import free_memory, reuse_freed_memory
+from rmfast.engine.planner import Chunk, plan
+from rmfast.engine.shapes import Shape, arrays
 from rmfast.engine.structure import by_formula, by_names, by_run, error_of, watched
 from rmfast.engine.tables import longest_text, rotary_modules, unrounded
 from rmfast.engine.uploads import sent
 from rmfast.engine.wiring import seen_in
-from rmfast.texts.inputs import Encoded
-
-# A budget that is halved each time memory runs out stops here.
-_LEAST_BATCH_TOKENS = 64
 
 # Of rows that run otherwise than the model's code has in mind.
 _FAILURES = (RuntimeError, ValueError, TypeError, AttributeError, LookupError, Unsupported)
@@ -61,16 +58,18 @@ class Engine:
 
     Args:
         invariant: whether runs pad their rows so that a text has the same bits in any batch, where that can be.
+        graphs: whether chunks run as CUDA graphs.
 
     Attributes:
         mode: "fused" (layers by structure) or "modules" (the model's own layers around suffix_attention).
         why: why the mode is not "fused", or None.
+        graphs: what holds them, or None.
 
     Raises:
         Unsupported: the model can't run packed.
     """
 
-    def __init__(self, binding: Binding, invariant: bool = True):
+    def __init__(self, binding: Binding, invariant: bool = True, graphs: bool = False):
         if not binding.causal:
             raise Unsupported("its attention sees later tokens too")
         if not binding.reads_rows:
@@ -81,6 +80,7 @@ class Engine:
         if not attention_configs(binding.body):
             raise Unsupported("its attention does not use transformers' AttentionInterface")
         self.binding, self.invariant = binding, invariant
+        self.graphs: Graphs | None = None  # the probe's few texts need none
         self.why: str | None = None
         self.layers: list[tuple[nn.Module, Layer]] = []
         self._options: dict[nn.Module, dict[str, Any]] = {}
@@ -111,6 +111,7 @@ class Engine:
                 self.layers = []
             if hidden and self.why is not None:
                 raise Unsupported(f"its attention is its own, and its layers are not taken apart: {self.why}")
+        self.graphs = self._new_graphs() if graphs else None
 
     def _fuse(self, limit: float, part_limit: float, hidden: bool) -> str | None:
         """Takes the layers apart, or says why they run as they are; `hidden` attention shows no heads."""
@@ -246,7 +247,11 @@ class Engine:
             made._rotary = [copies[module] for module in self._rotary]
             made.written = {copies[module]: how for module, how in self.written.items()}
             made.layers = [(copies[module], layer.moved(copies)) for module, layer in self.layers]
+        made.graphs = None if self.graphs is None else made._new_graphs()
         return made
+
+    def _new_graphs(self) -> Graphs:
+        return Graphs(list(self.binding.body.modules()), unfit(self.binding, self.layers, self.why))
 
     def affordable_tokens(self) -> int:
         """Rows of a chunk that fit into half of the free memory, K/V rows kept for the next chunk included."""
@@ -359,9 +364,18 @@ class Engine:
             Each chunk and its hidden states (m, d), those at its M read_rows and behind them padding, before the final
             norm where `binding.leaves_norm_out`.
         """
+        graphs = None
+        if self.graphs is not None and seen is None and not longest and self.uncaptured() is None:
+            graphs = self.graphs.renewed(self.binding)
         kept: dict[nn.Module, tuple[Tensor, Tensor]] = {}
         for chunk in planned:
-            hidden, kept = self._chunk(ids, chunk, kept, longest, seen)
+            if graphs is not None and not chunk.kept and not len(chunk.keep_rows):
+                shape = Shape.rounded(chunk, self.tile)
+                out = graphs.run(shape, arrays(ids, chunk, shape), self.binding.device, self._of_gathered_pool)
+                # The next replay writes where this one did.
+                hidden, kept = out[: len(chunk.read_rows)].clone(), {}
+            else:
+                hidden, kept = self._chunk(ids, chunk, kept, longest, seen)
             yield chunk, hidden
 
     def _chunk(
@@ -372,28 +386,31 @@ class Engine:
         longest: int,
         seen: Callable[[nn.Module, Tensor, Tensor], None] | None,
     ) -> tuple[Tensor, dict[nn.Module, tuple[Tensor, Tensor]]]:
-        # A suffix of its own pads the rows, and the rows that are read, to multiples of the tile.
-        part = len(chunk.read_rows) < chunk.rows
-        more, more_reads = padding(chunk.rows, len(chunk.read_rows) if part else None, self.tile)
-        rows = chunk.rows + more
-        suffixes = [np.append(x, end).astype(np.int32) for x, end in (
-            (chunk.cu_seqlens, rows), (chunk.prefix_start, 0), (chunk.prefix_len, 0)
-        )]  # fmt: skip
-        flat = np.append(ids[chunk.tokens].astype(np.int64), np.zeros(more, np.int64))
-        arrays = [*suffixes, flat, np.append(chunk.positions, np.arange(more)), chunk.pool_rows, chunk.keep_rows]
-        if part:
-            reads = np.append(chunk.read_rows, np.arange(rows - more_reads, rows))
-            arrays += [reads, np.searchsorted(reads, suffixes[0]).astype(np.int32)]
-        cu_seqlens, start, length, tokens, positions, pool_rows, keep_rows, *read = sent(arrays, self.binding.device)
-        pool = ChainedPool(chunk, pool_rows, keep_rows, kept, seen)
+        shape = Shape.of(chunk, self.tile)
+        tensors = sent(arrays(ids, chunk, shape), self.binding.device)
+        pool = ChainedPool(chunk, tensors[5], tensors[6], kept, seen)
+        return self._hidden(tensors, pool, longest), pool.keep
+
+    def _of_gathered_pool(self, tensors: list[Tensor]) -> Tensor:
+        """Hidden states of a chunk that neither keeps rows nor is left any, from its arrays alone."""
+        rows = tensors[5]
+        return self._hidden(tensors, lambda _, k, v: (k[rows], v[rows]), 0)
+
+    def _hidden(self, tensors: list[Tensor], pool: Pool, longest: int) -> Tensor:
+        """Hidden states at the rows that are read, of a chunk's `arrays` on the device."""
+        cu_seqlens, start, length, tokens, positions, _, _, *read = tensors
         run = Run(cu_seqlens, start, length, pool)
-        if part:
+        if read:
             run.read_rows, run.cu_reads = read
-        with reading(rows, run.read_rows):
+        with reading(len(tokens), run.read_rows):
             hidden = self.body(tokens, positions, run, [fused for _, fused in self.layers], longest)
-        if run.read_rows is not None:
-            hidden = hidden[: len(run.read_rows)] if self.layers else hidden[run.read_rows]
-        return hidden, pool.keep
+        if run.read_rows is None:
+            return hidden
+        return hidden[: len(run.read_rows)] if self.layers else hidden[run.read_rows]
+
+    def uncaptured(self) -> str | None:
+        """Why chunks can't run as CUDA graphs; None where they can."""
+        return "they were not asked for" if self.graphs is None else self.graphs.why_not(self.binding)
 
     def body(
         self, tokens: Tensor, positions: Tensor, run: Run, forwards: Sequence[Callable[..., Tensor]], longest: int
@@ -425,70 +442,3 @@ class Engine:
                 current_run.reset(token)
                 self._options.update(run.options)
         return hidden_state_of(out)[0]
-
-
-def run_packed(
-    engine: Engine,
-    binding: Binding,
-    encoded: list[Encoded],
-    read: list[np.ndarray],
-    batch_tokens: int,
-    bar: tqdm,
-    head: Callable,
-    marks: list[np.ndarray] | None = None,
-) -> list[Tensor]:
-    """What `head` makes of each text's rows read[i], on the device; inside `binding.session()`."""
-    results: list[Any] = [None] * len(encoded)
-    for todo, longest in planning_windows(binding, encoded):
-        while todo:
-            ids = np.concatenate([encoded[i].ids for i in todo], dtype=np.int32)
-            cu = np.cumsum([0, *(len(encoded[i]) for i in todo)])
-            one = all(len(read[i]) == 1 for i in todo)
-            positions = np.array([read[i][0] for i in todo]) if one else "all"
-            shared = ids
-            if binding.clamps_last:
-                # A clamped row is no other text's: to the planner the token that is read has an id of its own.
-                shared = ids.copy()
-                shared[cu[:-1] + positions] += binding.vocab_size
-            planned = plan(shared, cu, batch_tokens=batch_tokens, read=positions)  # type: ignore[arg-type]
-            values: list[Tensor] = []
-            marked = None
-            if marks is not None:  # a row may be several texts'
-                marked = np.zeros(planned.cu_reads[-1], bool)
-                np.logical_or.at(marked, planned.read_index, np.concatenate([marks[i] for i in todo]))
-            try:
-                chunks = engine.run(ids, planned, longest)
-                for (first, last), (chunk, hidden) in zip(pairwise(planned.cu_reads), chunks):
-                    rows = torch.arange(hidden.size(0), device=hidden.device)
-                    told = marked_rows(None if marked is None else [marked[first:last]], hidden.device)
-                    values.append(head(hidden[None], rows, *told)[: len(chunk.read_rows)])
-                    bar.update(len(chunk.inputs))
-            except RuntimeError as error:
-                if batch_tokens <= _LEAST_BATCH_TOKENS or not out_of_memory(error):
-                    raise
-                batch_tokens = max(_LEAST_BATCH_TOKENS, batch_tokens // 2)
-            done = planned.cu_inputs[len(values)]
-            finished = planned.order[:done]
-            spans = [(i, i + 1) if one else (cu[i], cu[i + 1]) for i in finished]
-            at = np.concatenate([planned.read_index[a:b] for a, b in spans]) if spans else np.zeros(0, np.int64)
-            if len(at):
-                out = torch.cat(values)
-                out = out[torch.from_numpy(at).to(out.device)]
-                for i, value in zip(finished, out.split([b - a for a, b in spans])):
-                    results[todo[i]] = value
-            todo = [todo[i] for i in np.sort(planned.order[done:])]
-    return results
-
-
-def planning_windows(binding: Binding, encoded: list[Encoded]) -> Iterator[tuple[list[int], int]]:
-    """Inputs to plan together, and the longest text by which their rotary frequencies go (0 for none)."""
-    groups: dict[tuple, list[int]] = {}
-    group_of = binding.length_group
-    for i, item in enumerate(encoded):
-        groups.setdefault(group_of(len(item)), []).append(i)
-    for key, group in groups.items():
-        lengths = [len(encoded[i]) for i in group]
-        # Of one key above 0 all are as long as the group's frequencies need.
-        longest = max(lengths) if any(key) else 0
-        for window in windows(lengths):
-            yield [group[i] for i in window], longest

@@ -13,19 +13,20 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from rmfast import arguments
-from rmfast import backends as _backends
 from rmfast.binding.binding import Binding
-from rmfast.binding.compute import chosen, measured, stored_dtype
+from rmfast.binding.compute import chosen
 from rmfast.binding.find import bind
 from rmfast.binding.modules import has_hooks, same_settings, settings_of
 from rmfast.binding.session import lock_of, on_the_host, share_lock
 from rmfast.binding.sketch import sketch
 from rmfast.engine.attention import Unsupported
+from rmfast.engine.explain import explained
 from rmfast.engine.layers import settings
 from rmfast.engine.limits import longest_text, position_table
 from rmfast.engine.options import Encoding, check_options, checked_normalization, checked_pooling, checked_run
-from rmfast.engine.packed import Engine, run_packed
+from rmfast.engine.packed import Engine
 from rmfast.engine.padded import run_padded
+from rmfast.engine.planned import run_packed
 from rmfast.engine.programs import outputs, run_heads
 from rmfast.engine.reading import token_reader, warn_of_padding
 from rmfast.engine.workers import runner
@@ -53,33 +54,35 @@ class Scorer:
         interventions: what the model is under (`rmfast.debias.apply.intervened`), or None.
         base: the scorer without them; None where this is it.
         invariant: whether texts must have the same bits in any batch (None: where it costs little, on CPUs).
+        cuda_graphs: whether texts run as CUDA graphs, or not at all.
         warned: what has been said: "end", that a text ends in padding; "ids", that token ids come with theirs.
     """
 
     def __init__(
         self, model: nn.Module, tokenizer: Any = None, *, pooling: str | int = "auto", invariant: bool | None = None,
-        compute: Literal["auto", "native", "fp32"] = "auto", head: Any = None,
+        compute: Literal["auto", "native", "fp32"] = "auto", head: Any = None, cuda_graphs: bool = False,
     ):  # fmt: skip
-        check_options(pooling, invariant, compute)
+        check_options(pooling, invariant, compute, cuda_graphs)
         if tokenizer is not None and not (callable(tokenizer) and hasattr(tokenizer, "decode")):
             raise TypeError(f"Expected tokenizer to be one of transformers, or None, got {arguments.shown(tokenizer)}")
-        self._set_up(model, tokenizer, checked_pooling(pooling), invariant, compute, head)
+        self._set_up(model, tokenizer, checked_pooling(pooling), invariant, compute, head, cuda_graphs)
 
     @classmethod
     def loaded(
-        cls, model: nn.Module, tokenizer: Any, *, pooling: str | int, invariant: bool | None, compute: str, head: Any
-    ) -> Self:
+        cls, model: nn.Module, tokenizer: Any, *, pooling: str | int, invariant: bool | None, compute: str, head: Any,
+        cuda_graphs: bool,
+    ) -> Self:  # fmt: skip
         """The scorer of a model that nobody else has seen: it is run as a whole at the first use of `binding`.
 
         Args: as for `rmfast.RewardModel`, checked (`check_options`).
         """
         made = cls.__new__(cls)
-        made._set_up(model, tokenizer, checked_pooling(pooling), invariant, compute, head, whole=False)
+        made._set_up(model, tokenizer, checked_pooling(pooling), invariant, compute, head, cuda_graphs, whole=False)
         return made
 
     def _set_up(
         self, model: nn.Module, tokenizer: Any, pooling: str | int, invariant: bool | None, compute: str, head: Any,
-        whole: bool = True,
+        cuda_graphs: bool, whole: bool = True,
     ) -> None:  # fmt: skip
         program = None if head is None else head_of(head, model, tokenizer)
         if program is not None and pooling == "auto" and not isinstance(program.reading, str):
@@ -98,6 +101,7 @@ class Scorer:
             name = "The head" if found.reads_rows else type(found.root).__name__
             raise ValueError(f'{name} pools by itself: expected pooling to be "auto", got {pooling!r}')
         self.invariant = invariant
+        self.cuda_graphs = cuda_graphs
         self.interventions: Any = None
         self.base: Scorer | None = None
         self.warned: set[str] = set()
@@ -331,6 +335,8 @@ class Scorer:
         packed = self.packed_engine() if engine != "padded" and encoded else None
         if encoded:
             self.expect_invariance(packed)
+            if self.cuda_graphs and (problem := self.uncaptured(packed)) is not None:
+                raise ValueError(f"Expected cuda_graphs=False: {problem}")
         if isinstance(packed, str):
             if engine == "packed":
                 raise ValueError(f'Expected engine to be "padded": this model cannot run packed, since {packed}')
@@ -386,7 +392,7 @@ class Scorer:
             if self._engine is None or not self._is_as_tried(parts):  # new, or changed since (modules replaced, hooks)
                 engine: Engine | str
                 try:
-                    engine = Engine(self.binding, self._pads)
+                    engine = Engine(self.binding, self._pads, self.cuda_graphs)
                 except Unsupported as reason:
                     engine = str(reason)
                 self._engine = parts, self._settings(engine), engine
@@ -413,6 +419,12 @@ class Scorer:
         """
         if self.invariant and (moves := self._moves(engine)):
             raise ValueError(f"Expected invariant=False: rewards may move with their batch here, {moves}")
+
+    def uncaptured(self, engine: Engine | str | None) -> str | None:
+        """Why runs can't be captured in CUDA graphs, engine as for `expect_invariance`; None where they can."""
+        if not isinstance(engine, Engine):
+            return "padded runs have a shape each" + (f" (not packed: {engine})" if engine else "")
+        return engine.uncaptured()
 
     def _parts(self) -> tuple:
         """The body's modules, and what would make them run otherwise than they are: a key for its engine."""
@@ -481,17 +493,6 @@ class Scorer:
     def explain(self) -> str:
         """Which engine scores this model and why, and which backend runs each op on its device."""
         packed = self.packed_engine()
-        engine = f"padded (not packed: {packed})" if isinstance(packed, str) else packed
-        moves = self.moves()
-        bits = "the same in any batch" if moves is None else f"may move with the batch ({moves})"
-        backends = _backends.explain(device=self.binding.device.type)
-        return f"engine: {engine}\ncompute: {self._compute()}\nbits: {bits}\n{backends}"
-
-    def _compute(self) -> str:
-        """In which arithmetic linear layers run, by which rule, and what a short measurement says of it."""
-        root = self.binding.root
-        fp32, why = chosen(self.binding.compute, root)
-        stored = stored_dtype(root.parameters())
-        way = f"fp32 on {str(stored)[6:]} weights" if fp32 else f"torch's own, {str(stored)[6:]} weights"
-        witness = f"; {measured(stored)}" if self.binding.device.type == "cpu" and stored != torch.float64 else ""
-        return f"{way} ({why}{witness})"
+        problem = self.uncaptured(packed) if self.cuda_graphs else None
+        graphs = f"no run, since {problem}" if problem else "one for each shape of chunk" if self.cuda_graphs else None
+        return explained(self.binding, packed, graphs, self.moves())

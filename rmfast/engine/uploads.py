@@ -24,16 +24,55 @@ def _in_one_copy(arrays: list[np.ndarray], device: torch.device) -> list[Tensor]
     """Views of one buffer. A copy of pageable memory would hold up the host until all kernels before it have run, once
     for each array. No tensors of inference mode, which do not say when they change: attention keeps what it works out
     of them for a chunk's other layers."""
-    starts = np.cumsum([0, *(-(-array.nbytes // _ALIGNMENT) * _ALIGNMENT for array in arrays)]).tolist()
+    # Pinned memory is not given away before the copy is done: torch's allocator notes the stream that reads it.
+    return _views(_joined(arrays, device).to(device, non_blocking=True), arrays)
+
+
+class Buffer:
+    """Memory of a device that arrays are copied into again and again, for graphs, which read where they once read.
+
+    Args:
+        arrays: the first of them; all others have their dtypes and sizes.
+
+    Attributes:
+        tensors: as `sent` gives them.
+    """
+
+    @torch.inference_mode(False)
+    def __init__(self, arrays: Sequence[np.ndarray], device: torch.device):
+        self._bytes = torch.empty(_starts(arrays)[-1], dtype=torch.uint8, device=device)
+        self.tensors = _views(self._bytes, arrays)
+        self.fill(arrays)
+
+    def fill(self, arrays: Sequence[np.ndarray]) -> None:
+        """Copies arrays in, in one copy that nothing waits for."""
+        arrays = [np.ascontiguousarray(array) for array in arrays]
+        for array, there in zip(arrays, self.tensors, strict=True):
+            if array.shape != there.shape or _dtype(array) != there.dtype:
+                want = f"{there.dtype} of shape {tuple(there.shape)}"
+                raise ValueError(f"Expected {want}, got {_dtype(array)} of {array.shape}")
+        self._bytes.copy_(_joined(arrays, self._bytes.device), non_blocking=True)
+
+
+def _starts(arrays: Sequence[np.ndarray]) -> list[int]:
+    """Where each array's bytes begin in one buffer, and behind them where it ends."""
+    return np.cumsum([0, *(-(-array.nbytes // _ALIGNMENT) * _ALIGNMENT for array in arrays)]).tolist()
+
+
+def _joined(arrays: Sequence[np.ndarray], device: torch.device) -> Tensor:
+    """The arrays' bytes on the host, (n,) uint8; pinned where they go to a GPU."""
+    starts = _starts(arrays)
     buffer = torch.empty(starts[-1], dtype=torch.uint8, pin_memory=device.type == "cuda")
     bytes_of = buffer.numpy()
     for array, start in zip(arrays, starts):
         bytes_of[start : start + array.nbytes] = array.reshape(-1).view(np.uint8)
-    # Pinned memory is not given away before the copy is done: torch's allocator notes the stream that reads it.
-    there = buffer.to(device, non_blocking=True)
+    return buffer
+
+
+def _views(buffer: Tensor, arrays: Sequence[np.ndarray]) -> list[Tensor]:
     return [
-        there[start : start + array.nbytes].view(_dtype(array)).view(array.shape)
-        for array, start in zip(arrays, starts)
+        buffer[start : start + array.nbytes].view(_dtype(array)).view(array.shape)
+        for array, start in zip(arrays, _starts(arrays))
     ]
 
 

@@ -30,7 +30,7 @@ from tqdm.auto import tqdm
 from rmfast.arguments import number, sequence, whole
 from rmfast.binding.session import on_the_host
 from rmfast.engine.options import checked_run
-from rmfast.engine.packed import planning_windows
+from rmfast.engine.planned import planning_windows
 from rmfast.engine.scorer import Scorer
 from rmfast.patching.pairs import Pair
 from rmfast.patching.request import Request

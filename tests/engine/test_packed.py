@@ -225,7 +225,7 @@ def test_inputs_planned_window_by_window_score_the_same_where_memory_runs_out_to
         return original(self, ids, chunk, *rest)
 
     monkeypatch.setattr("rmfast.engine.planner._WINDOW_TOKENS", 200)
-    monkeypatch.setattr("rmfast.engine.packed.plan", recorded)
+    monkeypatch.setattr("rmfast.engine.planned.plan", recorded)
     monkeypatch.setattr(Engine, "_chunk", scarce)
     got = score(inputs, batch_tokens=80, max_length=128, engine="packed")
     M.assert_rewards(torch.hstack(list(got)), torch.hstack(list(want)), M.reward_scale(model))

@@ -42,6 +42,21 @@ def test_what_is_sent_says_when_it_changes_in_inference_mode_too():
     assert not any(t.is_inference() for t in there) and there[0]._version > before[0]
 
 
+def test_a_buffer_is_filled_where_it_lies():
+    with torch.inference_mode():
+        buffer = uploads.Buffer(ARRAYS, CPU)
+        there, before = [t.data_ptr() for t in buffer.tensors], [t._version for t in buffer.tensors]
+        buffer.fill([array + 1 if array.dtype != bool else ~array for array in ARRAYS])
+    for array, t in zip(ARRAYS, buffer.tensors):
+        want = torch.from_numpy(array)
+        assert torch.equal(t, ~want if want.dtype == torch.bool else want + 1) and not t.is_inference()
+    assert [t.data_ptr() for t in buffer.tensors] == there and all(
+        t._version > version for t, version in zip(buffer.tensors, before)
+    )
+    with pytest.raises(ValueError, match=r"Expected torch.int64 of shape \(5,\), got torch.int64 of \(6,\)"):
+        buffer.fill([np.arange(6), *ARRAYS[1:]])
+
+
 def test_strided_arrays_are_sent_as_they_read():
     turned = np.arange(12).reshape(3, 4).T[::-1]
     assert uploads.sent([turned], CPU)[0].tolist() == turned.tolist()

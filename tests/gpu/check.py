@@ -91,14 +91,15 @@ def steps(call: int, out: Path, tests: str | None = None) -> list[Step]:
             sanitizer("racecheck", 25),
         ]
     counted = ("--section", "SpeedOfLight", "--section", "Occupancy", "--section", "MemoryWorkloadAnalysis")
-    five = ours("kernels", 50)
+    five = ours("kernels", 45)
     ncu = ("ncu", "--clock-control", "none", "--profile-from-start", "off", *counted, "--csv", "--page", "raw")
     return [
         ours("agree", 40),
-        pytest("tests", 60, "-n", "14", *(("-k", tests) if tests else ())),
-        ours("sweep", 90),
-        bench("compile", 60, COMPILED, "max-autotune|chunked", 1),
-        Step("kernels", 50, (*ncu, "--log-file", str(out / "ncu.csv"), *five.command), five.rehearsal),
+        pytest("tests", 55, "-n", "14", *(("-k", tests) if tests else ())),
+        ours("graphs", 35),
+        ours("sweep", 80),
+        bench("compile", 45, COMPILED, "max-autotune|chunked", 1),
+        Step("kernels", 45, (*ncu, "--log-file", str(out / "ncu.csv"), *five.command), five.rehearsal),
     ]
 
 

@@ -133,11 +133,16 @@ def attention(run: Run) -> None:
         del case, truth
 
 
-def _model(run: Run) -> Any:
-    """A random Llama of 8B parameters in bf16, made where it runs."""
+# Hidden and intermediate size, layers and heads of Llamas with a fourth as many heads of K and V.
+SIZES = {"8B": (4096, 14336, 32, 32), "0.4B": (1024, 3072, 24, 16), "0.15B": (512, 1536, 32, 8)}
+
+
+def _model(run: Run, size: str = "8B") -> Any:
+    """A random Llama in bf16, made where it runs."""
     from transformers import LlamaConfig, LlamaForSequenceClassification
 
-    sizes = {"hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32, "num_attention_heads": 32}
+    names = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
+    sizes = dict(zip(names, SIZES[size]))
     if run.rehearsal:
         sizes = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4}
     config = LlamaConfig(
@@ -239,6 +244,29 @@ def _idle(run: Run, call: Callable[[], Any]) -> float:
     return max(0.0, 1 - busy / whole)
 
 
+def graphs(run: Run) -> None:
+    """Small models with CUDA graphs and without: the same rewards, tokens/s of many texts, milliseconds of one."""
+    for size in ("0.15B", "0.4B"):
+        own = _model(run, size)
+        plain, captured = rmfast.RewardModel(own), rmfast.RewardModel(own, cuda_graphs=not run.rehearsal)
+        run.note(f"{size}, explain", captured.explain().splitlines()[1])
+        many = _texts(run, 512, 200, (50, 300))
+        spread = float(plain.score(many).std())
+        for work, some in (("512 texts", many), ("a prompt's 16", many[:16]), ("one", many[:1])):
+            tokens, taken = sum(map(len, some)), []
+            got = [captured.score(some) for _ in range(3)][-1]  # as it is, captured, replayed
+            off = float((got - plain.score(some)).abs().max()) / spread
+            run.note(f"{size}, {work}: rewards with graphs off, of their spread", off, "", -0.1)
+            for how, rm in (("without", plain), ("with", captured)):
+                taken.append(run.ms(lambda rm=rm, some=some: rm.score(some)))
+                run.note(f"{size}, {work}, {how} graphs", tokens / taken[-1] * 1e3, "tokens/s")
+            run.note(f"{size}, {work}: without / with graphs", taken[0] / taken[1], "x", 1.0)
+            if work == "512 texts":
+                for how, rm in (("without", plain), ("with", captured)):
+                    idle = 100 * _idle(run, lambda rm=rm, some=some: rm.score(some))
+                    run.note(f"{size}, {work}, {how} graphs: GPU idle", idle, "%")
+
+
 def sweep(run: Run) -> None:
     """A residual sweep of the 8B model over every layer and position of 512 tokens."""
     own = _model(run)
@@ -285,7 +313,7 @@ def kernels(run: Run) -> None:
     run.note("kernels for ncu", len(calls) + 1)
 
 
-STEPS = {step.__name__: step for step in (ceilings, agree, attention, model, sweep, kernels)}
+STEPS = {step.__name__: step for step in (ceilings, agree, attention, model, graphs, sweep, kernels)}
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -25,7 +25,7 @@ def python(code: str) -> tuple[str, ...]:
     return sys.executable, "-S", "-c", code
 
 
-@pytest.mark.parametrize("step", ["ceilings", "attention", "model", "sweep", "kernels"])
+@pytest.mark.parametrize("step", ["ceilings", "attention", "model", "graphs", "sweep", "kernels"])
 def test_a_step_runs_on_the_cpu(step, tmp_path, capsys):
     assert steps.main([step, "--out", str(tmp_path), "--rehearse"]) == 0
     rows = Record(tmp_path).rows()

@@ -62,14 +62,25 @@ def readable(name: str) -> str:
     return re.sub(r"\((?:int|bool|unsigned int)\)", "", name).split("(")[0]
 
 
-def build(source: str, arch: str, folder: Path) -> list[Kernel]:
-    """Every kernel of some CUDA C++, compiled for one architecture."""
-    nvcc, cuobjdump, filt = tool("nvcc"), tool("cuobjdump"), tool("c++filt")
+# What ptxas says of products of wgmma that it runs one by one, or waits for unasked, and of setmaxnreg left out.
+ADVICE = re.compile(r".*(?:\(C7\d+\)|GMMA|wgmma|setmaxnreg).*")
+
+
+def compiled(source: str, arch: str, folder: Path) -> str:
+    """Makes kernels.cubin of some CUDA C++; what ptxas says."""
     (folder / "kernels.cu").write_text(source)
-    command = [nvcc, "-O3", "-std=c++20", f"-arch=sm_{arch}", "-Xptxas", "-v", f"-I{ROOT / 'csrc/include'}"]
+    command = [tool("nvcc"), "-O3", "-std=c++20", f"-arch=sm_{arch}", "-Xptxas", "-v", f"-I{ROOT / 'csrc/include'}"]
     made = subprocess.run([*command, "-cubin", "kernels.cu"], cwd=folder, capture_output=True, text=True)
     assert made.returncode == 0, made.stderr
-    logs = re.split(r"Compiling entry function '(\S+)'", made.stdout + made.stderr)
+    return made.stdout + made.stderr
+
+
+def build(source: str, arch: str, folder: Path) -> list[Kernel]:
+    """Every kernel of some CUDA C++, compiled for one architecture, about which ptxas has no advice."""
+    cuobjdump, filt = tool("cuobjdump"), tool("c++filt")
+    said = compiled(source, arch, folder)
+    assert ADVICE.findall(re.sub(r"'\S+'", "", said)) == []  # but for names
+    logs = re.split(r"Compiling entry function '(\S+)'", said)
     sass = subprocess.run([cuobjdump, "-sass", "kernels.cubin"], cwd=folder, capture_output=True, text=True).stdout
     bodies = re.split(r"Function : (\S+)", sass)
     bodies = dict(zip(bodies[1::2], bodies[2::2]))

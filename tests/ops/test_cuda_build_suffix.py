@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 
 import pytest
-from test_cuda_build import Kernel, build, named
+from test_cuda_build import ADVICE, Kernel, build, compiled, named
 
 SOURCE = r"""
 #include "rmfast/cuda/suffix_attention_sm90.cuh"
@@ -70,3 +70,43 @@ def test_wgmma_has_full_widths_and_its_copies_are_tma_s(kernels):
         assert sorted(map(int, widths)) == sorted([keys] * (d // 16) + [d] * (keys // 16)), kernel.name
         assert not kernel.count(r"\bHMMA\b") and kernel.count("UTMALDG"), kernel.name
         assert kernel.count("USETMAXREG") >= 2, kernel.name
+
+
+def test_no_register_of_a_product_is_touched_between_its_fence_and_its_wait(kernels):
+    for kernel in [kernel for kernel in kernels if "sm90" in kernel.name]:
+        stretches = re.findall(r"WARPGROUP\.ARRIVE(.*?)WARPGROUP\.DEPBAR\.LE gsb0, 0x0", kernel.sass, re.DOTALL)
+        assert len(stretches) == 2 == kernel.count(r"WARPGROUP\.ARRIVE"), kernel.name
+        for stretch in stretches:
+            instructions = re.findall(r"/\*[0-9a-f]{4,}\*/\s+(.*?);", stretch)
+            held = set()
+            for columns, sums, a in re.findall(r"HGMMA\.64x(\d+)x16\S* R(\d+), (?:R(\d+), )?", stretch):
+                held |= {*range(int(sums), int(sums) + int(columns) // 2)}
+                held |= {*range(int(a), int(a) + 4)} if a else set()
+            others = " ".join(each for each in instructions if "HGMMA" not in each)
+            assert held and held.isdisjoint(map(int, re.findall(r"\bR(\d+)\b", others))), kernel.name
+
+
+def test_the_warps_that_copy_make_do_with_the_registers_that_they_keep(kernels):
+    for kernel in [kernel for kernel in kernels if "sm90" in kernel.name]:
+        keeps, theirs = re.search(r"USETMAXREG\.DEALLOC\.CTAPOOL (0x\w+)(.*?)\bEXIT\b", kernel.sass, re.DOTALL).groups()
+        assert max(map(int, re.findall(r"\bR(\d+)\b", theirs))) < int(keeps, 16) == 40, kernel.name
+
+
+EARLY = r"""
+#include "rmfast/cuda/wgmma.cuh"
+namespace rmfast::cuda {
+__global__ void early(float* to, uint64_t a, uint64_t b) {
+  float s[16][4] = {};
+  wgmma_fence(s);
+  wgmma_shared<bf16>(s, a, b, 1);
+  wgmma_commit();
+  to[threadIdx.x] = s[0][0];
+  wgmma_wait(s);
+  to[threadIdx.x] = s[1][0];
+}
+}
+"""
+
+
+def test_ptxas_says_so_where_sums_are_read_before_their_wait(tmp_path):
+    assert ADVICE.search(compiled(EARLY, "90a", tmp_path))

@@ -20,7 +20,10 @@ struct HopperTile {
   static constexpr int kTile = kKeys * D * 2;
   static constexpr int kSteps = (kRows + 2 * kStages * kKeys) * D * 2 + kRows * static_cast<int>(sizeof(SeenKeys));
   // The steps and barriers lie behind; the tiles' addresses are multiples of 1,024.
-  static constexpr int kShared = 1024 + kSteps + 16 * kStages + 8 * 4 * kStages;
+  static constexpr int kShared = 1024 + kSteps + (8 + 8 * 4) * kStages;
+  // Of a thread that copies and of one that multiplies: together what the launch has for three warpgroups alike.
+  static constexpr int kFewRegisters = 40, kManyRegisters = 232;
+  static_assert(kFewRegisters + 2 * kManyRegisters <= 3 * (65536 / kThreads / 8 * 8));
 };
 
 struct Maps {
@@ -74,8 +77,8 @@ __global__ __launch_bounds__(384, 1) void suffix_attention_sm90_kernel(const Suf
   struct Step {
     int part, at;  // part 2: behind the last key
   };
-  Step* steps = reinterpret_cast<Step*>(seen + kRows);                      // [kStages]
-  uint64_t* barriers = reinterpret_cast<uint64_t*>(steps + 2 * kStages);    // K full and empty, V full and empty
+  Step* steps = reinterpret_cast<Step*>(seen + kRows);               // [kStages]
+  uint64_t* barriers = reinterpret_cast<uint64_t*>(steps + kStages);  // K full and empty, V full and empty
   uint64_t *k_full = barriers, *k_empty = k_full + kStages, *v_full = k_empty + kStages, *v_empty = v_full + kStages;
 
   const int thread = threadIdx.x, lane = thread % kWarp;
@@ -98,7 +101,6 @@ __global__ __launch_bounds__(384, 1) void suffix_attention_sm90_kernel(const Suf
     const Vec16 x = in ? load_cached(a.q + q_row(r) * a.q_row + q_head(r) * a.q_head + c * 8) : Vec16{};
     store16(q_tile + (c / 8 * kRows + r) * kAtom + (c % 8 ^ r % 8) * 16, x);
   }
-  asm volatile("fence.proxy.async.shared::cta;" ::: "memory");  // Q goes to wgmma
   if (thread == 0) {
     for (int i = 0; i < kStages; ++i) {
       barrier_init(k_full + i, 1);
@@ -108,10 +110,11 @@ __global__ __launch_bounds__(384, 1) void suffix_attention_sm90_kernel(const Suf
     }
     asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
   }
+  asm volatile("fence.proxy.async.shared::cta;" ::: "memory");  // Q goes to wgmma, and the barriers to TMA
   __syncthreads();
 
   if (thread < 128) {
-    asm volatile("setmaxnreg.dec.sync.aligned.u32 40;");
+    asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(Tile::kFewRegisters));
     if (thread < kWarp) {
       int part = 0, at = 0;
       for (int turn = 0;; ++turn) {
@@ -152,7 +155,7 @@ __global__ __launch_bounds__(384, 1) void suffix_attention_sm90_kernel(const Suf
     }
     __syncthreads_or(0);
   } else {
-    asm volatile("setmaxnreg.inc.sync.aligned.u32 232;");
+    asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(Tile::kManyRegisters));
     const int group_row = (thread / 128 - 1) * 64, warp_row = group_row + thread % 128 / kWarp * 16;
     const Logits logits{a.scale, a.softcap, a.alibi != nullptr};
     float out[D / 8][4], most[2], sum[2];
@@ -185,7 +188,7 @@ __global__ __launch_bounds__(384, 1) void suffix_attention_sm90_kernel(const Suf
 
       float s[kKeys / 8][4];
       if (some) {
-        wgmma_fence();
+        wgmma_fence(s);
 #pragma unroll
         for (int step = 0; step < D / 16; ++step) {
           const int group = step / 4, bytes = step % 4 * 32;
@@ -193,7 +196,7 @@ __global__ __launch_bounds__(384, 1) void suffix_attention_sm90_kernel(const Suf
                           matrix_at(k_tiles + stage * Tile::kTile + group * kKeys * kAtom + bytes, 0), step > 0);
         }
         wgmma_commit();
-        wgmma_wait();
+        wgmma_wait(s);
       }
       __syncwarp();
       if (lane == 0) barrier_arrive(k_empty + stage);
@@ -204,14 +207,14 @@ __global__ __launch_bounds__(384, 1) void suffix_attention_sm90_kernel(const Suf
         uint32_t weights[kKeys / 16][4];
 #pragma unroll
         for (int step = 0; step < kKeys / 16; ++step) pack_weights<E, kKeys>(weights[step], s, step);
-        wgmma_fence();
+        wgmma_fence(out, weights);
 #pragma unroll
         for (int step = 0; step < kKeys / 16; ++step) {
           const unsigned char* v = v_tiles + stage * Tile::kTile + step * 16 * kAtom;
           wgmma_registers<E>(out, weights[step], matrix_at(v, kKeys * kAtom));
         }
         wgmma_commit();
-        wgmma_wait();
+        wgmma_wait(out, weights);
       }
       __syncwarp();
       if (lane == 0) barrier_arrive(v_empty + stage);

@@ -17,9 +17,32 @@ __device__ __forceinline__ uint64_t matrix_at(const void* p, uint32_t groups) {
   return (address & 0x3ffff) >> 4 | uint64_t{groups >> 4} << 16 | uint64_t{1024 >> 4} << 32 | uint64_t{1} << 62;
 }
 
-__device__ __forceinline__ void wgmma_fence() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
+// To the compiler, a place where these registers are read and written. A fence or a wait names none of those that it is
+// about: nothing else keeps a read, a write or a copy of them on its own side.
+__device__ __forceinline__ void pin(float& x) { asm volatile("" : "+f"(x)::"memory"); }
+__device__ __forceinline__ void pin(uint32_t& x) { asm volatile("" : "+r"(x)::"memory"); }
+template <typename T, int kMany, int kEach>
+__device__ __forceinline__ void pin(T (&x)[kMany][kEach]) {
+#pragma unroll
+  for (int n = 0; n < kMany; ++n) {
+#pragma unroll
+    for (int e = 0; e < kEach; ++e) pin(x[n][e]);
+  }
+}
+
+// Before products whose registers, sums and A, are these: what was written to them is there.
+template <typename... Registers>
+__device__ __forceinline__ void wgmma_fence(Registers&... registers) {
+  (pin(registers), ...);
+  asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
+}
 __device__ __forceinline__ void wgmma_commit() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
-__device__ __forceinline__ void wgmma_wait() { asm volatile("wgmma.wait_group.sync.aligned 0;" ::: "memory"); }
+// Until all products are done; then these registers are anybody's again.
+template <typename... Registers>
+__device__ __forceinline__ void wgmma_wait(Registers&... registers) {
+  asm volatile("wgmma.wait_group.sync.aligned 0;" ::: "memory");
+  (pin(registers), ...);
+}
 
 // The accumulators' registers in an instruction, and as its operands.
 #define RMFAST_REGISTERS_32 \
