@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface
 
+from rmfast.binding.compute import outside
 from rmfast.binding.session import rows_read
 from rmfast.engine.planner import Chunk
 from rmfast.ops import suffix_attention
@@ -68,10 +69,11 @@ class Run:
     def over_pool(self, key: nn.Module, q: Tensor, k: Tensor, v: Tensor, options: dict[str, Any]) -> Tensor:
         """Attention of heads as the op takes them."""
         asked = None if q.size(0) == k.size(0) else self.cu_reads
-        return suffix_attention(
-            q, k, v, self.cu_seqlens, *self.pool(key, k, v), self.prefix_start, self.prefix_len, cu_queries=asked,
-            **options,
-        )[0]  # fmt: skip
+        with outside():
+            return suffix_attention(
+                q, k, v, self.cu_seqlens, *self.pool(key, k, v), self.prefix_start, self.prefix_len, cu_queries=asked,
+                **options,
+            )[0]  # fmt: skip
 
 
 @dataclass

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from rmfast.binding.compute import outside
 from rmfast.binding.modules import active, is_plain, is_readable
 from rmfast.binding.norms import eps_of
 from rmfast.engine.norms import Norm
@@ -170,7 +171,8 @@ class Heads:
             q, k = (self.ordered(heads, cos.size(1)) for heads in (q, k))
         if self.rotation == "twins":
             cos, sin = (_apart(table, table.size(1)) for table in (cos, sin))
-        return rotary(q, k, cos, sin, **norms)
+        with outside():
+            return rotary(q, k, cos, sin, **norms)
 
     def ordered(self, heads: Tensor, rotated: int) -> Tensor:
         """Heads (n, H, D) with their dimensions in the order in which `turn` gives them, `rotated` of them turned."""

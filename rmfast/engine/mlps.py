@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from rmfast.binding.compute import outside
 from rmfast.binding.modules import is_plain
 from rmfast.ops import gated_activation
 
@@ -97,7 +98,8 @@ class Mlp:
             return out * rest[0] if rest else out
         # Times 1 where there is no gate: the op's vectors are of one row, and not of all as torch's.
         up = rest[0] if rest else gate.new_ones(gate.size(-1)).expand_as(gate)
-        return gated_activation(gate, up, kind=self.activation)
+        with outside():
+            return gated_activation(gate, up, kind=self.activation)
 
     def __call__(self, y: Tensor) -> Tensor:
         return self.down_proj(self.neurons(y))

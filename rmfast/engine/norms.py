@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from rmfast.binding.compute import outside
 from rmfast.binding.modules import active, is_plain, is_readable
 from rmfast.binding.norms import Call, eps_of, gain, head_arguments, norm_kind
 from rmfast.ops import rms_norm
@@ -46,9 +47,10 @@ class Norm:
         """
         if self.is_rms and (post is None or post.like(self)):
             post_weight = None if post is None else post.arguments["weight"]
-            return rms_norm(x, residual=residual, post_weight=post_weight, **self.arguments)
+            with outside():
+                return rms_norm(x, residual=residual, post_weight=post_weight, **self.arguments)
         if residual is None:
-            return rms_norm(x, **self.arguments) if self.is_rms else self._layer(x)
+            return self._layer(x)
         total = residual + (x if post is None else post(x.to(residual.dtype)))
         return self(total).to(x.dtype), total
 

@@ -44,7 +44,8 @@ class RunOptions(Encoding, total=False):
 
     Attributes:
         batch_tokens: most tokens (rows) that run at once, padding included; a longer text runs by itself. Default 3,072
-            on CPU, 16,384 elsewhere, or what free memory holds; a batch that does not fit in a GPU's memory is halved.
+            on CPU (6,144 up to a width of 128), 16,384 elsewhere, or what free memory holds; a batch that does not fit
+            in a GPU's memory is halved.
         progress: show a progress bar.
     """
 

@@ -155,9 +155,10 @@ def encode(
     for i, item in enumerate(items):
         attempt(i, partial(forms.read, item))
     tokenise(results, tokenizer, causal, attempt)
-    for i, result in enumerate(results):
-        if isinstance(result, Encoded):
-            attempt(i, partial(_finish, result, i, vocab_size, max_length, truncation))
+    if not _all_fit(results, vocab_size, max_length):  # one by one this takes 3 µs for each input
+        for i, result in enumerate(results):
+            if isinstance(result, Encoded):
+                attempt(i, partial(_finish, result, i, vocab_size, max_length, truncation))
     bad = next((result for result in results if isinstance(result, InputError)), None)
     if bad is not None and errors == "raise":
         raise bad
@@ -233,6 +234,16 @@ def _leading(ids: np.ndarray, text: str, tokenizer: Any) -> int:
     if not bos or not len(where):
         return 0
     return int(where[0]) + 1 if where[0] == 0 or text.lstrip().startswith(bos) else 0
+
+
+def _all_fit(results: list[Any], vocab_size: int, max_length: int | None) -> bool:
+    """Whether `_finish` would give every input back as it is."""
+    given = [result.ids for result in results if isinstance(result, Encoded)]
+    lengths = [len(ids) for ids in given]
+    if not given or min(lengths) == 0 or (max_length is not None and max(lengths) > max_length):
+        return False
+    ids = np.concatenate(given)
+    return bool(ids.min() >= 0 and ids.max() < vocab_size)
 
 
 def _finish(item: Encoded, index: int, vocab_size: int, max_length: int | None, truncation: Truncation) -> Encoded:

@@ -83,7 +83,7 @@ def test_fp32_rewards_are_within_1e_5_of_the_reward_scale(family):
         check(m, sweep, corrupted, lambda kind, layer: oracle.activation(m, clean, kind, layer), kind, 5, 1e-5, scale)
 
 
-def test_bf16_is_as_near_to_the_truth_as_hooks_in_bf16():
+def test_bf16_is_nearer_to_the_truth_than_hooks_in_bf16():
     errors, agreements = [], []
     for family, seed in itertools.product(("llama", "qwen3", "gemma2", "gemma3", "phi3"), range(2)):
         exact, rounded = model(family), model(family, torch.bfloat16)
@@ -101,7 +101,7 @@ def test_bf16_is_as_near_to_the_truth_as_hooks_in_bf16():
         agreements.append([float(spearmanr(x.flatten(), truth.flatten()).statistic) for x in (got, loop)])
     # One text's turn on how the base run happens to be rounded, its ranks on close neighbours: judged on all.
     ours, theirs = np.mean(errors, 0)
-    assert ours <= theirs
+    assert ours <= 0.8 * theirs
     ours, theirs = np.mean(agreements, 0)
     assert ours >= theirs
 
