@@ -34,7 +34,7 @@ const LinearIsa& isa() {
   return required(choose_isa(all));
 }
 
-Tensor run(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias, bool across) {
+void into(Tensor y, const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias, bool across) {
   Linear s{};
   s.dtype = dtype_of(weight);
   s.rows = x.size(0);
@@ -46,12 +46,11 @@ Tensor run(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& b
   s.stride_weight = weight.stride(0);
   s.across = across;
   s.bias = bias ? static_cast<const float*>(bias->const_data_ptr()) : nullptr;
-  Tensor y = empty(torch::headeronly::ScalarType::Float, {s.rows, s.outer});
   s.y = static_cast<float*>(y.mutable_data_ptr());
-  if (!s.rows || !s.outer) return y;
+  if (!s.rows || !s.outer) return;
   if (!s.inner) {  // sums of nothing
     for (int64_t i = 0; i < s.rows * s.outer; ++i) s.y[i] = s.bias ? s.bias[i % s.outer] : 0;
-    return y;
+    return;
   }
   const LinearIsa& kernels = isa();
   // Panels over threads first, since each packs its own; then rows. Two pieces for each thread, against threads that
@@ -68,10 +67,18 @@ Tensor run(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& b
       kernels.run(s, row, std::min(row_end, s.rows), panels * c / across_panels, panels * (c + 1) / across_panels, scratch.data);
     }
   });
+}
+
+Tensor run(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias, bool across) {
+  Tensor y = empty(torch::headeronly::ScalarType::Float, {x.size(0), weight.size(across ? 1 : 0)});
+  into(y, x, weight, bias, across);
   return y;
 }
 
 }  // namespace
 }  // namespace rmfast
 
-STABLE_TORCH_LIBRARY_IMPL(rmfast_native, CPU, m) { m.impl("linear", TORCH_BOX(&rmfast::run)); }
+STABLE_TORCH_LIBRARY_IMPL(rmfast_native, CPU, m) {
+  m.impl("linear", TORCH_BOX(&rmfast::run));
+  m.impl("linear_", TORCH_BOX(&rmfast::into));
+}

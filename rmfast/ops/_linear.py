@@ -8,11 +8,12 @@ from torch import Tensor
 from rmfast import backends as _backends
 from rmfast.arguments import flag
 from rmfast.kernels.linear import reference as _reference
-from rmfast.ops._library import checked, define, direct, expect, expect_dtype, lib
+from rmfast.ops._library import checked, define, direct, expect, expect_dtype, lib, native
 
 WEIGHTS = (torch.float32, torch.bfloat16, torch.float16)
 
 define("linear", "(Tensor x, Tensor weight, Tensor? bias, bool across) -> Tensor")
+native.define("linear_(Tensor(a!) y, Tensor x, Tensor weight, Tensor? bias, bool across) -> ()")  # y contiguous
 
 _backends.register("linear", cpp=lambda: torch.ops.rmfast_native.linear.default, eager=lambda: _reference.linear)
 

@@ -71,9 +71,12 @@ def _cpp(x: Tensor, weight: Tensor, bias: Tensor | None, k: int, b_dec: Tensor |
     rows = min(n, (_WIDENED_ROWS if wide else _ROWS) // stored.itemsize)
     features = min(width, (_WIDENED_FEATURES if wide else _FEATURES) * stored.itemsize)
     multiply = _products(weight, features, stored, wide, rows)
+    centred = None if b_dec is None else x.new_empty(rows, x.size(1))
     for i in range(0, n, rows):
         block = x[i : i + rows]
-        block = (block if b_dec is None else block - b_dec).to(stored)
+        if centred is not None:
+            block = torch.sub(block, b_dec, out=centred[: block.size(0)])
+        block = block.to(stored)
         for j in range(0, width, features):
             out = multiply(block, j)
             some = None if bias is None else bias[j : j + features]
@@ -84,22 +87,27 @@ def _cpp(x: Tensor, weight: Tensor, bias: Tensor | None, k: int, b_dec: Tensor |
 def _products(
     weight: Tensor, features: int, stored: torch.dtype, wide: bool, rows: int
 ) -> Callable[[Tensor, int], Tensor]:
-    """Function of rows (n, d) and the first feature of a tile: their products (n, at most `features`)."""
+    """Function of rows (n, d) and the first feature of a tile: their products (n, at most `features`), until the next."""
+    space = weight.new_empty(rows * features, dtype=stored)
+
+    def out_for(block: Tensor, tile: Tensor) -> Tensor:
+        return space[: block.size(0) * tile.size(1)].view(block.size(0), -1)
+
     if stored == torch.float32 and _backends.fp32_linear_pays(stored)[0] and 1 in weight.stride():
-        linear, across = torch.ops.rmfast_native.linear.default, weight.stride(1) == 1
+        linear, across = torch.ops.rmfast_native.linear_.default, weight.stride(1) == 1
 
         def ours(block: Tensor, j: int) -> Tensor:
             tile = weight[:, j : j + features]
-            rows = block if block.stride(1) == 1 else block.contiguous()
-            return linear(rows, tile if across else tile.T, None, across)
+            out = out_for(block, tile)
+            linear(out, block if block.stride(1) == 1 else block.contiguous(), tile if across else tile.T, None, across)
+            return out
 
         return ours
     tile_of = _tiles(weight, features, stored, wide, rows)
-    space = weight.new_empty(rows * features, dtype=stored)
 
     def torchs(block: Tensor, j: int) -> Tensor:
         tile = tile_of(j)
-        return torch.mm(block, tile, out=space[: block.size(0) * tile.size(1)].view(block.size(0), -1))
+        return torch.mm(block, tile, out=out_for(block, tile))
 
     return torchs
 

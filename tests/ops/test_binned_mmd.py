@@ -190,6 +190,21 @@ def test_a_large_common_offset_of_representations_costs_no_accuracy(backend, use
     torch.testing.assert_close(binned_mmd(x + 1024, bins, bandwidth=3.0), want, rtol=1e-4, atol=1e-5)
 
 
+@every_mmd
+def test_rows_far_apart_pull_as_the_kernel_says_down_to_nothing(backend, use_backend):
+    """Groups of two rows in two bins, whose gradients are those of one kernel each, also where fp32 has no number for it."""
+    device = use_backend(backend)
+    gap = torch.cat((torch.linspace(0.1, 16, 400), torch.tensor([1e4, 1e15]))).to(device)
+    x = torch.stack((torch.zeros_like(gap), gap), 1).flatten().requires_grad_()
+    bins = torch.tensor([0, 1], device=device).repeat(len(gap))
+    groups = torch.arange(len(gap), device=device).repeat_interleave(2)
+    (grad,) = torch.autograd.grad(binned_mmd(x, bins, bandwidth=1.0, groups=groups), x)
+    truth = 4 * gap.double() * torch.exp(-(gap.double() ** 2) / 2)
+    smallest = 64 * torch.finfo(torch.float32).tiny
+    torch.testing.assert_close(grad[1::2].double(), truth, rtol=2e-5, atol=smallest)
+    torch.testing.assert_close(grad[::2].double(), -truth, rtol=2e-5, atol=smallest)
+
+
 @pytest.mark.parametrize("features", [None, 3])
 @every_mmd
 def test_nan_makes_mmd_nan(backend, features, use_backend):
