@@ -34,7 +34,7 @@ _ON_REQUEST = {"varlen": "two calls of torch's varlen_attn run only if asked for
 _PREFERENCE = {"cuda": ("triton", "cuda", "eager"), "cpu": ("cpp", "eager")}
 
 # Of the compiled libraries' ops, as csrc/include/rmfast/interface.h has it.
-_INTERFACE = 4
+_INTERFACE = 5
 
 _requested: ContextVar[str | None] = ContextVar("rmfast_backend", default=None)
 _ops: dict[str, dict[str, Callable[[], Callable]]] = {}

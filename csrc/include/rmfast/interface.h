@@ -2,4 +2,4 @@
 // left by another commit would read what it is given as something else.
 #pragma once
 
-#define RMFAST_INTERFACE 4
+#define RMFAST_INTERFACE 5
