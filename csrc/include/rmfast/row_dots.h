@@ -88,15 +88,14 @@ void pair_order(const A* from, int64_t n, int64_t d, A* to) {
 
 // Rows that run side by side, and interleaved chains of additions of each dot: of rows beside each other vectors y are
 // read once, and chains hide the latency of an addition. 32 registers hold four rows, 16 only two rows of four dots. One
-// dot leaves time, in which one stream is read from memory faster than two or four; but not of 16-bit rows in 32
-// registers, which four rows take 7% less for (Zen 5), and 25% under a layer norm.
-template <class T, int C>
-constexpr int kRows = kVectorBytes == 64 ? (C == 1 && sizeof(T) > 2 ? 1 : 4) : C == 4 ? 2 : 1;
-template <class T, int C>
-constexpr int kChains = kRows<T, C> == 1 ? 4 : 1;
+// stream is read from memory faster than two or four, which matters where one dot leaves the time.
+template <int C>
+constexpr int kRows = C == 1 ? 1 : kVectorBytes == 64 ? 4 : C == 4 ? 2 : 1;
+template <int C>
+constexpr int kChains = kRows<C> == 1 ? 4 : 1;
 
 // The cache that following rows are fetched into, as __builtin_prefetch counts: the first where few vectors y leave room
-// in it (one: 15%; two beside 16-bit rows: 10%).
+// in it (one: 15%; two beside 16-bit rows: 3 to 8%).
 template <class T, int C>
 constexpr int kNearness = C == 1 || (C == 2 && sizeof(T) == 2 && kVectorBytes == 64) ? 3 : 2;
 
@@ -106,7 +105,7 @@ constexpr int kNearness = C == 1 || (C == 2 && sizeof(T) == 2 && kVectorBytes ==
 template <class A, class T, int C, bool Center, bool First, int R>
 void row_dots(const T* const* x, const T* const* next, const A* shift, const A* y, int64_t d, A* out, int64_t ld,
               Moments<A>* moments) {
-  constexpr int U = kChains<T, C>, kVectors = U < 2 ? 2 : U;
+  constexpr int U = kChains<C>, kVectors = U < 2 ? 2 : U;
   constexpr int64_t S = kVectors * W<A>;
   V<A> acc[U][R][C] = {}, sq[U][R] = {}, total[U][R] = {};
   auto pair = [&](int64_t i, int chain) __attribute__((always_inline)) {
@@ -186,7 +185,7 @@ void row_dots(const T* const* x, const T* const* next, const A* shift, const A* 
 template <class A, class T, int C, bool Center, bool First>
 void block_dots(const T* const* x, int64_t count, A* shift, const A* y, int64_t d, A* out, int64_t ld,
                 Moments<A>* moments) {
-  constexpr int R = kRows<T, C>, kAhead = R < 2 ? 2 : R;  // one row ahead is less than what memory has on its way
+  constexpr int R = kRows<C>, kAhead = R < 2 ? 2 : R;  // one row ahead is less than what memory has on its way
   int64_t r = 0, shifted = 0;
   auto shift_to = [&](int64_t end) {
     for (; Center && First && shifted < end && shifted < count; ++shifted) shift[shifted] = shift_of<A>(x[shifted], d);
