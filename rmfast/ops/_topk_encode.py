@@ -74,7 +74,7 @@ def _cpp(x: Tensor, weight: Tensor, bias: Tensor | None, k: int, b_dec: Tensor |
     centred = None if b_dec is None else x.new_empty(rows, x.size(1))
     for i in range(0, n, rows):
         block = x[i : i + rows]
-        if centred is not None:
+        if b_dec is not None and centred is not None:
             block = torch.sub(block, b_dec, out=centred[: block.size(0)])
         block = block.to(stored)
         for j in range(0, width, features):
@@ -87,7 +87,7 @@ def _cpp(x: Tensor, weight: Tensor, bias: Tensor | None, k: int, b_dec: Tensor |
 def _products(
     weight: Tensor, features: int, stored: torch.dtype, wide: bool, rows: int
 ) -> Callable[[Tensor, int], Tensor]:
-    """Function of rows (n, d) and the first feature of a tile: their products (n, at most `features`), until the next."""
+    """Function of rows (n, d) and a tile's first feature: their products (n, at most `features`), until the next."""
     space = weight.new_empty(rows * features, dtype=stored)
 
     def out_for(block: Tensor, tile: Tensor) -> Tensor:

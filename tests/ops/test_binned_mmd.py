@@ -192,7 +192,7 @@ def test_a_large_common_offset_of_representations_costs_no_accuracy(backend, use
 
 @every_mmd
 def test_rows_far_apart_pull_as_the_kernel_says_down_to_nothing(backend, use_backend):
-    """Groups of two rows in two bins, whose gradients are those of one kernel each, also where fp32 has no number for it."""
+    """Groups of two rows in two bins: gradients of one kernel each, also where fp32 has no number for it."""
     device = use_backend(backend)
     gap = torch.cat((torch.linspace(0.1, 16, 400), torch.tensor([1e4, 1e15]))).to(device)
     x = torch.stack((torch.zeros_like(gap), gap), 1).flatten().requires_grad_()
