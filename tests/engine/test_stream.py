@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 
+import families
 import models as M
 import pytest
 import torch
@@ -76,6 +77,17 @@ def test_a_head_of_several_modules_is_given_rows_of_its_own_dtype():
     model.score = torch.nn.Sequential(torch.nn.Linear(linear.in_features, 24), torch.nn.Tanh(), torch.nn.Linear(24, 1))
     M.randomised(model.score).to(torch.bfloat16)
     rm = RewardModel(model.eval(), compute="native")
+    assert rm.packed_engine().wide
+    want = torch.stack([M.alone(model, text) for text in TEXTS])[:, 0].float()
+    assert float((rm.score(TEXTS) - want).abs().max()) <= 0.05 * max(1, float(want.abs().max()))
+
+
+@pytest.mark.parametrize("family", ["olmo", "neox"])
+def test_a_norm_without_weights_or_with_fp32_ones_gives_modules_of_the_head_their_dtype(family):
+    model = M.mlp_head(families.model(family)).to(torch.bfloat16)
+    if family == "neox":
+        model.base_model.final_layer_norm.float()
+    rm = RewardModel(model, compute="native")
     assert rm.packed_engine().wide
     want = torch.stack([M.alone(model, text) for text in TEXTS])[:, 0].float()
     assert float((rm.score(TEXTS) - want).abs().max()) <= 0.05 * max(1, float(want.abs().max()))
