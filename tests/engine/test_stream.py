@@ -53,14 +53,17 @@ def test_a_body_that_takes_no_fp32_stream_keeps_its_own():
     assert float((rm.score(texts) - want).abs().max()) <= 0.05 * max(1, float(want.abs().max()))
 
 
-def test_what_reads_the_stream_reads_it_unrounded():
+@pytest.mark.parametrize("family", ["llama", "gemma2", "gemma3", "gpt2"])
+def test_what_reads_the_stream_reads_it_unrounded(family):
     """The lens at its last layer, values and sweeps go by one stream with the rewards."""
-    rm = RewardModel(M.decoder("llama").to(torch.bfloat16), compute="native")
+    rm = RewardModel(M.decoder(family).to(torch.bfloat16), compute="native")
+    assert rm.packed_engine().wide
     scores = rm.score(TEXTS)
     assert torch.equal(rm.lens(TEXTS).rewards[:, -1], scores)
     assert torch.equal(torch.stack([values[-1] for values in rm.token_values(TEXTS)]), scores)
     sweep = rm.patch_sweep(TEXTS[0], TEXTS[0][:10] + TEXTS[1][10:])
-    assert sweep.engine == "suffix" and torch.equal(sweep.clean_reward.flatten(), scores[:1])
+    # A norm behind attention and the sum are one op in a score: a rounding of fp32 less.
+    assert sweep.engine == "suffix" and abs(float(sweep.clean_reward) - float(scores[0])) <= 1e-6
 
 
 def test_collected_activations_keep_the_dtype_of_the_model_s_modules():
