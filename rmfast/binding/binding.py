@@ -378,13 +378,12 @@ class Binding:
         x = x if self.before is None else self.before.of(x)
         if self.leaves_norm_out:
             assert self.norm is not None
-            x = self.norm(self._as_its_weights(x))
+            x = self.norm(self._as_modules_take(x))
         return x if self.after is None else self.after.of(x)
 
-    def _as_its_weights(self, x: Tensor) -> Tensor:
-        """Rows as the final norm takes them as a module: a stream that is fp32 between 16-bit blocks, as these do."""
-        stored = next((p.dtype for p in active(self.norm).parameters()), x.dtype)
-        return x.to(stored) if x.dtype == torch.float32 and stored in LOW else x
+    def _as_modules_take(self, x: Tensor) -> Tensor:
+        """Rows in the dtype that the model's own stream has; between fused 16-bit blocks it may be fp32."""
+        return x.to(self.stored) if x.dtype == torch.float32 and self.stored in LOW else x
 
     def norm_arguments(self, device: torch.device) -> dict[str, Any]:
         """`reward_head`'s norm arguments for hidden states from `hidden`, read from the model now."""

@@ -82,3 +82,13 @@ def test_a_head_of_several_modules_is_given_rows_of_its_own_dtype():
     assert rm.packed_engine().wide
     want = torch.stack([M.alone(model, text) for text in TEXTS])[:, 0].float()
     assert float((rm.score(TEXTS) - want).abs().max()) <= 0.05 * max(1, float(want.abs().max()))
+
+
+def test_a_final_norm_without_weights_gives_rows_of_the_model_s_dtype():
+    body = M.randomised(transformers.OlmoModel(transformers.OlmoConfig(**M._SHAPE))).to(torch.bfloat16).eval()
+    head = M.randomised(torch.nn.Sequential(torch.nn.Linear(48, 24), torch.nn.Tanh(), torch.nn.Linear(24, 1)))
+    rm = RewardModel(body, compute="native", head=head.to(torch.bfloat16))
+    assert rm.packed_engine().wide
+    with torch.no_grad():
+        want = torch.stack([head(body(torch.tensor([text])).last_hidden_state[0, -1]) for text in TEXTS]).float()
+    assert float((rm.score(TEXTS) - want.flatten()).abs().max()) <= 0.05 * max(1, float(want.abs().max()))
