@@ -155,15 +155,18 @@ class Layer:
         """The stream at the queries' rows x, with attention added, and what the MLP has yet to add to it."""
         attended = self.o_proj(run.attend(self.attn, q, k, v, **self.options).flatten(1))
         if self.parallel or self.before_mlp is None:
-            middle = x + (attended if self.after_attn is None else self.after_attn(attended))
+            middle = x + self._added(attended)
             return middle, self.mlp_after(x, middle)
         y, x = self.before_mlp(attended, x, post=self.after_attn)
         return x, self.mlp_of(y)
 
     def added_by(self, heads: Tensor) -> Tensor:
         """What attention adds to the stream, from its heads' outputs (n, Hq, D)."""
-        out = self.o_proj(heads.flatten(1))
-        return out if self.after_attn is None else self.after_attn(out)
+        return self._added(self.o_proj(heads.flatten(1)))
+
+    def _added(self, attended: Tensor) -> Tensor:
+        """What attention adds to the stream; beside an fp32 one not rounded, as where `before_mlp` takes the sum."""
+        return attended if self.after_attn is None else self.after_attn(self.widened(attended))
 
     def adds(self, kind: str) -> tuple[nn.Module, Norm | None]:
         """The module that gives what attention (or the MLP, "mlp_out") adds to the stream, and the norm behind it."""

@@ -366,7 +366,9 @@ class Engine:
         """
         graphs = None
         if self.graphs is not None and seen is None and not longest and self.uncaptured() is None:
-            graphs = self.graphs.renewed(self.binding)
+            # A replay calls no hook: what watches a session's layers would be left with a chunk before.
+            watched = any(map(has_hooks, self.binding.body.modules()))
+            graphs = None if watched else self.graphs.renewed(self.binding)
         kept: dict[nn.Module, tuple[Tensor, Tensor]] = {}
         for chunk in planned:
             if graphs is not None and not chunk.kept and not len(chunk.keep_rows):

@@ -57,7 +57,7 @@ def run_watched(
     """
     scorer.packed_engine()  # before hooks are in the layers, which would rule it out; kept by the scorer
     watched = copy.copy(scorer)
-    watched.binding = Watched.of(bound, taps)
+    watched.binding, watched.cuda_graphs = Watched.of(bound, taps), False
     # A norm that stays in the body is one that the packed engine leaves out.
     engine = None if packed and bound is scorer.binding else "padded"
     if scorer.gated:

@@ -19,6 +19,7 @@ from rmfast import RewardModel
 from rmfast.engine import graphs
 from rmfast.engine.planner import plan
 from rmfast.engine.shapes import Shape, arrays
+from rmfast.patching.activations import collect
 
 CPU = torch.device("cpu")
 
@@ -254,6 +255,22 @@ def test_memory_that_runs_out_halves_the_batch_and_drops_the_graphs(made, monkey
     for _ in range(3):
         assert torch.equal(captured.score(some, batch_tokens=512), plain.score(some, batch_tokens=100))
     assert max(least) > 128 and made[-1].replays
+
+
+def test_what_watches_layers_sees_each_run_and_no_graph_is_replayed(made):
+    """A replay calls no hook: what it should have shown would be that of a chunk before."""
+    plain, captured = pair("llama")
+    some = texts(20, 5)
+    for _ in range(3):
+        captured.score(some, batch_tokens=64)
+    replays = sum(graph.replays for graph in made)
+    for budget in (64, None):
+        lenses = [rm.lens(some, batch_tokens=budget).rewards for rm in (plain, captured)]
+        assert torch.equal(*lenses)
+        for site in ("resid_pre", "resid_post", "attn_out"):
+            rows = [collect(rm, some, layer=0, site=site, batch_tokens=budget).rows for rm in (plain, captured)]
+            assert torch.equal(*rows), site
+    assert sum(graph.replays for graph in made) == replays
 
 
 def clamped(model):

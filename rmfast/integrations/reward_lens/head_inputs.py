@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from rmfast.engine.memory import out_of_memory
 from rmfast.engine.planner import plan, windows
@@ -46,15 +46,15 @@ def _head_inputs(runtime: Any, texts: list[np.ndarray], every: bool) -> Tensor:
     found = []
     try:
         with binding.session():
-            norm = binding.norm if binding.leaves_norm_out and binding.norm is not None else nn.Identity()
             for some in windows(lengths):
                 ids = np.concatenate([texts[i] for i in some], dtype=np.int32)
                 cu = np.cumsum([0, *(lengths[i] for i in some)])
                 read: Any = "all" if every else np.array([lengths[i] - 1 for i in some])
                 planned = plan(ids, cu, batch_tokens=rm.default_batch_tokens(engine), read=read)
-                rows = torch.cat(
-                    [norm(hidden[None, : len(chunk.read_rows)])[0] for chunk, hidden in engine.run(ids, planned, 0)]
-                )
+                rows = torch.cat([
+                    binding.normed(hidden[None], torch.arange(len(chunk.read_rows), device=hidden.device))[0]
+                    for chunk, hidden in engine.run(ids, planned, 0)
+                ])  # fmt: skip
                 found.append(rows[torch.from_numpy(planned.read_index).to(rows.device)])
             flat = torch.cat(found)
     except RuntimeError as error:
