@@ -435,8 +435,8 @@ class Scorer:
         )
 
     def _settings(self, engine: Engine | str) -> list[Any]:
-        """What the engine has taken from the model's configuration and its layers: scales, windows."""
-        held = [*settings_of(self.binding.config), self.binding.stored]
+        """What the engine has taken from the model: scales, windows, dtype, whether it lies on the CPU."""
+        held = [*settings_of(self.binding.config), self.binding.stored, self.binding.device.type == "cpu"]
         if isinstance(engine, str):
             return held
         replaced = [*engine.written, *engine.experts]  # whose own forwards do not run

@@ -11,6 +11,7 @@ import torch
 import transformers
 
 from rmfast import RewardModel
+from rmfast.engine.attention import Unsupported
 from rmfast.patching.activations import collect
 
 TEXTS = M.token_ids([30] * 12)
@@ -40,6 +41,19 @@ def test_a_model_that_changes_its_dtype_changes_the_stream(dtype):
     want = torch.stack([M.alone(model, text) for text in texts])[:, 0]
     M.assert_rewards(rm.score(texts), want, M.reward_scale(model))
     assert not rm.packed_engine().wide
+
+
+def test_a_model_that_leaves_the_cpu_is_taken_apart_anew(monkeypatch):
+    """Elsewhere the stream stays in 16 bits."""
+
+    def engine(*args):
+        raise Unsupported("made anew")
+
+    rm = RewardModel(M.decoder("llama").to(torch.bfloat16), compute="native")
+    assert rm.packed_engine() is rm.packed_engine()
+    monkeypatch.setattr("rmfast.engine.scorer.Engine", engine)
+    monkeypatch.setattr(type(rm.binding), "device", property(lambda self: torch.device("cuda")))
+    assert rm.packed_engine() == "made anew"
 
 
 def test_a_body_that_takes_no_fp32_stream_keeps_its_own():
