@@ -65,6 +65,9 @@ def _rms_norm(
 ):  # fmt: skip
     dtype = p_x.dtype.element_ty
     acc = tl.float64 if dtype == tl.float64 else tl.float32
+    stream = dtype  # in which the sum is kept, and what goes into it rounded: the residual's
+    if p_residual is not None:
+        stream = p_residual.dtype.element_ty
     o_n = tl.program_id(0).to(tl.int64) * BM + tl.arange(0, BM)
     o_d = tl.arange(0, BD)
     m_d = o_d < d
@@ -74,13 +77,14 @@ def _rms_norm(
     b_x = tl.load(p_x + o_x[:, None] + o_d[None, :], mask=m_x, other=0.0).to(acc)  # [BM, BD]
     if p_residual is not None:
         if POST:
-            b_x = normed(b_x, load_gain(p_post, o_d, m_d, acc, GEMMA), eps, dtype, d, GEMMA).to(acc)
+            b_x = normed(b_x, load_gain(p_post, o_d, m_d, acc, GEMMA), eps, stream, d, GEMMA).to(acc)
         o_r = tl.multiple_of(o_n * stride_r, VEC)
         b_r = tl.load(p_residual + o_r[:, None] + o_d[None, :], mask=m_x, other=0.0).to(acc)
-        b_sum = (b_x + b_r).to(dtype)
+        b_sum = (b_x + b_r).to(stream)
         tl.store(p_sum + o_y, b_sum, mask=m_x)
         b_x = b_sum.to(acc)
-    tl.store(p_y + o_y, normed(b_x, load_gain(p_weight, o_d, m_d, acc, GEMMA), eps, dtype, d, GEMMA), mask=m_x)
+    b_y = normed(b_x, load_gain(p_weight, o_d, m_d, acc, GEMMA), eps, stream, d, GEMMA)
+    tl.store(p_y + o_y, b_y.to(dtype), mask=m_x)
 
 
 @triton.jit
@@ -259,7 +263,7 @@ def rms_norm(
     if config["BD"] * reference.accumulator(x.dtype).itemsize > MAX_ROW:
         return reference.rms_norm(x, weight, residual, post_weight, eps, gemma)
     with on_device(x):
-        y, total = x.new_empty(x.shape), x.new_empty((0,) if residual is None else x.shape)
+        y, total = x.new_empty(x.shape), x.new_empty(0) if residual is None else residual.new_empty(x.shape)
         x = aligned_rows(x, config["VEC"])
         residual = None if residual is None else aligned_rows(residual, config["VEC"])
         _rms_norm[(cdiv(rows, config["BM"]),)](

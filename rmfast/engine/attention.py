@@ -69,9 +69,10 @@ class Run:
     def over_pool(self, key: nn.Module, q: Tensor, k: Tensor, v: Tensor, options: dict[str, Any]) -> Tensor:
         """Attention of heads as the op takes them."""
         asked = None if q.size(0) == k.size(0) else self.cu_reads
+        pool_k, pool_v = self.pool(key, k, v)
         with outside():
             return suffix_attention(
-                q, k, v, self.cu_seqlens, *self.pool(key, k, v), self.prefix_start, self.prefix_len, cu_queries=asked,
+                q, k, v, self.cu_seqlens, pool_k, pool_v, self.prefix_start, self.prefix_len, cu_queries=asked,
                 **options,
             )[0]  # fmt: skip
 

@@ -197,7 +197,7 @@ class Layer:
             return self.mlp_from(self.neurons(y))
         out = self.mlp(self._narrowed(y)[None])
         delta = (out[0] if isinstance(out, tuple) else out)[0]
-        return delta if self.after_mlp is None else self.after_mlp(delta)
+        return self._behind_mlp(delta)
 
     def neurons(self, y: Tensor) -> Tensor:
         """The MLP's inner activations (n, m) of normed rows."""
@@ -207,8 +207,10 @@ class Layer:
     def mlp_from(self, neurons: Tensor) -> Tensor:
         """What the MLP adds to the stream, from its inner activations."""
         assert self.inner is not None
-        delta = self.inner.down_proj(neurons)
-        return delta if self.after_mlp is None else self.after_mlp(delta)
+        return self._behind_mlp(self.inner.down_proj(neurons))
+
+    def _behind_mlp(self, delta: Tensor) -> Tensor:
+        return delta if self.after_mlp is None else self.after_mlp(self.widened(delta))
 
 
 def settings(layers: list[tuple[nn.Module, Layer]]) -> list[Any]:

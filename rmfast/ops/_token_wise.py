@@ -35,11 +35,6 @@ define(
 define("gated_activation", "(Tensor gate, Tensor up, int kind) -> Tensor")
 
 
-def _refuses_two_dtypes(x, weight, residual, *args):
-    wide = residual is not None and residual.dtype != x.dtype
-    return f"it adds no {residual.dtype} residual to {x.dtype}" if wide else None
-
-
 def _register(name: str) -> None:
     def triton():
         from rmfast.kernels.token_wise import triton
@@ -48,7 +43,6 @@ def _register(name: str) -> None:
 
     _backends.register(
         name,
-        refusals={"triton": _refuses_two_dtypes} if name == "rms_norm" else None,
         triton=triton,
         cpp=lambda: getattr(torch.ops.rmfast_native, name).default,
         eager=lambda: getattr(_reference, name),

@@ -112,13 +112,10 @@ def test_a_weight_of_another_dtype_leaves_the_dtype_of_x(backend, use_backend):
         assert all(a.dtype == torch.bfloat16 and torch.equal(a, b) for a, b in zip(got, want))
 
 
-WIDE = [param for param in BACKENDS if param.values[0][1] != "triton"]
-
-
 @pytest.mark.parametrize("post", [False, True], ids=["plain", "post"])
 @pytest.mark.parametrize("dtype", DTYPES[2:], ids=str)
 @llama_and_gemma
-@pytest.mark.parametrize("backend", WIDE)
+@every_backend
 def test_beside_an_fp32_residual_nothing_is_rounded_but_y(backend, gemma, dtype, post, use_backend, poisoned):
     device = use_backend(backend)
     for rows, d in SIZES:
@@ -134,7 +131,7 @@ def test_beside_an_fp32_residual_nothing_is_rounded_but_y(backend, gemma, dtype,
 
 
 @pytest.mark.parametrize("dtype", DTYPES[2:], ids=str)
-@pytest.mark.parametrize("backend", WIDE)
+@every_backend
 def test_a_nan_of_any_payload_in_an_fp32_residual_stays_one(backend, dtype, use_backend):
     device = use_backend(backend)
     x, residual = draw(3, 40, dtype=dtype, device=device), draw(3, 40, device=device).clone()
