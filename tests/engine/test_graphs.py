@@ -48,6 +48,15 @@ def pair(family: str, **options) -> tuple[RewardModel, RewardModel]:
     return RewardModel(model, **options), RewardModel(model, cuda_graphs=True, **options)
 
 
+def warmed():
+    """As `pair`, and texts of which the second has a graph."""
+    plain, captured = pair("llama")
+    some = texts(9, 1)
+    for _ in range(3):
+        captured.score(some)
+    return plain, captured, some
+
+
 @pytest.mark.parametrize("family", ["llama", "gemma2", "qwen3", "gpt2", "phi3"])
 def test_rewards_and_values_have_the_bits_of_runs_without_graphs(family, made):
     plain, captured = pair(family)
@@ -191,10 +200,7 @@ def test_the_oldest_of_too_many_graphs_goes(made, monkeypatch):
 
 
 def test_weights_that_change_where_they_lie_are_seen_and_others_are_captured_anew(made):
-    plain, captured = pair("llama")
-    some = texts(9, 1)
-    for _ in range(3):
-        captured.score(some)
+    plain, captured, some = warmed()
     count, weight = len(made), captured.model.model.layers[1].mlp.up_proj.weight
     with torch.no_grad():
         weight.mul_(1.5)
@@ -206,10 +212,7 @@ def test_weights_that_change_where_they_lie_are_seen_and_others_are_captured_ane
 
 
 def test_another_backend_is_captured_anew(made):
-    plain, captured = pair("llama")
-    some = texts(9, 1)
-    for _ in range(3):
-        captured.score(some)
+    plain, captured, some = warmed()
     count = len(made)
     with rmfast.backend("eager"):
         for _ in range(2):
@@ -218,10 +221,7 @@ def test_another_backend_is_captured_anew(made):
 
 
 def test_other_weights_have_graphs_of_their_own(made):
-    plain, captured = pair("llama")
-    some = texts(9, 1)
-    for _ in range(3):
-        captured.score(some)
+    plain, captured, some = warmed()
     other = copy.deepcopy(captured)
     with torch.no_grad():
         other.model.model.layers[1].mlp.up_proj.weight.mul_(3)
@@ -356,10 +356,7 @@ def test_graphs_run_only_where_they_are_asked_for_and_explain_says_so(made):
 
 
 def test_a_projection_that_takes_another_s_place_is_seen(made):
-    plain, captured = pair("llama")
-    some = texts(9, 1)
-    for _ in range(3):
-        captured.score(some)
+    plain, captured, some = warmed()
     mlp = captured.model.model.layers[0].mlp
     mlp.up_proj = nn.Linear(48, 80, bias=False)
     for _ in range(3):
