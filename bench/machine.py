@@ -17,13 +17,13 @@ ROOT = Path(__file__).parent.parent
 _ISA = re.compile(r"avx2|fma|f16c|avx512\w*|avx_vnni|amx_\w+|neon|asimd\w*|sve\w*|bf16")
 
 
-def _proc(path: str) -> dict[str, str]:
+def _proc(path: str, colon: str = ":") -> dict[str, str]:
     """The first value of each key of a "key : value" file, as /proc/cpuinfo is; empty where there is none."""
     try:
         lines = Path(path).read_text().splitlines()
     except OSError:
         return {}
-    pairs = (line.partition(":") for line in reversed(lines))
+    pairs = (line.partition(colon) for line in reversed(lines))
     return {key.strip(): value.strip() for key, _, value in pairs}
 
 
@@ -80,6 +80,25 @@ def commit() -> dict[str, Any]:
     """The commit and whether the tree differs from it, benchmark data aside; {"commit": None, ...} outside git."""
     changes = _output("git", "status", "--porcelain", "--", ".", ":!bench/data")
     return {"commit": _output("git", "rev-parse", "HEAD"), "dirty": None if changes is None else bool(changes)}
+
+
+def _own_seconds(process: Path) -> float:
+    """CPU seconds of a process and of its children, the ended ones too."""
+    times = (process / "stat").read_text().rpartition(")")[2].split()[11:15]
+    children = " ".join(path.read_text() for path in process.glob("task/*/children")).split()
+    own = sum(map(int, times)) / os.sysconf("SC_CLK_TCK")
+    return own + sum(_own_seconds(Path("/proc", child)) for child in children)
+
+
+def busy_seconds() -> tuple[float, float] | None:
+    """CPU seconds that the machine has been busy (what a virtual machine's host took too), and those of this process
+    and its children; None where the system does not say."""
+    try:
+        user, nice, system, _, _, irq, softirq, steal = map(int, _proc("/proc/stat", " ")["cpu"].split()[:8])
+        busy = (user + nice + system + irq + softirq + steal) / os.sysconf("SC_CLK_TCK")
+        return busy, _own_seconds(Path("/proc/self"))
+    except (OSError, KeyError, ValueError):
+        return None
 
 
 def free_memory(device: torch.device) -> int:

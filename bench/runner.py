@@ -11,6 +11,7 @@ import gc
 import itertools
 import json
 import math
+import os
 import re
 import statistics
 import sys
@@ -27,6 +28,9 @@ from bench import machine, memory
 from bench.registry import Benchmark
 
 DATA = Path(__file__).parent / "data"
+
+# Others' share of the CPU from which on times don't stand: one of two cores' idle background stays below a hundredth.
+DISTURBED = 0.03
 
 # A sample is one call, or as many calls as take this long, so that neither the clock nor a thread that went to
 # sleep during the contender before weighs in.
@@ -138,7 +142,7 @@ def run(
     Returns:
         "check" is "passed" or what failed; "contenders" holds each one's median and quartiles in ms, error and, where
         its numbers failed, why; "ratios" the fastest passing form of each baseline over ours; "share" ours of the
-        limit; "met" each target's outcome.
+        limit; "met" each target's outcome; "others" the share of the CPU that other processes took meanwhile.
     """
     where = torch.device(device)
     torch.compiler.reset()  # else earlier rows count towards torch.compile's limit on versions of a function
@@ -162,10 +166,12 @@ def run(
         probes = {label: Contender(call, work) for label, (work, call) in probed.items()}
         running = [c for c in contenders.values() if c.error is not None]
         timed = [*running, *probes.values()]
+        begin, busy = time.monotonic(), machine.busy_seconds()
         if quick:
             measure(timed, where, 0, (2, 2), sample_seconds=0)
         else:
             measure(timed, where, seconds, benchmark.rounds)
+        others = others_share(busy, machine.busy_seconds(), time.monotonic() - begin)
 
     row: dict[str, Any] = {
         "benchmark": benchmark.name,
@@ -180,6 +186,7 @@ def run(
         "bytes": problem.bytes_moved,
         "flops": problem.flops,
         "facts": dict(problem.facts),
+        "others": others,
     }
     failures = []
     ours = contenders["ours"]
@@ -215,6 +222,14 @@ def run(
     if "memory" in targets:
         row["met"]["memory"] = row["memory"]["share"] <= targets["memory"]
     return row
+
+
+def others_share(before: tuple[float, float] | None, after: tuple[float, float] | None, seconds: float) -> float | None:
+    """The share of the machine's CPU time that other processes took meanwhile."""
+    if before is None or after is None:
+        return None
+    taken = (after[0] - before[0]) - (after[1] - before[1])
+    return round(max(0.0, taken) / seconds / (os.cpu_count() or 1), 3)
 
 
 def _left_out(group: str, row: dict[str, Any]) -> bool:
@@ -285,6 +300,8 @@ def text(row: dict[str, Any]) -> str:
         most = row["targets"].get("memory")
         target = "" if most is None else f", target at most {most}: {'met' if row['met']['memory'] else 'MISSED'}"
         lines.append(f"  -> peak memory {shown}: {row['memory']['share']:.2f}x{target}")
+    if (row["others"] or 0) > DISTURBED and not row["quick"]:
+        lines.append(f"  DISTURBED: other processes took {row['others']:.0%} of the CPU; measure on a quiet machine")
     lines.append(f"  check {row['check']}")
     return "\n".join(lines)
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import dataclasses
 import json
 import platform
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -99,6 +101,24 @@ def test_contenders_are_timed_interleaved_over_rotating_inputs():
     assert [len(c.samples) for c in contenders] == [3, 3]
 
 
+@pytest.mark.skipif(machine.busy_seconds() is None, reason="the system does not count CPU time in /proc")
+def test_others_share_of_the_cpu_leaves_out_this_process_and_its_children(monkeypatch):
+    spin = "import time\nwhile time.process_time() < 0.5: pass\nprint(flush=True)\ninput()"
+    before = machine.busy_seconds()
+    with subprocess.Popen([sys.executable, "-c", spin], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as child:
+        child.stdout.readline()
+        during = machine.busy_seconds()
+        child.communicate(b"\n")
+    assert during[1] - before[1] >= 0.45
+    assert machine.busy_seconds()[1] >= during[1] - 0.05
+    assert during[0] - before[0] >= 0.45
+    monkeypatch.setattr(runner.os, "cpu_count", lambda: 2)
+    assert runner.others_share((5.0, 1.0), (10.0, 4.0), 10.0) == 0.1
+    assert runner.others_share((5.0, 1.0), (10.0, 6.01), 10.0) == 0
+    assert runner.others_share(None, None, 1.0) is None
+    assert "DISTURBED: other processes took 10%" in runner.text({**quick(ROW), "quick": False, "others": 0.1})
+
+
 def test_inputs_are_distinct_memory_of_the_asked_size():
     problem = ROW.problem(ROW.quick, torch.device("cpu"), 1 << 17)
     assert len({h.data_ptr() for h in problem.inputs}) == len(problem.inputs) == (1 << 17) // problem.input_bytes
@@ -128,6 +148,7 @@ def test_saved_rows_have_machine_versions_commit_and_date_and_nothing_private(tm
         "backends",
         "check",
         "contenders",
+        "others",
     } <= set(row)
     assert {"ratios", "targets", "met", "limits", "limit", "share", "rotated_bytes", "bytes", "flops"} <= set(row)
     assert {"cpu", "isa", "cores", "threads", "torch", "triton", "transformers"} <= set(row["machine"])
