@@ -44,7 +44,7 @@ inline void put(T* p, V<A> v, int64_t n) {
   if (n == W<A>) return put_vector<A>(p, v);
   T part[W<A>];
   put_vector<A>(part, v);
-  memcpy(p, part, n * sizeof(T));
+  write_part<A>(p, part, n);
 }
 
 // v as it would be read back after a store to T.
