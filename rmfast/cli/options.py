@@ -195,8 +195,11 @@ def with_options(command: Callable[..., None]) -> Callable[..., None]:
     return run
 
 
-# An argument in a sentence, and not in a call: with truncation="left", expected trust_remote_code=True.
-_ARGUMENT = re.compile(r"""(?<![\w.(=?&])(?<!,\ )([a-z_]+)=((["'])[^"'\s]+\3(?:\ or\ \3[^"'\s]+\3)*|True|\d[\d.]*\b)""")
+# A call, or an argument in a sentence: with truncation="left", expected trust_remote_code=True.
+_ARGUMENT = re.compile(
+    r"""[\w.]+\((?:[^()]|\([^()]*\))*\)|"""
+    r"""(?<![\w.(=?&])([a-z_]+)=((["'])[^"'\s]+\3(?:\ or\ \3[^"'\s]+\3)*|True|\d[\d.]*\b)"""
+)
 
 
 def in_options(message: str, names: Collection[str]) -> str:
@@ -205,7 +208,7 @@ def in_options(message: str, names: Collection[str]) -> str:
 
     def option(found: re.Match[str]) -> str:
         name, value, quote = found.groups()
-        if name not in names:
+        if name not in names:  # or a call, which stays as it is
             return found[0]
         flag = f"--{name.replace('_', '-')}"
         return flag if value == "True" else f"{flag} {value.replace(quote or '', '')}"

@@ -154,9 +154,12 @@ def test_a_long_text_is_cut_when_asked(folder, rm, tmp_path):
          "over --max-length 512; --truncation left or right would cut it"),
         ("which only runs with trust_remote_code=True", "which only runs with --trust-remote-code"),
         ("Expected dtype='bfloat16', got 3", "Expected --dtype bfloat16, got 3"),
+        ('only with truncation="left", max_length=512', "only with --truncation left, --max-length 512"),
         # No options of the command, calls, and what merely looks so.
         ('rmfast.load(..., head="NAME")', 'rmfast.load(..., head="NAME")'),
         ('rm.score(x, truncation="left")', 'rm.score(x, truncation="left")'),
+        ('rmfast.load(f(x), truncation="left", max_length=5), or dtype="a"',
+         'rmfast.load(f(x), truncation="left", max_length=5), or --dtype a'),
         *[(same, same) for same in ('align="strict"', "a=b", 'x.dtype="y"', "https://host/?dtype=3")],
     ],
 )  # fmt: skip
