@@ -22,6 +22,7 @@ from rmfast.binding.modules import (
     is_readable,
     is_untouched,
     logits_of,
+    modules_of,
     plain_linear,
     same_settings,
     settings_of,
@@ -229,7 +230,7 @@ class Binding:
             *(tuple(each) if isinstance(each, list) else each for each in ids),
             getattr(self.config, "is_causal", None),
             getattr(self.config, "_attn_implementation_internal", None),  # SDPA drops a softcap
-            *(module.__dict__.get("is_causal") for module in self.body.modules()),
+            *(module.__dict__.get("is_causal") for module in modules_of(self.body)),
         )
 
     @property

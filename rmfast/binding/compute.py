@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from rmfast import backends as _backends
+from rmfast.binding.modules import modules_of, parameters_of
 from rmfast.ops import linear
 
 COMPUTE = ("auto", "native", "fp32")
@@ -45,7 +46,7 @@ def chosen(compute: str, root: nn.Module) -> tuple[bool, str]:
     """
     if compute == "native":
         return False, _ASKED
-    parameters = list(root.parameters())  # looked through once: every session asks
+    parameters = parameters_of(root)  # looked through once: every session asks
     stored = stored_dtype(parameters)
     why_not = (
         "its weights are quantised, and multiply by themselves" if _are_quantised(parameters, root)
@@ -68,9 +69,11 @@ def chosen(compute: str, root: nn.Module) -> tuple[bool, str]:
 def _are_quantised(parameters: Iterable[Tensor], root: nn.Module) -> bool:
     """Whether weights are tensors of another class (torchao), or are packed into small integers or 8-bit floats, as
     parameters (bitsandbytes, FP8) or as buffers (GPTQ, AWQ)."""
-    if any(type(p.data) is not Tensor or p.dtype not in _FLOATS for p in parameters):
+    # A parameter made of another class is of that class; `.data` makes a tensor, so that it is asked last.
+    if any(p.dtype not in _FLOATS or (type(p) not in _PLAIN and type(p.data) is not Tensor) for p in parameters):
         return True
-    return any(buffer.dtype not in (*_FLOATS, torch.int64, torch.bool) for buffer in root.buffers())
+    buffers = (buffer for module in modules_of(root) for buffer in module._buffers.values())
+    return any(b.dtype not in (*_FLOATS, torch.int64, torch.bool) for b in buffers if b is not None)
 
 
 def measured(dtype: torch.dtype) -> str:

@@ -20,6 +20,26 @@ _WATCHERS = ("transformers.utils.output_capturing", "torch.utils.module_tracker"
 PASSIVE = (nn.Dropout, nn.Identity, nn.Flatten)  # modules that change no value in eval mode
 
 
+def modules_of(root: nn.Module) -> list[nn.Module]:
+    """`root.modules()`, in its order, in a quarter of the time: each run of a model looks through them ten times."""
+    found = {root: None}
+
+    def visit(module: nn.Module) -> None:
+        for child in module._modules.values():
+            if child is not None and child not in found:
+                found[child] = None
+                if child._modules:
+                    visit(child)
+
+    visit(root)
+    return list(found)
+
+
+def parameters_of(root: nn.Module) -> list[nn.Parameter]:
+    """`root.parameters()` likewise; one that modules share stands once for each of them."""
+    return [p for module in modules_of(root) for p in module._parameters.values() if p is not None]
+
+
 def unwrap(model: nn.Module) -> nn.Module:
     """The transformers model inside torch.compile and peft wrappers. Adapters live in its layers and stay active."""
     model = uncompiled(model)
@@ -215,7 +235,7 @@ class _Writes:
 
 def structure_of(root: nn.Module) -> tuple:
     """A model's modules and what is put on them, as a key."""
-    return tuple((module, own_forward(module), has_hooks(module)) for module in root.modules())
+    return tuple((module, own_forward(module), has_hooks(module)) for module in modules_of(root))
 
 
 @dataclass(frozen=True, eq=False)
@@ -245,7 +265,7 @@ class Snapshot:
 
 def _held_by(root: nn.Module, watched: tuple[nn.Module, ...]) -> list[Any]:
     held: list[Any] = []
-    for module in root.modules():
+    for module in modules_of(root):
         if not hasattr(module, "rope_type"):  # which keeps what the last text was
             held += [*settings_of(module), *module._parameters.values(), *module._buffers.values()]
     return held + [_Writes(p) for module in watched for p in module._parameters.values() if p is not None]

@@ -8,6 +8,8 @@ from typing import Any
 
 from torch import nn
 
+from rmfast.binding.modules import modules_of
+
 
 def _rope_parameters(config: Any) -> list[dict[str, Any]]:
     """The rotary settings of a configuration: one, or one for each layer type."""
@@ -23,7 +25,7 @@ def length_groups(body: nn.Module, config: Any) -> Callable[[int], tuple[int, ..
     """
     switches: set[int] = set()  # beyond each of these lengths another set of frequencies
     grows: set[int] = set()  # beyond each a set for each length
-    rotary = [module for module in body.modules() if hasattr(module, "rope_type")]
+    rotary = [module for module in modules_of(body) if _rope_type(module) is not None]
     for held in (config, *(getattr(module, "config", config) for module in rotary)):
         for parameters in _rope_parameters(held):
             kind = parameters.get("rope_type") or parameters.get("type") or ""
@@ -41,11 +43,17 @@ def length_groups(body: nn.Module, config: Any) -> Callable[[int], tuple[int, ..
 
 def rope_modules(body: nn.Module) -> list[nn.Module]:
     """Dynamic-NTK modules: they keep the frequencies of the longest text seen so far."""
-    return [module for module in body.modules() if _dynamic_prefixes(module)]
+    return [module for module in modules_of(body) if _dynamic_prefixes(module)]
+
+
+def _rope_type(module: nn.Module) -> Any:
+    """Without `nn.Module.__getattr__`, whose errors cost more than all the rest of a search."""
+    of_class = hasattr(type(module), "rope_type")
+    return module.rope_type if of_class else module.__dict__.get("rope_type")
 
 
 def _dynamic_prefixes(module: nn.Module) -> list[str]:
-    kind = getattr(module, "rope_type", None)
+    kind = _rope_type(module)
     if isinstance(kind, dict):
         return [f"{layer}_" for layer, name in kind.items() if "dynamic" in name]
     return [""] if isinstance(kind, str) and "dynamic" in kind else []

@@ -14,6 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from rmfast.binding.modules import modules_of
+
 _Lock = tuple[int, Any]  # a re-entrant lock, behind its place in the order in which locks are taken
 _locks: weakref.WeakKeyDictionary[nn.Module, _Lock] = weakref.WeakKeyDictionary()
 _locks_guard = threading.Lock()
@@ -29,10 +31,12 @@ def lock_of(module: nn.Module) -> Iterator[None]:
     locks of their own.
     """
     with _locks_guard:
-        parts = list(module.modules())
-        found = {_locks[part] for part in parts if part in _locks} or {(next(_numbers), threading.RLock())}
-        for part in parts:
-            _locks.setdefault(part, min(found))
+        parts = modules_of(module)
+        locks = list(map(_locks.get, parts))
+        found = {lock for lock in locks if lock is not None} or {(next(_numbers), threading.RLock())}
+        if None in locks:
+            for part in parts:
+                _locks.setdefault(part, min(found))
     with ExitStack() as stack:
         for _, lock in sorted(found):
             stack.enter_context(lock)
@@ -91,7 +95,7 @@ def uncompiled_calls(model: nn.Module) -> Iterator[None]:
     Hooks of the probe would not run in it, and under a mode of torch functions (`rmfast.binding.compute.Fp32`) what
     Dynamo leaves half compiled, at its limit of recompilations, gives tensors of other shapes.
     """
-    compiled = [module for module in model.modules() if module._compiled_call_impl is not None]
+    compiled = [module for module in modules_of(model) if module._compiled_call_impl is not None]
     impls = [module._compiled_call_impl for module in compiled]
     try:
         for module in compiled:
@@ -133,7 +137,7 @@ def eval_mode(root: nn.Module) -> Iterator[None]:
 
     The mode is the modules' and not a thread's: until then a forward in another thread has no dropout either.
     """
-    training = [module for module in root.modules() if module.training]
+    training = [module for module in modules_of(root) if module.training]
     try:
         for module in training:
             module.training = False

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface
 
 from rmfast.binding.compute import outside
+from rmfast.binding.modules import modules_of
 from rmfast.binding.session import rows_read
 from rmfast.engine.planner import Chunk
 from rmfast.ops import suffix_attention
@@ -182,7 +183,7 @@ AttentionMaskInterface.register(_OWN_MASK, lambda *args, **kwargs: torch.empty(0
 def attention_configs(body: nn.Module) -> list[Any]:
     """The distinct configurations that the body's attention modules ask for their implementation."""
     found: dict[int, Any] = {}
-    for module in body.modules():
+    for module in modules_of(body):
         config = getattr(module, "config", None)
         if config is not None and hasattr(config, "_attn_implementation"):
             found[id(config)] = config

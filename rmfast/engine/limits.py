@@ -7,12 +7,14 @@ from typing import Any
 from torch import nn
 
 from rmfast.binding.binding import Binding
+from rmfast.binding.modules import modules_of
 
 
 def position_table(binding: Binding) -> int | None:
     """Most tokens that a table of positions, learned or of biases, has rows for: beyond it the model would crash."""
     rows = []
-    for name, module in binding.body.named_modules():
+    parts = (part for module in modules_of(binding.body) for part in module._modules.items())
+    for name, module in parts:
         if not isinstance(module, nn.Embedding):
             continue
         if name.endswith("position_embeddings"):

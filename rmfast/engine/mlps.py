@@ -106,7 +106,12 @@ class Mlp:
 
 
 def function_of(module: Any) -> Any:
-    return next((found for name in _FUNCTIONS if (found := getattr(module, name, None)) is not None), None)
+    for name in _FUNCTIONS:
+        # Asked first: `nn.Module.__getattr__` makes an error of each name that is not there, in every layer of a run.
+        held = name in module.__dict__ or name in module._modules or hasattr(type(module), name)
+        if held and (found := getattr(module, name)) is not None:
+            return found
+    return None
 
 
 def _names(parts: set[str]) -> tuple[tuple[str, ...], str] | None:

@@ -16,7 +16,7 @@ from rmfast import arguments
 from rmfast.binding.binding import Binding
 from rmfast.binding.compute import chosen
 from rmfast.binding.find import bind
-from rmfast.binding.modules import has_hooks, same_settings, settings_of
+from rmfast.binding.modules import has_hooks, modules_of, same_settings, settings_of
 from rmfast.binding.session import lock_of, on_the_host, share_lock
 from rmfast.binding.sketch import sketch
 from rmfast.engine.attention import Unsupported
@@ -431,7 +431,7 @@ class Scorer:
         """The body's modules, and what would make them run otherwise than they are: a key for its engine."""
         return tuple(
             (module, has_hooks(module), module.__dict__.get("forward"), type(module).forward)
-            for module in self.binding.body.modules()
+            for module in modules_of(self.binding.body)
         )
 
     def _settings(self, engine: Engine | str) -> list[Any]:
