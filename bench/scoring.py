@@ -301,4 +301,5 @@ BENCHMARKS = [
         "equal", {"workload": "equal", "texts": 32, "tokens": 128}, {"batch": _SIZES, **_PEERS},
         {"fp32": {"batch": 1.15}, "bf16": {"batch": 2}},
     ),
+    *_row("one", {"workload": "equal", "texts": 1, "tokens": 64}, {"alone": {"": given(1)}}, {"fp32": {}, "bf16": {}}),
 ]  # fmt: skip

@@ -193,13 +193,22 @@ def _taking_part(*owners: dict[int, Callable]) -> tuple[Callable, ...]:
     )
 
 
+_CONTAINERS = (dict, list, tuple, set)
 _EVERY_MODULE = {*nn.Module().__dict__, "forward"}  # parts, weights, hooks and the mode, which have keys of their own
 
 
 def settings_of(module: Any) -> list[Any]:
     """What a module or a configuration holds beside parts and weights: numbers, words, functions; also inside of its
     lists and dicts. For `same_settings`."""
-    return [leaf for name, value in _held(module).items() if name not in _EVERY_MODULE for leaf in _leaves(value)]
+    found: list[Any] = []
+    for name, value in _held(module).items():
+        if name in _EVERY_MODULE:
+            continue
+        if isinstance(value, _CONTAINERS):
+            found += _leaves(value)
+        else:
+            found.append(value)
+    return found
 
 
 def _held(module: Any) -> dict[str, Any]:
@@ -209,7 +218,7 @@ def _held(module: Any) -> dict[str, Any]:
 def _leaves(value: Any) -> Iterator[Any]:
     if isinstance(value, dict):
         value = [part for item in value.items() for part in item]
-    elif not isinstance(value, list | tuple | set):
+    elif not isinstance(value, _CONTAINERS):
         yield value
         return
     yield type(value)  # an empty one is something, too
