@@ -10,7 +10,6 @@ The first chunk of a shape runs as without graphs, which compiles its kernels; t
 
 from __future__ import annotations
 
-import copy
 import os
 import threading
 from collections import OrderedDict
@@ -59,9 +58,9 @@ class Graphs:
         self._of: tuple = ()  # what the graphs were captured of
         self._where: tuple[Any, Any] | None = None  # their memory, and the stream on which they are captured
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> Graphs:
-        modules, beside = copy.deepcopy((self._modules, self.beside), memo)
-        return Graphs(modules, self._problem, beside)
+    def __getstate__(self) -> dict[str, Any]:
+        """Without what is captured, for copies and other processes."""
+        return {**self.__dict__, "_held": OrderedDict(), "_of": (), "_where": None}
 
     def why_not(self, binding: Binding) -> str | None:
         """Why a run can't be captured now; None where it can."""

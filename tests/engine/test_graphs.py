@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import pickle
 import random
 
 import models as M
@@ -20,6 +21,7 @@ from rmfast import RewardModel
 from rmfast.engine import graphs
 from rmfast.engine.planner import plan
 from rmfast.engine.shapes import Shape, arrays
+from rmfast.last_token import LastTokenRuns
 from rmfast.patching.activations import collect
 
 CPU = torch.device("cpu")
@@ -275,6 +277,15 @@ def test_other_weights_have_graphs_of_their_own(made):
         changed = other.score(some)
     assert torch.equal(captured.score(some), plain.score(some)) and not torch.equal(changed, plain.score(some))
     assert torch.equal(changed, RewardModel(other.model).score(some))
+
+
+def test_what_holds_an_engine_is_copied_and_pickled_without_its_graphs(made):
+    plain, captured, some = warmed()
+    runs = LastTokenRuns(captured, some)
+    assert torch.equal(copy.deepcopy(runs).rewards(), runs.rewards())
+    for rm in (copy.deepcopy(captured), *pickle.loads(pickle.dumps((captured, runs)))[:1]):
+        for _ in range(3):
+            assert torch.equal(rm.score(some), plain.score(some))
 
 
 def test_clamps_that_are_folded_into_weights_are_captured(made):
