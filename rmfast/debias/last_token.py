@@ -18,6 +18,7 @@ from tqdm.auto import tqdm
 
 from rmfast.arguments import instance, sequence, shown, whole
 from rmfast.binding.binding import Binding
+from rmfast.binding.compute import outside
 from rmfast.binding.modules import Snapshot
 from rmfast.binding.session import read_rows, reading, replaced_forward
 from rmfast.debias.apply import clamp_key, intervened, projections
@@ -111,7 +112,8 @@ class LastTokenRuns:
 
         Raises:
             ValueError: it clamps neurons at all positions, or does not fit the model, as
-                `RewardModel.with_interventions` says.
+                `RewardModel.with_interventions` says; or the model has changed since its texts were run, or autocast
+                has been turned on.
         """
         model = self.rm if intervention is None else intervened(self.rm, [intervention])
         if clamp_key(model.interventions, "all") != clamp_key(self.rm.interventions, "all"):
@@ -164,6 +166,8 @@ class LastTokenRuns:
                 f"Expected {type(self.rm.binding.root).__name__} to be as it was when its texts were run: their keys "
                 "and values are kept. Make LastTokenRuns anew"
             )
+        if self._engine is not None and torch.is_autocast_enabled(binding.device.type):
+            raise ValueError("Expected no autocast: the texts' keys and values were made without it")
         values = torch.empty(len(self), self.rm.num_labels, device="cpu")
         parts: list[tuple[np.ndarray, Tensor]] = []
         with binding.session(), ExitStack() as stack:
@@ -369,12 +373,12 @@ class _CachedRun(Run):
         for group in self.groups:
             some = slice(group.start, group.stop)
             k_pool, v_pool = before if group.rows is None else (x[group.rows] for x in before)
-            out.append(
-                suffix_attention(
-                    q[some], k[some], v[some], group.cu_seqlens, k_pool, v_pool, group.prefix_start, group.prefix_len,
-                    **options,
-                )[0]
-            )  # fmt: skip
+            own = q[some], k[some], v[some]
+            with outside():
+                attended, _ = suffix_attention(
+                    *own, group.cu_seqlens, k_pool, v_pool, group.prefix_start, group.prefix_len, **options
+                )
+            out.append(attended)
         # Rows behind those of the groups are padding.
         out.append(q.new_zeros(len(q) - self.groups[-1].stop, *q.shape[1:]))
         return torch.cat(out)

@@ -10,7 +10,6 @@ The first chunk of a shape runs as without graphs, which compiles its kernels; t
 
 from __future__ import annotations
 
-import copy
 import os
 import threading
 from collections import OrderedDict
@@ -49,16 +48,19 @@ class Graphs:
     Args:
         modules: the body's.
         problem: why their runs can't be captured, or None: `unfit`.
+        beside: those of the modules that are no part of a layer (rotary tables, embedding), whose forwards a graph
+            holds as they were: what they are set to makes another engine.
     """
 
-    def __init__(self, modules: Sequence[nn.Module], problem: str | None = None):
-        self._modules, self._problem = modules, problem
+    def __init__(self, modules: Sequence[nn.Module], problem: str | None = None, beside: Sequence[nn.Module] = ()):
+        self._modules, self._problem, self.beside = modules, problem, beside
         self._held: OrderedDict[Shape, _Held] = OrderedDict()
         self._of: tuple = ()  # what the graphs were captured of
         self._where: tuple[Any, Any] | None = None  # their memory, and the stream on which they are captured
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> Graphs:
-        return Graphs(copy.deepcopy(self._modules, memo), self._problem)
+    def __getstate__(self) -> dict[str, Any]:
+        """Without what is captured, for copies and other processes."""
+        return {**self.__dict__, "_held": OrderedDict(), "_of": (), "_where": None}
 
     def why_not(self, binding: Binding) -> str | None:
         """Why a run can't be captured now; None where it can."""
@@ -106,8 +108,10 @@ class Graphs:
         try:
             if held is None:
                 self._make_room(device)
-                held = self._held[shape] = _Held(Buffer(arrays, device))
-                return body(held.buffer.tensors)
+                held = _Held(Buffer(arrays, device))
+                out = body(held.buffer.tensors)
+                self._held[shape] = held  # whose kernels are compiled: it ran to its end
+                return out
             self._held.move_to_end(shape)
             held.buffer.fill(arrays)
             if held.replay is None:
@@ -158,8 +162,10 @@ def _captured(run: Callable[[], Tensor], device: torch.device, pool: Any, stream
         with _one_at_a_time, torch.cuda.device(device), torch.cuda.graph(graph, **where):
             out = run()
     except RuntimeError as error:
-        if out_of_memory(error):
-            raise
+        # What ends a capture may fail in its turn, of memory that ran out in it.
+        for each in (error, error.__context__):
+            if isinstance(each, RuntimeError) and out_of_memory(each):
+                raise each from None
         raise RuntimeError(f"Expected cuda_graphs=False: a run can't be captured in a graph: {error}") from error
 
     def replay() -> Tensor:

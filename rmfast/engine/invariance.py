@@ -98,6 +98,8 @@ def _matmuls(body: nn.Module) -> dict[tuple, _Matmul]:
 
 def _products(module: Any) -> Iterator[_Matmul]:
     weight, bias = getattr(module, "weight", None), getattr(module, "bias", None)
+    if weight is not None and weight is getattr(getattr(module, "base_layer", None), "weight", None):
+        return  # peft's, which shows what is another module's, and not how that multiplies
     if is_experts(module):
         yield from (_Matmul(matrix, bias, module.is_transposed) for matrix, bias in of_first_expert(module))
     elif isinstance(weight, Tensor) and weight.dim() == 2 and is_readable(module) and type(module) is not nn.Embedding:

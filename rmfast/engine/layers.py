@@ -153,12 +153,19 @@ class Layer:
 
     def after_heads(self, run: Run, q: Tensor, k: Tensor, v: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
         """The stream at the queries' rows x, with attention added, and what the MLP has yet to add to it."""
-        attended = self.o_proj(run.attend(self.attn, q, k, v, **self.options).flatten(1))
+        y, middle = self.behind(run.attend(self.attn, q, k, v, **self.options), x)
+        return middle, self.mlp_of(y)
+
+    def behind(self, heads: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
+        """What the MLP reads and the stream behind attention, from the heads' outputs (n, Hq, D) and the stream before.
+
+        In one op where there is one: what is rounded to 16 bits behind it is the same in scores, sweeps and their base.
+        """
+        attended = self.o_proj(heads.flatten(1))
         if self.parallel or self.before_mlp is None:
             middle = x + self._added(attended)
-            return middle, self.mlp_after(x, middle)
-        y, x = self.before_mlp(attended, x, post=self.after_attn)
-        return x, self.mlp_of(y)
+            return self.mlp_reads(x, middle), middle
+        return self.before_mlp(attended, x, post=self.after_attn)
 
     def added_by(self, heads: Tensor) -> Tensor:
         """What attention adds to the stream, from its heads' outputs (n, Hq, D)."""

@@ -251,7 +251,10 @@ class Engine:
         return made
 
     def _new_graphs(self) -> Graphs:
-        return Graphs(list(self.binding.body.modules()), unfit(self.binding, self.layers, self.why))
+        modules = list(self.binding.body.modules())
+        inside = {part for layer, _ in self.layers for part in layer.modules()}
+        beside = [module for module in modules if module not in inside]
+        return Graphs(modules, unfit(self.binding, self.layers, self.why), beside)
 
     def affordable_tokens(self) -> int:
         """Rows of a chunk that fit into half of the free memory, K/V rows kept for the next chunk included."""
@@ -266,6 +269,8 @@ class Engine:
         # A row at its widest: stream, norm, q, k, v, output, gate, up and their product; a pool may hold 8 rows of K/V
         # for each; and K/V kept in every layer.
         row = 6 * d + 3 * inner + 2 * kv * (9 + config.num_hidden_layers)
+        if self.wide:  # twice the bytes: the stream before and behind a sum, what is added to it and its norm
+            row += 4 * d
         return max(256, free_memory(self.binding.device) // 2 // (row * self.binding.stream_dtype.itemsize))
 
     def _masked_window(self) -> str | None:
@@ -409,6 +414,11 @@ class Engine:
         if run.read_rows is None:
             return hidden
         return hidden[: len(run.read_rows)] if self.layers else hidden[run.read_rows]
+
+    @property
+    def replaced(self) -> list[nn.Module]:
+        """Modules beside the layers whose own forwards do not run, or not when a graph does."""
+        return [*self.written, *self.experts, *(self.graphs.beside if self.graphs is not None else ())]
 
     def uncaptured(self) -> str | None:
         """Why chunks can't run as CUDA graphs; None where they can."""

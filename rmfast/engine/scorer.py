@@ -439,8 +439,7 @@ class Scorer:
         held = [*settings_of(self.binding.config), self.binding.stored, self.binding.device.type == "cpu"]
         if isinstance(engine, str):
             return held
-        replaced = [*engine.written, *engine.experts]  # whose own forwards do not run
-        return [*held, *settings(engine.layers), *(leaf for module in replaced for leaf in settings_of(module))]
+        return [*held, *settings(engine.layers), *(leaf for module in engine.replaced for leaf in settings_of(module))]
 
     def _is_as_tried(self, parts: tuple) -> bool:
         """Whether the model is as the engine was made for; `parts` are its own now."""

@@ -159,7 +159,8 @@ class Chunk:
             else:
                 assert tail.attended is not None
                 heads = self._edited_keys(layer, m, kind, at, tail.attended)
-            middle = x + layer.added_by(heads[whole])[:n]
+            y, middle = layer.behind(heads[whole], x[whole])
+            return (middle + layer.mlp_of(y))[:n]
         return middle + layer.mlp_after(x[whole], middle[whole])[:n]
 
     def _given(self, kind: str, m: int, source: int | None, at: Tensor, unit: Any) -> Tensor:

@@ -139,11 +139,10 @@ class SuffixPatcher:
             record.rotated[m] = (q, k, v)
         heads = run.attend(layer.attn, q, k, v, **layer.options)
         keep("head_out", heads)
-        added = layer.added_by(heads)
-        keep("attn_out", added)
-        middle = x + added
+        if kinds and "attn_out" in record.parts:
+            keep("attn_out", layer.added_by(heads))
+        y, middle = layer.behind(heads, x)
         keep("resid_mid", middle)
-        y = layer.mlp_reads(x, middle)
         if kinds and "mlp_neuron" in record.parts:
             neurons = layer.neurons(y)
             keep("mlp_neuron", neurons[..., None])

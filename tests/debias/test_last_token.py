@@ -10,6 +10,7 @@ from clamped import PER_TOKEN, TEXTS, clamp, same
 import rmfast
 from rmfast import DirectionRemoval, LengthPenalty, NeuronClamp, RewardModel
 from rmfast import interventions as I
+from rmfast.debias import last_token
 from rmfast.last_token import LastTokenRuns
 
 
@@ -106,3 +107,30 @@ def test_a_model_that_has_changed_since_its_texts_were_run_is_refused(name):
     with pytest.raises(ValueError, match="to be as it was when its texts were run"):
         runs.rewards()
     assert torch.equal(LastTokenRuns(rm, [[1, 2, 3], [4, 5]]).rewards()[:, 0], rm.score([[1, 2, 3], [4, 5]]))
+
+
+@pytest.mark.parametrize("compute", ["native", "fp32"])
+def test_autocast_is_refused_where_keys_and_values_were_made_without_it(compute):
+    rm = RewardModel(M.decoder("llama").to(torch.bfloat16), compute=compute)
+    runs = LastTokenRuns(rm, TEXTS)
+    want = runs.rewards()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        with pytest.raises(ValueError, match="Expected no autocast: the texts' keys and values were made without it"):
+            runs.rewards()
+        made_there = LastTokenRuns(rm, TEXTS)
+        same(made_there.rewards()[:, 0], rm.score(TEXTS))
+    assert torch.equal(runs.rewards(), want)
+
+
+def test_attention_runs_outside_of_the_mode_for_fp32(monkeypatch):
+    seen = []
+    op = last_token.suffix_attention
+
+    def watched(*args, **options):
+        seen.append(torch._C._is_torch_function_enabled())
+        return op(*args, **options)
+
+    monkeypatch.setattr(last_token, "suffix_attention", watched)
+    rm = RewardModel(M.decoder("llama").to(torch.bfloat16), compute="fp32")
+    same(LastTokenRuns(rm, TEXTS).rewards()[:, 0], rm.score(TEXTS))
+    assert seen and not any(seen)

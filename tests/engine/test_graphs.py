@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import pickle
 import random
 
 import models as M
@@ -13,12 +14,14 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import rmfast
 from rmfast import RewardModel
 from rmfast.engine import graphs
 from rmfast.engine.planner import plan
 from rmfast.engine.shapes import Shape, arrays
+from rmfast.last_token import LastTokenRuns
 from rmfast.patching.activations import collect
 
 CPU = torch.device("cpu")
@@ -191,6 +194,38 @@ def test_what_reads_on_the_host_is_refused_as_it_is_captured(made):
         held.run(shape, [np.arange(4.0)], CPU, lambda x: x[0] * x[0].sum().item())
 
 
+def test_a_first_run_that_fails_half_way_is_no_first_run(made):
+    """Kernels that it did not reach are not compiled, which a capture can't do."""
+    held, shape = graphs.Graphs([]), Shape(4, 1, 0, None)
+
+    def fails(arrays):
+        raise RuntimeError("half-way")
+
+    with pytest.raises(RuntimeError, match="half-way"):
+        held.run(shape, [np.arange(4.0)], CPU, fails)
+    for count in (0, 1):
+        assert held.run(shape, [np.arange(4.0)], CPU, lambda x: x[0] + 1).tolist() == [1, 2, 3, 4]
+        assert len(made) == count
+
+
+def test_memory_that_runs_out_in_a_capture_is_told_also_where_its_end_fails(made, monkeypatch):
+    held, shape = graphs.Graphs([]), Shape(4, 1, 0, None)
+
+    def full(arrays):
+        raise torch.OutOfMemoryError("out of memory")
+
+    def ends(self, *error):
+        stand_in.Capture.under_way -= 1
+        TorchDispatchMode.__exit__(self, *error)
+        raise RuntimeError("operation failed due to a previous error during capture")
+
+    held.run(shape, [np.arange(4.0)], CPU, lambda x: x[0] + 1)
+    monkeypatch.setattr(stand_in.Capture, "__exit__", ends)
+    with pytest.raises(torch.OutOfMemoryError):
+        held.run(shape, [np.arange(4.0)], CPU, full)
+    assert not held._held
+
+
 def test_the_oldest_of_too_many_graphs_goes(made, monkeypatch):
     monkeypatch.setattr(graphs, "_MOST", 2)
     held = graphs.Graphs([])
@@ -211,6 +246,19 @@ def test_weights_that_change_where_they_lie_are_seen_and_others_are_captured_ane
     assert len(made) > count
 
 
+def test_what_modules_beside_the_layers_are_set_to_is_seen(made):
+    """The factor of YaRN's cosines is a number on the host, of which a graph holds what it was."""
+    plain, captured, some = warmed()
+    captured.model.model.rotary_emb.attention_scaling = 1.5
+    for _ in range(3):
+        assert torch.equal(captured.score(some), plain.score(some))
+    assert made[-1].replays
+    other = copy.deepcopy(captured)
+    other.model.model.rotary_emb.attention_scaling = 0.5
+    assert torch.equal(other.score(some), RewardModel(other.model).score(some))
+    assert torch.equal(captured.score(some), plain.score(some))
+
+
 def test_another_backend_is_captured_anew(made):
     plain, captured, some = warmed()
     count = len(made)
@@ -229,6 +277,15 @@ def test_other_weights_have_graphs_of_their_own(made):
         changed = other.score(some)
     assert torch.equal(captured.score(some), plain.score(some)) and not torch.equal(changed, plain.score(some))
     assert torch.equal(changed, RewardModel(other.model).score(some))
+
+
+def test_what_holds_an_engine_is_copied_and_pickled_without_its_graphs(made):
+    plain, captured, some = warmed()
+    runs = LastTokenRuns(captured, some)
+    assert torch.equal(copy.deepcopy(runs).rewards(), runs.rewards())
+    for rm in (copy.deepcopy(captured), *pickle.loads(pickle.dumps((captured, runs)))[:1]):
+        for _ in range(3):
+            assert torch.equal(rm.score(some), plain.score(some))
 
 
 def test_clamps_that_are_folded_into_weights_are_captured(made):

@@ -20,6 +20,7 @@ from hypothesis import strategies as st
 import rmfast
 from bench import spread
 from rmfast.engine import attention, mlps
+from rmfast.engine.invariance import _products
 from rmfast.engine.packed import Engine
 from rmfast.engine.planner import plan
 from rmfast.reward_model import RewardModel
@@ -306,6 +307,26 @@ def test_lora_in_the_body_is_run():
     want = torch.stack([M.alone(adapted, ids) for ids in inputs])[:, 0]
     got = RewardModel(adapted).score(inputs, engine="packed")
     assert (got - want).abs().max() <= 1e-5 * max(1.0, float(want.abs().max()))
+
+
+def test_lora_on_projections_that_multiply_the_other_way_round_runs_packed():
+    """GPT-2's Conv1D: peft's module around one shows its weight, and not that it lies across. Its square one would be
+    taken for a Linear without a word, and the self-test of bits be of another product."""
+    peft = pytest.importorskip("peft")
+    config = peft.LoraConfig(r=4, target_modules=["c_attn", "c_proj"], task_type="SEQ_CLS", fan_in_fan_out=True)
+    adapted = peft.get_peft_model(M.decoder("gpt2"), config)
+    with torch.no_grad():
+        for name, p in adapted.named_parameters():
+            if "lora_B" in name:
+                p.normal_(std=0.1)
+    adapted.eval()
+    rm, inputs = RewardModel(adapted, compute="native"), texts(6)
+    engine = rm.packed_engine()
+    assert isinstance(engine, Engine) and engine.mode == "fused", engine
+    square = next(m for name, m in adapted.named_modules() if name.endswith("h.0.attn.c_proj"))
+    assert not list(_products(square)) and [each.across for each in _products(square.base_layer)] == [True]
+    want = torch.stack([M.alone(adapted, ids) for ids in inputs])[:, 0]
+    assert (rm.score(inputs) - want).abs().max() <= 1e-5 * max(1.0, float(want.abs().max()))
 
 
 def test_ids_are_planned_in_chunks_of_the_budget():
