@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 PAIRS = 1 << 19  # of a strip of `line`: 2 MiB of fp32
+LONG = 64.0  # squared length times rate (0.3 by the median heuristic) from which on fp32 loses over 1e-5 of a kernel
 
 
 def _coefficients(ranges: Tensor, alpha: Tensor, same: Tensor, rows: slice, columns: slice) -> Tensor:
@@ -68,6 +69,18 @@ def weigh(
     return (c * kernels).sum(dtype=torch.float64)
 
 
+def cancels(squares: Tensor, rates: Tensor) -> bool:
+    """Whether fp32 is too short for |x_i|² + |x_j|² − 2 x_i·x_j, of rows of these squared lengths about the mean.
+
+    A kernel's exponent is off by about eps times squared length times rate: by much among rows many bandwidths from the
+    mean, which are all of them where a few far away move it. A GPU is waited for, except while a graph is captured:
+    nothing can be read of it then, and it stays fp32.
+    """
+    if squares.is_cuda and torch.cuda.is_current_stream_capturing():
+        return False
+    return bool(squares.amax() * rates.amax() > LONG)
+
+
 def forward(
     x: Tensor,
     ranges: Tensor,
@@ -85,22 +98,29 @@ def forward(
     if x.size(1) == 1:
         value, grad = line(x[:, 0].contiguous(), ranges, alpha, same, rates, need_grad)
         return value, grad[:, None] if need_grad else grad
-    # Squared distances are differences of products: about the mean they lose least.
-    x = x - x.mean(0)
-    squares = x.square().sum(1)
+    centred = x - x.mean(0)
+    squares = centred.square().sum(1)
+    wide = x.dtype == torch.float32 and cancels(squares, rates)
+    if wide:  # about the median, which a few rows far away do not move
+        centred = x.double() - x.median(0).values
+        squares = centred.square().sum(1)
     value = x.new_zeros((), dtype=torch.float64)
     # Rows of a tile: 1 MiB of pairs in fp32 (a core's L2), or on a GPU few launches.
     tile = 512 if x.device.type == "cpu" else 4096
-    ones = torch.nn.functional.pad(x, (0, 1), value=1)  # the column that sums w
+    ones = torch.nn.functional.pad(centred, (0, 1), value=1)  # the column that sums w
     products = torch.zeros_like(ones)
+    no_squares = torch.zeros_like(squares, dtype=x.dtype)
     for i in range(0, x.size(0), tile):
         for j in range(i, x.size(0), tile):
-            w = x[i : i + tile] @ x[j : j + tile].T
-            value += (1 if i == j else 2) * weigh(w, squares, ranges, alpha, same, rates, i, j)
+            w = centred[i : i + tile] @ centred[j : j + tile].T
+            if wide:  # `weigh` is then given −|x_i − x_j|² / 2 for x_i·x_j, and lengths of 0
+                w = (w - squares[i : i + tile, None] / 2 - squares[j : j + tile] / 2).to(x.dtype)
+            value += (1 if i == j else 2) * weigh(w, no_squares if wide else squares, ranges, alpha, same, rates, i, j)
+            w = w.to(products.dtype)
             if need_grad:
                 products[i : i + tile].addmm_(w, ones[j : j + tile])
                 if i != j:
                     products[j : j + tile].addmm_(w.T, ones[i : i + tile])
     if not need_grad:
         return value, x.new_empty(0)
-    return value, 4 * (products[:, :-1] - products[:, -1:] * x)
+    return value, (4 * (products[:, :-1] - products[:, -1:] * centred)).to(x.dtype)

@@ -174,6 +174,13 @@ def _product(x: Tensor, weight: Tensor, bias: Tensor | None, across: bool) -> Te
     return out if x.dim() == 2 else out.view(*x.shape[:-1], out.size(-1))
 
 
+def _with_weight(func: Any, args: tuple, kwargs: dict[str, Any]) -> Any:
+    """What of a weight and a number would be rounded to the weight's 16 bits (Nemotron's 1 + γ)."""
+    if any(isinstance(value, nn.Parameter) for value in args):
+        return _widened(func, args, kwargs)
+    return func(*args, **kwargs)
+
+
 def _embedding(func: Any, args: tuple, kwargs: dict[str, Any]) -> Any:
     return _wide(func(*args, **kwargs))
 
@@ -201,6 +208,8 @@ _HANDLERS: dict[Any, Callable[[Any, tuple, dict[str, Any]], Any]] = {
     torch.addmm: _addmm,
     **dict.fromkeys((torch.matmul, Tensor.matmul, Tensor.__matmul__), _matmul),
     nn.functional.embedding: _embedding,
+    **dict.fromkeys((torch.add, Tensor.add, Tensor.__add__, Tensor.__radd__), _with_weight),
+    **dict.fromkeys((torch.mul, Tensor.mul, Tensor.__mul__, Tensor.__rmul__), _with_weight),
     Tensor.to: _kept,
     Tensor.type_as: _kept,
     **dict.fromkeys(

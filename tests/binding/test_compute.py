@@ -45,7 +45,7 @@ def decoders() -> list:
         ("Mixtral", {"num_local_experts": 4, **experts}),
         ("Qwen3Moe", {"num_experts": 4, "moe_intermediate_size": 32, **experts}),
         ("OPT", {"ffn_dim": 80, "word_embed_proj_dim": 48}), ("GPTNeoX", {}),
-        ("StableLm", {"partial_rotary_factor": 0.5}), ("Cohere", {}),
+        ("StableLm", {"partial_rotary_factor": 0.5}), ("Cohere", {}), ("Nemotron", {}),
     ]  # fmt: skip
 
     def made(prefix: str, extra: dict) -> nn.Module:

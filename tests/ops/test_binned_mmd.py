@@ -190,6 +190,28 @@ def test_a_large_common_offset_of_representations_costs_no_accuracy(backend, use
     torch.testing.assert_close(binned_mmd(x + 1024, bins, bandwidth=3.0), want, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("unbiased", [False, True])
+@pytest.mark.parametrize("far", ["a row", "half of the rows", "beyond fp32's squares"])
+@every_mmd
+def test_representations_many_bandwidths_away_cost_the_others_no_accuracy(backend, far, unbiased, use_backend):
+    """In fp32 a row 1e4 away moves the mean by 100 and squared distances, as differences of products, by 1e-3."""
+    device = use_backend(backend)
+    x, bins, groups = binned(100, 8, torch.float32, device)
+    if far == "half of the rows":
+        x[::2] += 300
+    else:
+        x[17] += 1e4 if far == "a row" else 1e20
+    x.requires_grad_()
+    got = binned_mmd(x, bins, bandwidth=3.0, unbiased=unbiased, groups=groups)
+    got.backward()
+    wide = x.detach().double().requires_grad_()
+    truth = mmd_by_pairs(wide, bins, [3.0], unbiased, groups)
+    truth.backward()
+    eps = torch.finfo(torch.float32).eps
+    torch.testing.assert_close(got.double(), truth, rtol=16 * eps, atol=eps * bins.unique().numel() ** 2)
+    torch.testing.assert_close(x.grad.double(), wide.grad, rtol=0, atol=float(64 * eps * wide.grad.abs().max()))
+
+
 @every_mmd
 def test_rows_far_apart_pull_as_the_kernel_says_down_to_nothing(backend, use_backend):
     """Groups of two rows in two bins: gradients of one kernel each, also where fp32 has no number for it."""

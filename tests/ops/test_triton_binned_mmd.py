@@ -38,6 +38,12 @@ def test_mmd_of_many_tiles(features, use_backend):
 
 
 @interpreted
+@pytest.mark.parametrize("far", ["a row", "half of the rows", "beyond fp32's squares"])
+def test_representations_many_bandwidths_away_cost_the_others_no_accuracy(far, use_backend):
+    contract.test_representations_many_bandwidths_away_cost_the_others_no_accuracy(TRITON, far, True, use_backend)
+
+
+@interpreted
 @pytest.mark.parametrize("features", [None, 3])
 def test_nan_makes_mmd_nan(features, use_backend):
     contract.test_nan_makes_mmd_nan(TRITON, features, use_backend)
