@@ -62,7 +62,7 @@ def assert_rounded(got, truth, theirs, size: float) -> None:
     reward scale.
 
     Two layers round their stream, or what they add to it, about 16 times, by half an eps each: 2 eps where signs are
-    random, and 8 if all were alike. A fixed bound, since the largest of a few errors goes by chance, in transformers' too.
+    random, and 8 if all were alike. A fixed bound, since the largest of a few errors goes by chance, in theirs too.
     """
     error = (got - truth).abs()
     assert float(error.mean()) <= 1.25 * float((theirs - truth).abs().mean())
