@@ -11,7 +11,8 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 TOPS = ("rmfast", "kernels", "tests", "bench", "examples")
 PYTHON = [path for top in TOPS for path in sorted((ROOT / top).rglob("*.py")) if path.resolve() == path]  # links once
-CPP = [path for top in ("csrc", "tests") for path in sorted((ROOT / top).rglob("*.[ch]*"))]  # .cpp, .cu, .cuh, .h
+SUFFIXES = (".cpp", ".cu", ".cuh", ".h")  # named one by one: bytecode, x.cpython-313.pyc, has a ".c" in it, too
+CPP = [path for top in ("csrc", "tests") for path in sorted((ROOT / top).rglob("*")) if path.suffix in SUFFIXES]
 COMPILED = {"rmfast._C", "rmfast._C_cuda", "rmfast._planner"}
 
 
