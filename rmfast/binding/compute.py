@@ -133,6 +133,8 @@ def _wide(value: Any) -> Any:
 
 def _widened(func: Any, args: tuple, kwargs: dict[str, Any]) -> Any:
     """What takes no two dtypes at once."""
+    if "out" in kwargs:  # to be written to, and not a copy of it
+        return func(*args, **kwargs)
     return func(*map(_wide, args), **{name: _wide(value) for name, value in kwargs.items()})
 
 
@@ -175,10 +177,9 @@ def _product(x: Tensor, weight: Tensor, bias: Tensor | None, across: bool) -> Te
 
 
 def _with_weight(func: Any, args: tuple, kwargs: dict[str, Any]) -> Any:
-    """What of a weight and a number would be rounded to the weight's 16 bits (Nemotron's 1 + γ)."""
-    if any(isinstance(value, nn.Parameter) for value in args):
-        return _widened(func, args, kwargs)
-    return func(*args, **kwargs)
+    """What is made of a weight itself, and would be rounded to its 16 bits (1 + γ of Nemotron, softplus of Apertus)."""
+    made = any(type(value) is nn.Parameter for value in (*args, *kwargs.values()))
+    return _widened(func, args, kwargs) if made else func(*args, **kwargs)
 
 
 def _embedding(func: Any, args: tuple, kwargs: dict[str, Any]) -> Any:
@@ -203,13 +204,17 @@ def _kept(func: Any, args: tuple, kwargs: dict[str, Any]) -> Any:
 # torch's product of a mixture's experts, where this torch has it.
 _GROUPED = (getattr(torch, "_grouped_mm", None), getattr(nn.functional, "grouped_mm", None))
 
+_OF_WEIGHTS = ("add", "sub", "mul", "div", "pow", "exp", "sigmoid", "tanh", "sqrt", "rsqrt", "neg")
+_OPERATORS = ("add", "radd", "sub", "rsub", "mul", "rmul", "truediv", "rtruediv", "pow", "rpow", "neg")
+
 _HANDLERS: dict[Any, Callable[[Any, tuple, dict[str, Any]], Any]] = {
     nn.functional.linear: _linear,
     torch.addmm: _addmm,
     **dict.fromkeys((torch.matmul, Tensor.matmul, Tensor.__matmul__), _matmul),
     nn.functional.embedding: _embedding,
-    **dict.fromkeys((torch.add, Tensor.add, Tensor.__add__, Tensor.__radd__), _with_weight),
-    **dict.fromkeys((torch.mul, Tensor.mul, Tensor.__mul__, Tensor.__rmul__), _with_weight),
+    **{getattr(owner, name): _with_weight for owner in (torch, Tensor) for name in _OF_WEIGHTS},
+    **{getattr(Tensor, f"__{name}__"): _with_weight for name in _OPERATORS},
+    nn.functional.softplus: _with_weight,
     Tensor.to: _kept,
     Tensor.type_as: _kept,
     **dict.fromkeys(

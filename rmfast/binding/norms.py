@@ -43,7 +43,8 @@ def eps_of(norm: nn.Module) -> float:
 
 
 def gain(norm: nn.Module, kind: str) -> Tensor | None:
-    """What a norm multiplies by: its weight; for "layer_1p" (Nemotron) 1 + weight, rounded to its dtype as there."""
+    """What a norm multiplies by: its weight; for "layer_1p" (Nemotron) 1 + weight, rounded to its dtype as there, but
+    not in a session that runs in fp32."""
     weight = gain_of(norm)
     return weight + 1 if weight is not None and kind == "layer_1p" else weight
 

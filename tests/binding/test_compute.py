@@ -99,6 +99,36 @@ def test_heads_of_several_layers_and_adapters():
         assert float((got - want).abs().max()) <= 2e-5
 
 
+@pytest.mark.skipif(not hasattr(transformers, "ApertusForCausalLM"), reason="this transformers has no Apertus")
+@low
+def test_what_activations_make_of_their_weights_is_not_rounded(dtype):
+    """Apertus' xIELU takes softplus of its weights, and adds a number of 16 bits to that."""
+    torch.manual_seed(0)
+    made = M.randomised(transformers.ApertusForCausalLM(transformers.ApertusConfig(**M._SHAPE)))
+    model, truth = stored(made, dtype), widened(made)
+    got, want = (RewardModel(m, head=TokenHead(1, 2), compute=c).score(TEXTS)
+                 for m, c in ((model, "fp32"), (truth, "native")))  # fmt: skip
+    assert_equal_in_fp32(got, want)
+
+
+@low
+def test_what_is_made_of_a_weight_is_fp32_and_what_is_written_to_stays_as_it_is(dtype):
+    weight, x, out = nn.Parameter(torch.rand(8).to(dtype)), torch.rand(8).to(dtype), torch.zeros(8, dtype=dtype)
+    wide = weight.detach().float()
+    with torch.no_grad(), compute.Fp32():
+        for got, want in (
+            (weight + 1, wide + 1), (1 - weight, 1 - wide), (weight / 3, wide / 3), (2 / weight, 2 / wide),
+            (weight**3, wide**3), (-weight, -wide), (torch.add(input=weight, other=1), wide + 1),
+            (weight.exp(), wide.exp()),
+            (nn.functional.softplus(weight), nn.functional.softplus(wide)),
+        ):  # fmt: skip
+            assert got.dtype == torch.float32
+            torch.testing.assert_close(got, want)
+        assert (x + 1).dtype == dtype
+        torch.add(weight, 1, out=out)
+    assert torch.equal(out, (weight + 1).to(dtype))
+
+
 @low
 def test_heads_that_are_programs_too(dtype):
     made = M.decoder("llama", task="CausalLM")
