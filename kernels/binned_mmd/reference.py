@@ -70,15 +70,16 @@ def weigh(
 
 
 def cancels(squares: Tensor, rates: Tensor) -> bool:
-    """Whether fp32 is too short for |x_i|² + |x_j|² − 2 x_i·x_j, of rows of these squared lengths about the mean.
+    """Whether |x_i|² + |x_j|² − 2 x_i·x_j loses too much, of rows of these squared lengths about their mean.
 
     A kernel's exponent is off by about eps times squared length times rate: by much among rows many bandwidths from the
-    mean, which are all of them where a few far away move it. A GPU is waited for, except while a graph is captured:
-    nothing can be read of it then, and it stays fp32.
+    mean, which are all of them where a few far away move it. A GPU is waited for; while a graph is captured nothing can
+    be read of it, and the answer is that it may be.
     """
     if squares.is_cuda and torch.cuda.is_current_stream_capturing():
-        return False
-    return bool(squares.amax() * rates.amax() > LONG)
+        return True
+    exact = squares.dtype == torch.float64 or torch.get_float32_matmul_precision() == "highest"
+    return bool(squares.amax() * rates.amax() > (LONG if exact else 1))  # at 1 kernels have the products' own eps
 
 
 def forward(
@@ -100,24 +101,24 @@ def forward(
         return value, grad[:, None] if need_grad else grad
     centred = x - x.mean(0)
     squares = centred.square().sum(1)
-    wide = x.dtype == torch.float32 and cancels(squares, rates)
-    if wide:  # about the median, which a few rows far away do not move
-        centred = x.double() - x.median(0).values
+    wide = cancels(squares, rates)
+    if wide:  # in fp64, about the median, which a few rows far away do not move (`median` itself is not deterministic)
+        centred = x.double() - x.sort(0).values[x.size(0) // 2]
         squares = centred.square().sum(1)
     value = x.new_zeros((), dtype=torch.float64)
     # Rows of a tile: 1 MiB of pairs in fp32 (a core's L2), or on a GPU few launches.
     tile = 512 if x.device.type == "cpu" else 4096
     ones = torch.nn.functional.pad(centred, (0, 1), value=1)  # the column that sums w
     products = torch.zeros_like(ones)
-    no_squares = torch.zeros_like(squares, dtype=x.dtype)
+    lengths = x.new_zeros(x.size(0)) if wide else squares  # as `weigh` is given them
     for i in range(0, x.size(0), tile):
         for j in range(i, x.size(0), tile):
             w = centred[i : i + tile] @ centred[j : j + tile].T
-            if wide:  # `weigh` is then given −|x_i − x_j|² / 2 for x_i·x_j, and lengths of 0
+            if wide:  # with lengths of 0, −|x_i − x_j|² / 2 stands for x_i·x_j
                 w = (w - squares[i : i + tile, None] / 2 - squares[j : j + tile] / 2).to(x.dtype)
-            value += (1 if i == j else 2) * weigh(w, no_squares if wide else squares, ranges, alpha, same, rates, i, j)
-            w = w.to(products.dtype)
+            value += (1 if i == j else 2) * weigh(w, lengths, ranges, alpha, same, rates, i, j)
             if need_grad:
+                w = w.to(products.dtype)
                 products[i : i + tile].addmm_(w, ones[j : j + tile])
                 if i != j:
                     products[j : j + tile].addmm_(w.T, ones[i : i + tile])

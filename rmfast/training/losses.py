@@ -177,7 +177,7 @@ def binned_mmd(
         Σ_{m,m'} MMD² = Σ_{m,m'} (A_mm + A_m'm' − 2 A_mm') = 2 M Σ_m A_mm − 2 Σ_{m,m'} A_mm'
 
     Value and gradient come from one pass over tiles of pairs of rows; the kernel matrix is never stored: memory is
-    O(N f).
+    O(N f). Products of representations many bandwidths apart are in float64; a GPU is waited for to tell.
 
     Args:
         x: rewards (N,) or representations (N, f); float64, float32, bfloat16 or float16.
