@@ -158,13 +158,19 @@ def _captured(run: Callable[[], Tensor], device: torch.device, pool: Any, stream
     graph = torch.cuda.CUDAGraph()
     # thread_local: other threads' GPUs may do what can't be captured meanwhile.
     where = {"pool": pool, "stream": stream, "capture_error_mode": "thread_local"}
+    # Where the end of a capture fails, torch leaves the thread on the capture's stream.
+    before = torch.cuda.stream(torch.cuda.current_stream(device))
+    inside: RuntimeError | None = None
     try:
-        with _one_at_a_time, torch.cuda.device(device), torch.cuda.graph(graph, **where):
-            out = run()
+        with _one_at_a_time, torch.cuda.device(device), before, torch.cuda.graph(graph, **where):
+            try:
+                out = run()
+            except RuntimeError as error:
+                inside = error
+                raise
     except RuntimeError as error:
-        # What ends a capture may fail in its turn, of memory that ran out in it.
-        for each in (error, error.__context__):
-            if isinstance(each, RuntimeError) and out_of_memory(each):
+        for each in (inside, error):  # the end of a capture in which memory ran out fails in its turn
+            if each is not None and out_of_memory(each):
                 raise each from None
         raise RuntimeError(f"Expected cuda_graphs=False: a run can't be captured in a graph: {error}") from error
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from contextlib import nullcontext
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from types import SimpleNamespace
 
 import torch
@@ -43,6 +44,7 @@ class Capture(TorchDispatchMode):
     """torch.cuda.graph."""
 
     under_way = 0
+    stream = 0  # the thread's
 
     def __init__(self, graph: Graph, pool: object, stream: object, capture_error_mode: str):
         super().__init__()
@@ -51,11 +53,13 @@ class Capture(TorchDispatchMode):
 
     def __enter__(self) -> Capture:
         Capture.under_way += 1
+        Capture.stream = 1
         return super().__enter__()
 
     def __exit__(self, *error) -> None:
         Capture.under_way -= 1
         super().__exit__(*error)
+        Capture.stream = 0
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         kwargs = kwargs or {}
@@ -69,6 +73,16 @@ class Capture(TorchDispatchMode):
         outs = function(*args, **kwargs)
         self.graph.calls.append((function, args, kwargs, tree_leaves(outs)))
         return outs
+
+
+@contextmanager
+def on_stream(stream: SimpleNamespace) -> Iterator[None]:
+    """torch.cuda.stream, of the stream that is the thread's already."""
+    assert Capture.stream == stream.cuda_stream
+    try:
+        yield
+    finally:
+        Capture.stream = stream.cuda_stream
 
 
 def on_the_cpu(monkeypatch) -> list[Graph]:
@@ -86,7 +100,8 @@ def on_the_cpu(monkeypatch) -> list[Graph]:
         "graph_pool_handle": lambda: "pool",
         "Stream": lambda device: "stream",
         "device": lambda device: nullcontext(),
-        "current_stream": lambda device: SimpleNamespace(cuda_stream=0),
+        "current_stream": lambda device: SimpleNamespace(cuda_stream=Capture.stream),
+        "stream": on_stream,
         "is_current_stream_capturing": lambda: Capture.under_way > 0,
         "synchronize": lambda device: None,
     }.items():

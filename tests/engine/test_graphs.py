@@ -224,6 +224,7 @@ def test_memory_that_runs_out_in_a_capture_is_told_also_where_its_end_fails(made
     with pytest.raises(torch.OutOfMemoryError):
         held.run(shape, [np.arange(4.0)], CPU, full)
     assert not held._held
+    assert torch.cuda.current_stream(CPU).cuda_stream == 0
 
 
 def test_the_oldest_of_too_many_graphs_goes(made, monkeypatch):
@@ -283,7 +284,10 @@ def test_what_holds_an_engine_is_copied_and_pickled_without_its_graphs(made):
     plain, captured, some = warmed()
     runs = LastTokenRuns(captured, some)
     assert torch.equal(copy.deepcopy(runs).rewards(), runs.rewards())
-    for rm in (copy.deepcopy(captured), *pickle.loads(pickle.dumps((captured, runs)))[:1]):
+    elsewhere, kept = pickle.loads(pickle.dumps((captured, runs)))
+    with pytest.raises(ValueError, match="Make LastTokenRuns anew"):  # keys and values of another process' weights
+        kept.rewards()
+    for rm in (copy.deepcopy(captured), elsewhere):
         for _ in range(3):
             assert torch.equal(rm.score(some), plain.score(some))
 
