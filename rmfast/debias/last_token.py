@@ -19,7 +19,7 @@ from tqdm.auto import tqdm
 from rmfast.arguments import instance, sequence, shown, whole
 from rmfast.binding.binding import Binding
 from rmfast.binding.compute import outside
-from rmfast.binding.modules import Snapshot
+from rmfast.binding.modules import Snapshot, modules_of
 from rmfast.binding.session import read_rows, reading, replaced_forward
 from rmfast.debias.apply import clamp_key, intervened, projections
 from rmfast.debias.interventions import Intervention
@@ -99,10 +99,12 @@ class LastTokenRuns:
         self._batch_tokens = rm.default_batch_tokens(self._engine) if batch_tokens is None else batch_tokens
         self._batches: list[_Batch] = []
         self.cached_bytes = 0
+        self._autocast = torch.is_autocast_enabled(rm.binding.device.type)
         if self._engine is not None:
             with tqdm(total=len(self._encoded), unit="text", disable=not progress) as bar:
                 self._cache(self._engine, bar)
-            self._cached_of = Snapshot.of(rm.binding.root, rm.binding.root.modules())
+        keeps = self._engine is not None or self._gates is not None
+        self._kept_of = Snapshot.of(rm.binding.root, modules_of(rm.binding.root)) if keeps else None
 
     def __len__(self) -> int:
         return len(self._encoded)
@@ -113,7 +115,7 @@ class LastTokenRuns:
         Raises:
             ValueError: it clamps neurons at all positions, or does not fit the model, as
                 `RewardModel.with_interventions` says; or the model has changed since its texts were run, or autocast
-                has been turned on.
+                been turned on or off.
         """
         model = self.rm if intervention is None else intervened(self.rm, [intervention])
         if clamp_key(model.interventions, "all") != clamp_key(self.rm.interventions, "all"):
@@ -161,13 +163,16 @@ class LastTokenRuns:
         """Rewards (n, K); outputs of the projections `names` (n, m) go to `found`."""
         if self._encoded:
             self.rm.expect_invariance(self._engine)  # of the backend that runs now
-        if self._engine is not None and self._cached_of.changed:
+        if self._kept_of is not None and self._kept_of.changed:
             raise ValueError(
                 f"Expected {type(self.rm.binding.root).__name__} to be as it was when its texts were run: their keys "
                 "and values are kept. Make LastTokenRuns anew"
             )
-        if self._engine is not None and torch.is_autocast_enabled(binding.device.type):
-            raise ValueError("Expected no autocast: the texts' keys and values were made without it")
+        if self._kept_of is not None and torch.is_autocast_enabled(binding.device.type) != self._autocast:
+            raise ValueError(
+                f"Expected autocast to be {'on' if self._autocast else 'off'}, as when the texts' keys and values (or "
+                "their gates' rows) were made. Make LastTokenRuns anew"
+            )
         values = torch.empty(len(self), self.rm.num_labels, device="cpu")
         parts: list[tuple[np.ndarray, Tensor]] = []
         with binding.session(), ExitStack() as stack:

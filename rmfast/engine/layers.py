@@ -153,26 +153,24 @@ class Layer:
 
     def after_heads(self, run: Run, q: Tensor, k: Tensor, v: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
         """The stream at the queries' rows x, with attention added, and what the MLP has yet to add to it."""
-        y, middle = self.behind(run.attend(self.attn, q, k, v, **self.options), x)
+        heads = run.attend(self.attn, q, k, v, **self.options)
+        y, middle = self.behind(self.o_proj(heads.flatten(1)), x)
         return middle, self.mlp_of(y)
 
-    def behind(self, heads: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
-        """What the MLP reads and the stream behind attention, from the heads' outputs (n, Hq, D) and the stream before.
+    def behind(self, attended: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
+        """What the MLP reads and the stream behind attention, from what `o_proj` gives and the stream before.
 
-        In one op where there is one: what is rounded to 16 bits behind it is the same in scores, sweeps and their base.
+        In one op where there is one: what is rounded to 16 bits behind it is the same in scores and bases of sweeps.
+        An edit of what attention adds is added apart, an fp32 rounding from there.
         """
-        attended = self.o_proj(heads.flatten(1))
         if self.parallel or self.before_mlp is None:
-            middle = x + self._added(attended)
+            middle = x + self.added(attended)
             return self.mlp_reads(x, middle), middle
         return self.before_mlp(attended, x, post=self.after_attn)
 
-    def added_by(self, heads: Tensor) -> Tensor:
-        """What attention adds to the stream, from its heads' outputs (n, Hq, D)."""
-        return self._added(self.o_proj(heads.flatten(1)))
-
-    def _added(self, attended: Tensor) -> Tensor:
-        """What attention adds to the stream; beside an fp32 one not rounded, as where `before_mlp` takes the sum."""
+    def added(self, attended: Tensor) -> Tensor:
+        """What attention adds to the stream, from what `o_proj` gives; beside an fp32 stream not rounded, as where
+        `before_mlp` takes the sum."""
         return attended if self.after_attn is None else self.after_attn(self.widened(attended))
 
     def adds(self, kind: str) -> tuple[nn.Module, Norm | None]:

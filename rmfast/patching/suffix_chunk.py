@@ -159,7 +159,7 @@ class Chunk:
             else:
                 assert tail.attended is not None
                 heads = self._edited_keys(layer, m, kind, at, tail.attended)
-            y, middle = layer.behind(heads[whole], x[whole])
+            y, middle = layer.behind(layer.o_proj(heads[whole].flatten(1)), x[whole])
             return (middle + layer.mlp_of(y))[:n]
         return middle + layer.mlp_after(x[whole], middle[whole])[:n]
 

@@ -139,9 +139,10 @@ class SuffixPatcher:
             record.rotated[m] = (q, k, v)
         heads = run.attend(layer.attn, q, k, v, **layer.options)
         keep("head_out", heads)
+        attended = layer.o_proj(heads.flatten(1))
         if kinds and "attn_out" in record.parts:
-            keep("attn_out", layer.added_by(heads))
-        y, middle = layer.behind(heads, x)
+            keep("attn_out", layer.added(attended))
+        y, middle = layer.behind(attended, x)
         keep("resid_mid", middle)
         if kinds and "mlp_neuron" in record.parts:
             neurons = layer.neurons(y)

@@ -115,11 +115,31 @@ def test_autocast_is_refused_where_keys_and_values_were_made_without_it(compute)
     runs = LastTokenRuns(rm, TEXTS)
     want = runs.rewards()
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        with pytest.raises(ValueError, match="Expected no autocast: the texts' keys and values were made without it"):
+        with pytest.raises(ValueError, match="Expected autocast to be off, as when"):
             runs.rewards()
         made_there = LastTokenRuns(rm, TEXTS)
         same(made_there.rewards()[:, 0], rm.score(TEXTS))
     assert torch.equal(runs.rewards(), want)
+
+
+def test_rows_that_a_gate_reads_are_of_the_weights_and_the_arithmetic_that_run():
+    """Of padded runs nothing is kept but these."""
+    body = M.decoder("llama").to(torch.bfloat16)
+    draw = torch.Generator().manual_seed(0)
+    gate = rmfast.heads.Layers(weights=[torch.randn(3, 48, generator=draw)], biases=[None])
+    weight = torch.randn(3, 48, generator=draw)
+    head = rmfast.heads.Gated(weight=weight, transform=torch.eye(3), gate=gate, pattern=(7,))
+    rm, some = RewardModel(body.model, head=head), [[1, 7, 3], [4, 7, 5, 6]]
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        runs = LastTokenRuns(rm, some)
+        same(runs.rewards()[:, 0], rm.score(some))
+    with pytest.raises(ValueError, match="Expected autocast to be on, as when"):
+        runs.rewards()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        with torch.no_grad():
+            body.model.layers[0].mlp.up_proj.weight.mul_(2)
+        with pytest.raises(ValueError, match="to be as it was when its texts were run"):
+            runs.rewards()
 
 
 def test_attention_runs_outside_of_the_mode_for_fp32(monkeypatch):
