@@ -52,12 +52,15 @@ def main(argv: list[str] | None = None) -> int:
         if not (args.no_save or args.quick):
             runner.save([row], args.device, args.commit)
 
-    missed = [f"{row['benchmark']} {name}" for row in rows for name, met in row["met"].items() if not met]
+    standing = [row for row in rows if not runner.disturbed(row)]
+    missed = [f"{row['benchmark']} {name}" for row in standing for name, met in row["met"].items() if not met]
     failed = [row["benchmark"] for row in rows if row["check"] != "passed"]
-    count = sum(len(row["met"]) for row in rows)
+    count = sum(len(row["met"]) for row in standing)
     print(f"\n{len(rows)} rows; targets met {count - len(missed)} of {count}")
     for name in missed:
         print(f"  missed: {name}")
+    if len(standing) < len(rows):
+        print(f"disturbed by other processes: {', '.join(row['benchmark'] for row in rows if runner.disturbed(row))}")
     print("checks: " + (f"FAILED in {', '.join(failed)}" if failed else "all passed"))
     return 1 if failed else 0
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.metadata
 import os
 import platform
@@ -17,13 +18,13 @@ ROOT = Path(__file__).parent.parent
 _ISA = re.compile(r"avx2|fma|f16c|avx512\w*|avx_vnni|amx_\w+|neon|asimd\w*|sve\w*|bf16")
 
 
-def _proc(path: str, colon: str = ":") -> dict[str, str]:
+def _proc(path: str) -> dict[str, str]:
     """The first value of each key of a "key : value" file, as /proc/cpuinfo is; empty where there is none."""
     try:
         lines = Path(path).read_text().splitlines()
     except OSError:
         return {}
-    pairs = (line.partition(colon) for line in reversed(lines))
+    pairs = (line.partition(":") for line in reversed(lines))
     return {key.strip(): value.strip() for key, _, value in pairs}
 
 
@@ -85,19 +86,24 @@ def commit() -> dict[str, Any]:
 def _own_seconds(process: Path) -> float:
     """CPU seconds of a process and of its children, the ended ones too."""
     times = (process / "stat").read_text().rpartition(")")[2].split()[11:15]
-    children = " ".join(path.read_text() for path in process.glob("task/*/children")).split()
-    own = sum(map(int, times)) / os.sysconf("SC_CLK_TCK")
-    return own + sum(_own_seconds(Path("/proc", child)) for child in children)
+    seconds = sum(map(int, times)) / os.sysconf("SC_CLK_TCK")
+    for child in " ".join(path.read_text() for path in process.glob("task/*/children")).split():
+        with contextlib.suppress(OSError):  # it has ended since
+            seconds += _own_seconds(Path("/proc", child))
+    return seconds
 
 
 def busy_seconds() -> tuple[float, float] | None:
-    """CPU seconds that the machine has been busy (what a virtual machine's host took too), and those of this process
-    and its children; None where the system does not say."""
+    """CPU seconds that the cores of this process have been busy (what a virtual machine's host took too), and those of
+    this process and its children; None where the system does not say."""
     try:
-        user, nice, system, _, _, irq, softirq, steal = map(int, _proc("/proc/stat", " ")["cpu"].split()[:8])
-        busy = (user + nice + system + irq + softirq + steal) / os.sysconf("SC_CLK_TCK")
+        cores = {f"cpu{core}" for core in os.sched_getaffinity(0)}
+        lines = [line.split() for line in Path("/proc/stat").read_text().splitlines()]
+        user_to_steal = [list(map(int, times[:8])) for name, *times in lines if name in cores]
+        idle = sum(times[3] + times[4] for times in user_to_steal)
+        busy = (sum(map(sum, user_to_steal)) - idle) / os.sysconf("SC_CLK_TCK")
         return busy, _own_seconds(Path("/proc/self"))
-    except (OSError, KeyError, ValueError):
+    except (OSError, AttributeError, ValueError):
         return None
 
 

@@ -11,7 +11,6 @@ import gc
 import itertools
 import json
 import math
-import os
 import re
 import statistics
 import sys
@@ -29,8 +28,8 @@ from bench.registry import Benchmark
 
 DATA = Path(__file__).parent / "data"
 
-# Others' share of the CPU from which on times don't stand: one of two cores' idle background stays below a hundredth.
-DISTURBED = 0.03
+# Cores' worth of others' work above which times don't stand; a quiet machine's background stays below 0.02.
+DISTURBED = 0.06
 
 # A sample is one call, or as many calls as take this long, so that neither the clock nor a thread that went to
 # sleep during the contender before weighs in.
@@ -142,7 +141,7 @@ def run(
     Returns:
         "check" is "passed" or what failed; "contenders" holds each one's median and quartiles in ms, error and, where
         its numbers failed, why; "ratios" the fastest passing form of each baseline over ours; "share" ours of the
-        limit; "met" each target's outcome; "others" the share of the CPU that other processes took meanwhile.
+        limit; "met" each target's outcome; "others" how many of its cores other processes took.
     """
     where = torch.device(device)
     torch.compiler.reset()  # else earlier rows count towards torch.compile's limit on versions of a function
@@ -171,7 +170,7 @@ def run(
             measure(timed, where, 0, (2, 2), sample_seconds=0)
         else:
             measure(timed, where, seconds, benchmark.rounds)
-        others = others_share(busy, machine.busy_seconds(), time.monotonic() - begin)
+        others = others_cores(busy, machine.busy_seconds(), time.monotonic() - begin)
 
     row: dict[str, Any] = {
         "benchmark": benchmark.name,
@@ -224,12 +223,17 @@ def run(
     return row
 
 
-def others_share(before: tuple[float, float] | None, after: tuple[float, float] | None, seconds: float) -> float | None:
-    """The share of the machine's CPU time that other processes took meanwhile."""
+def others_cores(before: tuple[float, float] | None, after: tuple[float, float] | None, seconds: float) -> float | None:
+    """How many cores' worth of this process' cores others took meanwhile; None where the system does not count."""
     if before is None or after is None:
         return None
-    taken = (after[0] - before[0]) - (after[1] - before[1])
-    return round(max(0.0, taken) / seconds / (os.cpu_count() or 1), 3)
+    busy, own = after[0] - before[0], after[1] - before[1]
+    return None if busy < own / 2 else round(max(0.0, busy - own) / seconds, 3)
+
+
+def disturbed(row: dict[str, Any]) -> bool:
+    """Whether other processes took so much that the row's times don't stand."""
+    return not row["quick"] and (row["others"] or 0) > DISTURBED
 
 
 def _left_out(group: str, row: dict[str, Any]) -> bool:
@@ -300,8 +304,8 @@ def text(row: dict[str, Any]) -> str:
         most = row["targets"].get("memory")
         target = "" if most is None else f", target at most {most}: {'met' if row['met']['memory'] else 'MISSED'}"
         lines.append(f"  -> peak memory {shown}: {row['memory']['share']:.2f}x{target}")
-    if (row["others"] or 0) > DISTURBED and not row["quick"]:
-        lines.append(f"  DISTURBED: other processes took {row['others']:.0%} of the CPU; measure on a quiet machine")
+    if disturbed(row):
+        lines.append(f"  DISTURBED: other processes took {row['others']:g} cores; measure on a quiet machine")
     lines.append(f"  check {row['check']}")
     return "\n".join(lines)
 

@@ -102,7 +102,7 @@ def test_contenders_are_timed_interleaved_over_rotating_inputs():
 
 
 @pytest.mark.skipif(machine.busy_seconds() is None, reason="the system does not count CPU time in /proc")
-def test_others_share_of_the_cpu_leaves_out_this_process_and_its_children(monkeypatch):
+def test_others_cpu_time_leaves_out_this_process_and_its_children():
     spin = "import time\nwhile time.process_time() < 0.5: pass\nprint(flush=True)\ninput()"
     before = machine.busy_seconds()
     with subprocess.Popen([sys.executable, "-c", spin], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as child:
@@ -111,12 +111,20 @@ def test_others_share_of_the_cpu_leaves_out_this_process_and_its_children(monkey
         child.communicate(b"\n")
     assert during[1] - before[1] >= 0.45
     assert machine.busy_seconds()[1] >= during[1] - 0.05
-    assert during[0] - before[0] >= 0.45
-    monkeypatch.setattr(runner.os, "cpu_count", lambda: 2)
-    assert runner.others_share((5.0, 1.0), (10.0, 4.0), 10.0) == 0.1
-    assert runner.others_share((5.0, 1.0), (10.0, 6.01), 10.0) == 0
-    assert runner.others_share(None, None, 1.0) is None
-    assert "DISTURBED: other processes took 10%" in runner.text({**quick(ROW), "quick": False, "others": 0.1})
+
+
+def test_rows_that_others_disturbed_say_so_and_count_for_nothing(monkeypatch, capsys):
+    assert runner.others_cores((5.0, 1.0), (10.0, 4.0), 10.0) == 0.2
+    assert runner.others_cores((5.0, 1.0), (10.0, 6.01), 10.0) == 0
+    assert runner.others_cores((5.0, 1.0), (5.0, 6.0), 10.0) is None  # a counter that stands still
+    assert runner.others_cores(None, None, 1.0) is None
+    row = {**quick(ROW), "quick": False, "met": {"HF": False}, "targets": {"HF": 1.0}}
+    for others, told in ((0.1, "disturbed by other processes: reward_head/rms-fp32"), (0.0, "targets met 0 of 1")):
+        monkeypatch.setattr(runner, "run", lambda *args, others=others, **options: {**row, "others": others})
+        cli.main(["--only", "reward_head/rms-fp32", "--no-save"])
+        out = capsys.readouterr().out
+        assert told in out
+        assert ("DISTURBED: other processes took 0.1 cores" in out) == bool(others)
 
 
 def test_inputs_are_distinct_memory_of_the_asked_size():
