@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import nn
 
-from rmfast.binding.modules import modules_of
+from rmfast.binding.modules import modules_of, own_attribute
 
 
 def _rope_parameters(config: Any) -> list[dict[str, Any]]:
@@ -25,7 +25,7 @@ def length_groups(body: nn.Module, config: Any) -> Callable[[int], tuple[int, ..
     """
     switches: set[int] = set()  # beyond each of these lengths another set of frequencies
     grows: set[int] = set()  # beyond each a set for each length
-    rotary = [module for module in modules_of(body) if _rope_type(module) is not None]
+    rotary = [module for module in modules_of(body) if own_attribute(module, "rope_type") is not None]
     for held in (config, *(getattr(module, "config", config) for module in rotary)):
         for parameters in _rope_parameters(held):
             kind = parameters.get("rope_type") or parameters.get("type") or ""
@@ -46,14 +46,8 @@ def rope_modules(body: nn.Module) -> list[nn.Module]:
     return [module for module in modules_of(body) if _dynamic_prefixes(module)]
 
 
-def _rope_type(module: nn.Module) -> Any:
-    """Without `nn.Module.__getattr__`, whose errors cost more than all the rest of a search."""
-    of_class = hasattr(type(module), "rope_type")
-    return module.rope_type if of_class else module.__dict__.get("rope_type")
-
-
 def _dynamic_prefixes(module: nn.Module) -> list[str]:
-    kind = _rope_type(module)
+    kind = own_attribute(module, "rope_type")
     if isinstance(kind, dict):
         return [f"{layer}_" for layer, name in kind.items() if "dynamic" in name]
     return [""] if isinstance(kind, str) and "dynamic" in kind else []

@@ -197,7 +197,7 @@ def with_options(command: Callable[..., None]) -> Callable[..., None]:
 
 # A call, or an argument in a sentence: with truncation="left", expected trust_remote_code=True.
 _ARGUMENT = re.compile(
-    r"""[\w.]+\((?:[^()]|\([^()]*\))*\)|"""
+    r"""(?<![\w.])[\w.]+\((?:[^()]|\([^()]*\))*\)|"""
     r"""(?<![\w.(=?&])([a-z_]+)=((["'])[^"'\s]+\3(?:\ or\ \3[^"'\s]+\3)*|True|\d[\d.]*\b)"""
 )
 

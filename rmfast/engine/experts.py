@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from rmfast.binding.compute import holds, is_ours
-from rmfast.binding.modules import is_plain, is_readable, is_transformers
+from rmfast.binding.modules import is_plain, is_readable, is_transformers, modules_of
 from rmfast.binding.session import replaced_forward
 from rmfast.ops import linear
 
@@ -28,7 +28,7 @@ _FLAGS = ("has_gate", "has_bias", "is_transposed")
 
 def experts_of(body: nn.Module) -> list[nn.Module]:
     """The mixtures' experts of a body."""
-    return [module for module in body.modules() if is_experts(module)]
+    return [module for module in modules_of(body) if is_experts(module)]
 
 
 def unknown_experts(body: nn.Module) -> str | None:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from rmfast.binding.compute import outside
-from rmfast.binding.modules import is_plain
+from rmfast.binding.modules import is_plain, own_attribute
 from rmfast.ops import gated_activation
 
 # The projections into the MLP and the one out of it: two (or both in one) where there is a gate, else one.
@@ -105,13 +105,9 @@ class Mlp:
         return self.down_proj(self.neurons(y))
 
 
-def function_of(module: Any) -> Any:
-    for name in _FUNCTIONS:
-        # Asked first: `nn.Module.__getattr__` makes an error of each name that is not there, in every layer of a run.
-        held = name in module.__dict__ or name in module._modules or hasattr(type(module), name)
-        if held and (found := getattr(module, name)) is not None:
-            return found
-    return None
+def function_of(module: nn.Module) -> Any:
+    """An MLP's activation, a function or a module, by the names that transformers gives it; None: it has none."""
+    return next((found for name in _FUNCTIONS if (found := own_attribute(module, name)) is not None), None)
 
 
 def _names(parts: set[str]) -> tuple[tuple[str, ...], str] | None:

@@ -22,7 +22,7 @@ from rmfast import backends as _backends
 from rmfast.binding.binding import Binding
 from rmfast.binding.compute import LOW, holds
 from rmfast.binding.find import probe_ids
-from rmfast.binding.modules import has_hooks, hidden_state_of, is_transformers
+from rmfast.binding.modules import has_hooks, hidden_state_of, is_transformers, modules_of
 from rmfast.binding.rope import fresh_rope
 from rmfast.binding.session import passing_through, reading, replaced_forward
 from rmfast.engine import alibi
@@ -372,7 +372,7 @@ class Engine:
         graphs = None
         if self.graphs is not None and seen is None and not longest and self.uncaptured() is None:
             # A replay calls no hook: what watches a session's layers would be left with a chunk before.
-            watched = any(map(has_hooks, self.binding.body.modules()))
+            watched = any(map(has_hooks, modules_of(self.binding.body)))
             graphs = None if watched else self.graphs.renewed(self.binding)
         kept: dict[nn.Module, tuple[Tensor, Tensor]] = {}
         for chunk in planned:

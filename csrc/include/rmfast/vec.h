@@ -108,9 +108,9 @@ inline V<float> load(const f16* p) {
 #endif
 }
 
-// The first n < W<A> elements of memory to a vector's worth of them, zeros behind, and back. Masked where the CPU can: a
-// memcpy of unknown length is a call, and a load that is wider than the stores before it waits for them in memory (rotary
-// embeddings of 8 pairs took 9 times as long).
+// The first n < W<A> elements of memory to a vector's worth of them, zeros behind, and back. Masked where the CPU can (all
+// sizes with AVX-512, 4 and 8 bytes with AVX2): a memcpy of unknown length is a call, and a load that is wider than the
+// stores before it waits for them in memory (rotary embeddings of 8 pairs took 9 times as long).
 #if defined(__AVX2__) && !defined(__AVX512F__)
 inline __m256i mask_of(int64_t n) {
   alignas(32) static const int32_t ones[16] = {-1, -1, -1, -1, -1, -1, -1, -1};
