@@ -45,9 +45,11 @@ LENGTHS = Path(__file__).parent / "data" / "hh_lengths.json"
 TINY = json.dumps({"hidden_size": 48, "intermediate_size": 80, "num_hidden_layers": 2, "num_attention_heads": 4,
                    "num_key_value_heads": 2})  # fmt: skip
 
-# As wide as models of 1 to 2 B, and no deeper than a benchmark has time for.
+# So small that the host takes most of a run.
 HOST = json.dumps({"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4,
                    "num_key_value_heads": 4})  # fmt: skip
+
+# As wide as models of 1 to 2 B, and no deeper than a benchmark has time for.
 WIDE = json.dumps({"hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 8, "num_attention_heads": 16,
                    "num_key_value_heads": 8})  # fmt: skip
 
@@ -303,7 +305,7 @@ BENCHMARKS = [
         "equal", {"workload": "equal", "texts": 32, "tokens": 128}, {"batch": _SIZES, **_PEERS},
         {"fp32": {"batch": 1.15}, "bf16": {"batch": 2}},
     ),
-    *_row(  # what the host takes
+    *_row(
         "tiny", {"model": HOST, "workload": "equal", "texts": 1000, "tokens": 20}, {"batches of 32": {"": given(32)}},
         {"fp32": {"batches of 32": 5}, "bf16": {"batches of 32": 5}},
     ),

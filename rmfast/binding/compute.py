@@ -46,10 +46,11 @@ def chosen(compute: str, root: nn.Module) -> tuple[bool, str]:
     """
     if compute == "native":
         return False, _ASKED
-    parameters = parameters_of(root)  # looked through once: every session asks
+    modules = modules_of(root)  # looked through once: every session asks
+    parameters = parameters_of(modules)
     stored = stored_dtype(parameters)
     why_not = (
-        "its weights are quantised, and multiply by themselves" if _are_quantised(parameters, root)
+        "its weights are quantised, and multiply by themselves" if _are_quantised(parameters, modules)
         else "some of its weights are offloaded" if any(p.is_meta for p in parameters)
         else "its weights are float64" if stored == torch.float64
         else None
@@ -66,13 +67,13 @@ def chosen(compute: str, root: nn.Module) -> tuple[bool, str]:
     return _backends.fp32_linear_pays(stored)
 
 
-def _are_quantised(parameters: Iterable[Tensor], root: nn.Module) -> bool:
+def _are_quantised(parameters: Iterable[Tensor], modules: Iterable[nn.Module]) -> bool:
     """Whether weights are tensors of another class (torchao), or are packed into small integers or 8-bit floats, as
     parameters (bitsandbytes, FP8) or as buffers (GPTQ, AWQ)."""
     # A parameter made of another class is of that class; `.data` makes a tensor, so that it is asked last.
     if any(p.dtype not in _FLOATS or (type(p) not in _PLAIN and type(p.data) is not Tensor) for p in parameters):
         return True
-    buffers = (buffer for module in modules_of(root) for buffer in module._buffers.values())
+    buffers = (buffer for module in modules for buffer in module._buffers.values())
     return any(b.dtype not in (*_FLOATS, torch.int64, torch.bool) for b in buffers if b is not None)
 
 

@@ -35,9 +35,9 @@ def modules_of(root: nn.Module) -> list[nn.Module]:
     return list(found)
 
 
-def parameters_of(root: nn.Module) -> list[nn.Parameter]:
-    """`root.parameters()` likewise."""
-    found = (p for module in modules_of(root) for p in module._parameters.values())
+def parameters_of(modules: Iterable[nn.Module]) -> list[nn.Parameter]:
+    """`root.parameters()` likewise, of `modules_of(root)`."""
+    found = (p for module in modules for p in module._parameters.values())
     return list(dict.fromkeys(p for p in found if p is not None))
 
 

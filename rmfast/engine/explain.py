@@ -9,7 +9,7 @@ import torch
 from rmfast import backends as _backends
 from rmfast.binding.binding import Binding
 from rmfast.binding.compute import chosen, measured, stored_dtype
-from rmfast.binding.modules import parameters_of
+from rmfast.binding.modules import modules_of, parameters_of
 
 if TYPE_CHECKING:
     from rmfast.engine.packed import Engine
@@ -35,7 +35,7 @@ def explained(binding: Binding, packed: Engine | str, graphs: str | None, moves:
 def _compute(binding: Binding) -> str:
     """In which arithmetic linear layers run, by which rule, and what a short measurement says of it."""
     fp32, why = chosen(binding.compute, binding.root)
-    stored = stored_dtype(parameters_of(binding.root))
+    stored = stored_dtype(parameters_of(modules_of(binding.root)))
     way = f"fp32 on {str(stored)[6:]} weights" if fp32 else f"torch's own, {str(stored)[6:]} weights"
     witness = f"; {measured(stored)}" if binding.device.type == "cpu" and stored != torch.float64 else ""
     return f"{way} ({why}{witness})"

@@ -31,7 +31,7 @@ def _model() -> nn.Module:
 def test_modules_and_parameters_are_torchs(make):
     root = make()
     assert modules_of(root) == list(root.modules())
-    got, want = parameters_of(root), list(root.parameters())
+    got, want = parameters_of(modules_of(root)), list(root.parameters())
     assert list(map(id, got)) == list(map(id, want))
 
 
